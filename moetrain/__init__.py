@@ -1,0 +1,1 @@
+"""Pretrain sparse-gated Mixture-of-Experts transformers with expert parallelism."""

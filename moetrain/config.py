@@ -1,0 +1,211 @@
+"""Every setting of a run, on one page: typed sections, defaults, and the checks across sections.
+
+This module imports pydantic and nothing of torch, so that reading a configuration is instant.
+Reading YAML and flags into a `Config` is `moetrain.settings`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The transformer around the experts."""
+
+    dim: PositiveInt = 256
+    """Width of the residual stream."""
+    layers: PositiveInt = 4
+    """Number of blocks."""
+    heads: PositiveInt = 4
+    """Query heads; each is dim/heads wide."""
+    kv_heads: PositiveInt | None = None
+    """Key and value heads (grouped-query attention); null: as many as query heads."""
+    ffn_dim: PositiveInt | None = None
+    """Hidden width of the dense feed-forward layers; null: 4·dim."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys per head."""
+    tie_embeddings: bool = True
+    """Use the input embedding as the output projection."""
+    rope_theta: PositiveFloat = 10_000.0
+    """Base of the rotary position frequencies."""
+    norm_eps: PositiveFloat = 1e-5
+    """Epsilon of every RMSNorm."""
+
+
+class MoEConfig(Section):
+    """Which blocks hold experts, how tokens choose them, and how many each expert takes."""
+
+    experts: NonNegativeInt = 8
+    """Experts per MoE layer; 0 makes the whole model dense."""
+    top_k: PositiveInt = 2
+    """Experts per token (switch needs 1, gshard needs 2)."""
+    router: Literal["switch", "gshard", "topk"] = "topk"
+    """Gate: switch (2101.03961), gshard (2006.16668 Algorithm 1), topk (softmax, then top-k)."""
+    renormalize: bool = True
+    """topk only: divide the chosen gates by their sum (Mixtral: true, OLMoE: false)."""
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """switch only: multiply router inputs by U[1-jitter, 1+jitter] in training (paper: 0.01)."""
+    random_second: bool = True
+    """gshard only: keep the second expert with probability min(1, 2·gate) in training."""
+    expert_ffn_dim: PositiveInt | None = None
+    """Hidden width of one expert; null: as the dense feed-forward layers."""
+    capacity_factor: PositiveFloat | None = 1.25
+    """Training: slots per expert over the mean demand K·S/E; null: dropless."""
+    eval_capacity_factor: PositiveFloat | None = 2.0
+    """The same for evaluation."""
+    min_capacity: PositiveInt = 1
+    """Fewest slots an expert has in a group."""
+    group: Literal["sequence", "microbatch"] | PositiveInt = "sequence"
+    """Tokens among which capacity is enforced; an integer must divide data.seq_len. With
+    `microbatch` the tokens dropped depend on train.micro_batch and on the world size."""
+    drop_policy: Literal["position"] = "position"
+    """Who loses when an expert is full: lower choice first, then earlier token, keeps its slot."""
+    balance_coef: NonNegativeFloat = 0.01
+    """Weight of the load-balancing loss (1 at perfect balance)."""
+    z_loss_coef: NonNegativeFloat = 0.001
+    """Weight of the router z-loss (2202.08906)."""
+    shared_experts: NonNegativeInt = 0
+    """Experts that every token passes, beside the routed ones."""
+    every: PositiveInt = 1
+    """Every n-th block holds experts, the others are dense."""
+    first_dense: NonNegativeInt = 0
+    """The first n blocks are dense."""
+
+
+class ParallelConfig(Section):
+    """How the ranks are used. World size = dp_replicate × dp_shard; ep folds into dp_shard."""
+
+    ep: PositiveInt = 1
+    """Ranks that share one set of experts, experts/ep each."""
+    dp_replicate: PositiveInt = 1
+    """Copies of the sharded model (hybrid sharding); dp_shard is what remains of the world."""
+
+
+class EngineConfig(Section):
+    """What runs the training step."""
+
+    kind: Literal["torch"] = "torch"
+    """torch: FSDP2."""
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """bf16 keeps fp32 master weights and an fp32 router; fp64 is for parity tests on CPU."""
+
+
+class DataConfig(Section):
+    """Where the text comes from and how it becomes tokens."""
+
+    source: str = "stdlib"
+    """`stdlib`; a file, folder or glob of text, .jsonl or .parquet; or a dataset name on the hub."""
+    subset: str | None = None
+    """Hub: the dataset's configuration name."""
+    split: str = "train"
+    """Hub: the split."""
+    streaming: bool = False
+    """Hub: read over the network instead of downloading first."""
+    field: str = "text"
+    """JSONL, parquet and hub: the column that holds the text."""
+    max_documents: PositiveInt | None = None
+    """Stop after so many documents."""
+    tokenizer: str = "bytes"
+    """`bytes`; the path of a tokenizer.json; or a model name on the hub."""
+    seq_len: PositiveInt = 256
+    """Tokens per training sequence."""
+    mask_documents: bool = False
+    """Keep attention from crossing document boundaries inside a packed sequence."""
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Share of the documents held out for evaluation, chosen by a hash of their content."""
+    cache: Path | None = None
+    """Where prepared tokens are kept; null: $XDG_CACHE_HOME/moetrain or ~/.cache/moetrain."""
+
+
+class TrainConfig(Section):
+    """The optimizer and its schedule."""
+
+    steps: PositiveInt = 200
+    """Optimizer steps in the whole run."""
+    global_batch: PositiveInt = 32
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch: PositiveInt = 8
+    """Sequences per rank in one forward and backward pass."""
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate of AdamW."""
+    min_lr_ratio: Fraction = 0.1
+    """Learning rate at the end, as a share of the peak."""
+    warmup_steps: NonNegativeInt = 20
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """Decay after warm-up: cosine, or warmup-stable-decay (linear)."""
+    decay_fraction: Fraction = 0.2
+    """wsd: share of the steps in which the rate falls."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Applied to matrices, not to norms."""
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    adam_eps: PositiveFloat = 1e-8
+    clip_norm: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+class EvalConfig(Section):
+    """Evaluation on held-out documents."""
+
+    every: NonNegativeInt = 0
+    """Steps between evaluations; the last step is evaluated too. 0: never."""
+    sequences: PositiveInt = 64
+    """Held-out sequences per evaluation (fewer where there are fewer)."""
+
+
+class CheckpointConfig(Section):
+    """What survives the process."""
+
+    every: NonNegativeInt = 0
+    """Steps between checkpoints; the last step is saved too. 0: never."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept."""
+    resume: str = "auto"
+    """auto: continue from the newest checkpoint of this run, if any; never; or a path."""
+
+
+class LogConfig(Section):
+    """What the run tells while it goes."""
+
+    every: PositiveInt = 10
+    """Steps between lines of metrics.jsonl."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases, from rank 0."""
+    wandb_project: str = "moetrain"
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = "run"
+    """Folder of the run inside `out`: letters, digits, '.', '_' and '-'."""
+    out: Path = Path("runs")
+    """Folder that holds the runs."""
+    seed: NonNegativeInt = 0
+    """Seed of the initialisation, of the order of samples and of the router's random draws."""
+    model: ModelConfig = ModelConfig()
+    moe: MoEConfig = MoEConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    engine: EngineConfig = EngineConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
