@@ -1,0 +1,27 @@
+"""Mixture-of-Experts layers: gates, capacity, dispatch, experts. Needs torch alone.
+
+Everything here takes tensors and process groups; nothing knows of runs, files or configurations.
+"""
+
+from moetrain.moe.capacity import OUTCOMES, Ledger, Plan, capacity
+from moetrain.moe.dispatch import AllToAll, Dispatcher, Local
+from moetrain.moe.experts import Experts
+from moetrain.moe.keyed import Draws
+from moetrain.moe.layer import LayerStats, MoE, Router
+from moetrain.moe.routing import Routing
+
+__all__ = [
+    "OUTCOMES",
+    "AllToAll",
+    "Dispatcher",
+    "Draws",
+    "Experts",
+    "LayerStats",
+    "Ledger",
+    "Local",
+    "MoE",
+    "Plan",
+    "Router",
+    "Routing",
+    "capacity",
+]

@@ -1,0 +1,58 @@
+"""Expert feed-forward networks with packed weights, and the products over rows sorted by expert.
+
+Shape suffixes: e experts on this rank, D model width, F expert hidden width, R rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def swiglu(hidden: Tensor) -> Tensor:
+    """silu(gate)·up of a packed (..., 2F) = [gate | up]: (..., F). (2002.05202)"""
+    gate, up = hidden.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _local(weight: Tensor) -> Tensor:
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+class Experts(nn.Module):
+    """SwiGLU experts: (silu(x·W_gate) * (x·W_up))·W_down, one set of weights per expert.
+
+    The weights of all experts are one tensor each, so an expert without tokens gets gradient zero
+    rather than none. Under expert parallelism the module holds just this rank's experts.
+    """
+
+    def __init__(self, num_experts: int, dim: int, hidden_dim: int):
+        super().__init__()
+        self.w_gate_up = nn.Parameter(torch.empty(num_experts, dim, 2 * hidden_dim))
+        self.w_down = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+
+    def forward(self, rows: Tensor, counts: list[int] | None) -> Tensor:
+        """Apply each expert to its rows; same shape out.
+
+        `rows` is (e, R, D) with the same number of rows for every expert when `counts` is None,
+        otherwise (R, D) sorted by expert with `counts[i]` rows for the i-th and R their sum.
+        """
+        w_gate_up, w_down = _local(self.w_gate_up), _local(self.w_down)
+        if counts is None:
+            return torch.bmm(swiglu(torch.bmm(rows, w_gate_up)), w_down)
+        product = _grouped if rows.is_cuda and rows.dtype == torch.bfloat16 else _looped
+        return product(swiglu(product(rows, w_gate_up, counts)), w_down, counts)
+
+
+def _looped(rows_RD: Tensor, weight_eDF: Tensor, counts: list[int]) -> Tensor:
+    """One product per expert: the fastest on CPU, and any dtype."""
+    pairs = zip(rows_RD.split(counts), weight_eDF.unbind(), strict=True)
+    return torch.cat([rows @ weight for rows, weight in pairs])
+
+
+def _grouped(rows_RD: Tensor, weight_eDF: Tensor, counts: list[int]) -> Tensor:
+    """One grouped kernel over all experts."""
+    ends = torch.tensor(counts, device=rows_RD.device).cumsum(0).to(torch.int32)
+    return F.grouped_mm(rows_RD, weight_eDF, offs=ends)
