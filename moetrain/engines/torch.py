@@ -1,0 +1,59 @@
+"""The torch engine: FSDP2 and fused AdamW."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from moetrain.config import TrainConfig
+from moetrain.mesh import Mesh
+from moetrain.model import Transformer
+from moetrain.optim import adamw, global_grad_norm, scale_grads
+from moetrain.parallel import Precision, parallelize
+
+
+class TorchEngine:
+    """A model spread by `parallelize`, and AdamW over its shards."""
+
+    def __init__(
+        self, model: Transformer, mesh: Mesh, precision: Precision, seed: int, train: TrainConfig
+    ):
+        """Takes a model on the meta device. Collective over the mesh."""
+        self.model = parallelize(model, mesh, precision, seed)
+        self.mesh = mesh
+        self.clip_norm = train.clip_norm
+        self.optimizer = adamw(
+            self.model.parameters(),
+            betas=(train.beta1, train.beta2),
+            eps=train.adam_eps,
+            weight_decay=train.weight_decay,
+        )
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """See `Engine`. Gradients are reduced over the ranks once, at the last micro-batch."""
+        self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        loss.backward()
+
+    def step(self, lr: float) -> float:
+        """See `Engine`."""
+        norm = global_grad_norm(self.model.parameters(), self.mesh.dp_replicate).item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the global gradient norm is {norm}")
+        if self.clip_norm and norm > self.clip_norm:
+            scale_grads(self.model.parameters(), self.clip_norm / norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            tensors[f"model.{name}"] = parameter.detach()
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        return tensors

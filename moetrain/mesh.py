@@ -1,0 +1,114 @@
+"""Process groups: start and end, named axes, reductions over all ranks.
+
+World = dp_replicate × dp_shard, and expert parallelism folds into the latter: dp_shard = edp × ep.
+The `ep` ranks of an expert group are adjacent and hold different experts; the `edp` ranks (one from
+every expert group) hold the same ones. Every rank reads its own data.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from moetrain.errors import UserError
+
+T = TypeVar("T")
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the world size, as the launcher set them; (0, 1) without one."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def process_group():
+    """Join the launcher's process group, or make one of a single rank; leave it at the end.
+
+    The backend is NCCL with a GPU for every rank (and Gloo for CPU tensors), Gloo otherwise. Yields
+    the device of this rank.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    rank, world = rank_and_world()
+    alone = None if "RANK" in os.environ else dist.HashStore()
+    dist.init_process_group(
+        backend, rank=rank, world_size=world, store=alone, timeout=timedelta(minutes=10)
+    )
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+class Mesh:
+    """The named axes of a run, and the collectives over all of its ranks."""
+
+    def __init__(self, device: torch.device, ep: int = 1, dp_replicate: int = 1):
+        """Collective: every rank of the default process group takes part."""
+        self.device = device
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        dp_shard = self.world // dp_replicate
+        edp = dp_shard // ep
+        assert dp_replicate * edp * ep == self.world, "config.check_world comes first"
+        self.ep, self.edp, self.dp_replicate = ep, edp, dp_replicate
+        self._dense = init_device_mesh(
+            device.type, (dp_replicate, dp_shard), mesh_dim_names=("dp_replicate", "dp_shard")
+        )
+        self._expert = init_device_mesh(
+            device.type, (dp_replicate, edp, ep), mesh_dim_names=("dp_replicate", "edp", "ep")
+        )
+
+    @property
+    def dense(self) -> DeviceMesh:
+        """What dense weights are sharded over: all data ranks; two axes with hybrid sharding."""
+        return self._dense if self.dp_replicate > 1 else self._dense["dp_shard"]
+
+    @property
+    def same_experts(self) -> DeviceMesh:
+        """What the weights of one expert are sharded over: the ranks that hold the same experts."""
+        names = ("dp_replicate", "edp") if self.dp_replicate > 1 else ("edp",)
+        return self._expert[names]
+
+    @property
+    def expert_parallel(self) -> DeviceMesh:
+        """The ranks that share one set of experts."""
+        return self._expert["ep"]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in a new tensor."""
+        total = tensor.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+
+def on_first_local_rank(work: Callable[[], T]) -> T:
+    """Run repeatable, cached work on one rank of every node before the others.
+
+    A UserError of any rank becomes the same UserError on all of them.
+    """
+    result, error = None, None
+    for first in (True, False):
+        if (int(os.environ.get("LOCAL_RANK", "0")) == 0) == first:
+            try:
+                result = work()
+            except UserError as problem:
+                error = str(problem)
+        errors: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        for message in errors:
+            if message is not None:
+                raise UserError(message)
+    return result  # type: ignore[return-value]

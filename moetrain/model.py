@@ -1,0 +1,263 @@
+"""The decoder-only transformer around the MoE layers. Single-device code: parallelism is applied
+from outside (`moetrain.parallel`).
+
+Shape suffixes: B sequences, L tokens of a sequence, T = B·L, D model width, H heads, h head width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moetrain.loss import cross_entropy_sum
+from moetrain.moe import Draws, Experts, LayerStats, MoE, Router
+from moetrain.moe.experts import swiglu
+from moetrain.moe.layer import Mode
+
+
+class Output(NamedTuple):
+    """What a forward pass returns: one of the first two, and one record per MoE layer."""
+
+    loss_sum: Tensor | None
+    """Cross-entropy summed over targets, in nats (0-d, fp32), when targets were given."""
+    logits_BLV: Tensor | None
+    """Otherwise the logits."""
+    layers: tuple[LayerStats, ...]
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, one pair of tensors per block."""
+
+    def __init__(self, num_layers: int, capacity: int):
+        self.capacity, self.length = capacity, 0
+        self._keys: list[Tensor | None] = [None] * num_layers
+        self._values: list[Tensor | None] = [None] * num_layers
+
+    def extend(self, layer: int, k_BHLh: Tensor, v_BHLh: Tensor) -> tuple[Tensor, Tensor]:
+        """Append a layer's new keys and values; returns all of them."""
+        end = self.length + k_BHLh.shape[2]
+        for store, new in ((self._keys, k_BHLh), (self._values, v_BHLh)):
+            buffer = store[layer]
+            if buffer is None:
+                buffer = new.new_empty(*new.shape[:2], self.capacity, new.shape[3])
+                store[layer] = buffer
+            buffer[:, :, self.length : end] = new
+        return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]  # type: ignore[index]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, computed in fp32 (1910.07467)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as x."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+
+
+def rotate(x_BHLh: Tensor, position_L: Tensor, theta: float) -> Tensor:
+    """Rotary position embedding (2104.09864): pairs (i, i + h/2) turn by position·theta^(−2i/h)."""
+    half = x_BHLh.shape[-1] // 2
+    wide = torch.promote_types(x_BHLh.dtype, torch.float32)
+    exponent = torch.arange(half, device=x_BHLh.device, dtype=wide) / half
+    angle_Lh = position_L[:, None].to(wide) * theta**-exponent
+    cos, sin = angle_Lh.cos().to(x_BHLh.dtype), angle_Lh.sin().to(x_BHLh.dtype)
+    first, second = x_BHLh.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query self-attention with rotary positions."""
+
+    def __init__(
+        self,
+        layer: int,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        *,
+        rope_theta: float,
+        qk_norm: bool,
+        norm_eps: float,
+    ):
+        super().__init__()
+        self.layer, self.heads, self.kv_heads, self.rope_theta = layer, heads, kv_heads, rope_theta
+        head_dim = dim // heads
+        self.wq = nn.Linear(dim, heads * head_dim, bias=False)
+        self.wk = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.wv = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.wo = nn.Linear(heads * head_dim, dim, bias=False)
+        self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else nn.Identity()
+
+    def forward(self, x_BLD: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """`mask` (bool, broadcast to (B, H, L, keys)) replaces the causal mask where given."""
+        start = cache.length if cache else 0
+        position_L = torch.arange(start, start + x_BLD.shape[1], device=x_BLD.device)
+        q = self.q_norm(self.wq(x_BLD).unflatten(-1, (self.heads, -1))).transpose(1, 2)
+        k = self.k_norm(self.wk(x_BLD).unflatten(-1, (self.kv_heads, -1))).transpose(1, 2)
+        v = self.wv(x_BLD).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+        q, k = rotate(q, position_L, self.rope_theta), rotate(k, position_L, self.rope_theta)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.kv_heads != self.heads
+        )
+        return self.wo(y.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Dense SwiGLU feed-forward network (2002.05202)."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.w_gate_up = nn.Linear(dim, 2 * hidden_dim, bias=False)
+        self.w_down = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Same shape out."""
+        return self.w_down(swiglu(self.w_gate_up(x_BLD)))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward; the latter dense, or experts with shared ones beside."""
+
+    def __init__(
+        self,
+        dim: int,
+        norm_eps: float,
+        attention: Attention,
+        feed_forward: FeedForward | None,
+        moe: MoE | None,
+    ):
+        super().__init__()
+        assert feed_forward or moe
+        self.attention_norm = RMSNorm(dim, norm_eps)
+        self.attention = attention
+        self.ffn_norm = RMSNorm(dim, norm_eps)
+        self.feed_forward = feed_forward
+        self.moe = moe
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        valid_BL: Tensor,
+        mask: Tensor | None,
+        mode: Mode,
+        draws: Draws | None,
+        cache: KVCache | None,
+    ) -> tuple[Tensor, LayerStats | None]:
+        """Output (B, L, D) and, from an MoE block, its statistics."""
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), mask, cache)
+        h_BLD = self.ffn_norm(x_BLD)
+        if self.feed_forward is not None:
+            x_BLD = x_BLD + self.feed_forward(h_BLD)
+        if self.moe is None:
+            return x_BLD, None
+        y_BLD, stats = self.moe(h_BLD, valid_BL, mode, draws)
+        return x_BLD + y_BLD, stats
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, norm and output projection (the embedding itself when tied)."""
+
+    def __init__(
+        self, vocab_size: int, dim: int, norm_eps: float, tie_embeddings: bool, blocks: list[Block]
+    ):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = RMSNorm(dim, norm_eps)
+        self.head = None if tie_embeddings else nn.Linear(dim, vocab_size, bias=False)
+
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        *,
+        valid_BL: Tensor | None = None,
+        targets_BL: Tensor | None = None,
+        document_BL: Tensor | None = None,
+        mode: Mode = "eval",
+        draws: Draws | None = None,
+        cache: KVCache | None = None,
+    ) -> Output:
+        """Logits, or the summed loss when `targets_BL` (int64, IGNORE for no loss) is given.
+
+        `valid_BL` (bool) is False for padding, which must be on the right. `document_BL` (int64)
+        keeps attention inside documents of equal number. `cache` continues earlier tokens.
+        """
+        if valid_BL is None:
+            valid_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
+        mask = _attention_mask(tokens_BL, document_BL, cache)
+        x_BLD = self.embedding(tokens_BL)
+        layers = []
+        for block in self.blocks:
+            x_BLD, stats = block(x_BLD, valid_BL, mask, mode, draws, cache)
+            if stats is not None:
+                layers.append(stats)
+        if cache is not None:
+            cache.length += tokens_BL.shape[1]
+        x_BLD = self.norm(x_BLD)
+        weight_VD = self.embedding.weight if self.head is None else self.head.weight
+        if targets_BL is None:
+            return Output(None, F.linear(x_BLD, weight_VD), tuple(layers))
+        loss_sum = cross_entropy_sum(x_BLD.flatten(0, 1), weight_VD, targets_BL.flatten())
+        return Output(loss_sum, None, tuple(layers))
+
+
+def _attention_mask(
+    tokens_BL: Tensor, document_BL: Tensor | None, cache: KVCache | None
+) -> Tensor | None:
+    """The mask where plain causality is not enough: documents, or queries that start late."""
+    length, start = tokens_BL.shape[1], cache.length if cache else 0
+    if document_BL is None and start == 0:
+        return None
+    query = torch.arange(start, start + length, device=tokens_BL.device)
+    causal_LK = torch.arange(start + length, device=tokens_BL.device) <= query[:, None]
+    if document_BL is None:
+        return causal_LK
+    same_BLL = document_BL[:, :, None] == document_BL[:, None, :]
+    return (causal_LK & same_BLL)[:, None]
+
+
+def _generator(seed: int, name: str, index: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}/{index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _truncated_normal(shape: torch.Size, std: float, generator: torch.Generator) -> Tensor:
+    # Drawn in fp32 on the CPU, so that every precision and device starts from the same values.
+    weight = torch.empty(shape)
+    return nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
+
+
+def initial_value(
+    module: nn.Module, name: str, shape: torch.Size, seed: int, num_layers: int, experts: range
+) -> Tensor:
+    """The value a parameter starts from: fp32 on the CPU, (len(experts), ...) for expert weights.
+
+    Norms are 1. Matrices are truncated normal with standard deviation fan_in^-1/2 (the embedding:
+    dim^-1/2), and (2·fan_in·layers)^-1/2 where they write to the residual stream (GPT-2's scaling).
+    The draw is keyed by (seed, name) and, for experts, by the *global* expert id, of which
+    `experts` is the range wanted: experts are distinct, and the same at every layout.
+    """
+    if isinstance(module, RMSNorm):
+        return torch.ones(shape)
+    fan_in = shape[-2] if isinstance(module, Experts) else shape[-1]
+    writes_residual = name.endswith(("wo.weight", "w_down.weight", "w_down"))
+    std = (fan_in * (2 * num_layers if writes_residual else 1)) ** -0.5
+    if isinstance(module, Experts):
+        return torch.stack(
+            [_truncated_normal(shape[1:], std, _generator(seed, name, id_)) for id_ in experts]
+        )
+    assert isinstance(module, nn.Linear | nn.Embedding | Router), type(module)
+    return _truncated_normal(shape, std, _generator(seed, name, 0))

@@ -1,0 +1,95 @@
+"""AdamW with decay groups, the learning-rate schedule, and the one global gradient norm."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def adamw(
+    parameters: Iterable[nn.Parameter],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> torch.optim.AdamW:
+    """AdamW (1711.05101), fused; matrices decay, vectors (norms) do not.
+
+    The learning rate is set for every step by `lr_at`. Parameters are grouped by mesh too, because
+    a fused update takes tensors of one mesh.
+    """
+    groups: dict[tuple, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        groups.setdefault((parameter.ndim >= 2, mesh), []).append(parameter)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": members, "weight_decay": weight_decay if decays else 0.0}
+            for (decays, _), members in groups.items()
+        ],
+        lr=0.0,
+        betas=betas,
+        eps=eps,
+        fused=True,
+    )
+    # From the start rather than from the first step, so that a checkpoint has where to load.
+    for parameter in itertools.chain.from_iterable(groups.values()):
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def lr_at(
+    step: int,
+    *,
+    steps: int,
+    peak: float,
+    min_ratio: float,
+    warmup_steps: int,
+    schedule: Literal["cosine", "wsd"],
+    decay_fraction: float,
+) -> float:
+    """Learning rate of a step, counted from 1 to `steps`.
+
+    Linear warm-up to `peak`, then cosine decay to min_ratio·peak (1608.03983), or constant with a
+    linear decay over the last decay_fraction of the steps (warmup-stable-decay, 2404.06395).
+    """
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
+    if schedule == "cosine":
+        progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        decay_steps = round(decay_fraction * steps)
+        share = min(1.0, (steps - step) / max(1, decay_steps))
+    return peak * (min_ratio + (1 - min_ratio) * share)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def global_grad_norm(parameters: Iterable[nn.Parameter], replicas: int) -> Tensor:
+    """The 2-norm of the whole model's gradient, every parameter counted once: fp64, 0-d.
+
+    Collective over the default group. `replicas` is the number of ranks that hold the same shard.
+    """
+    grads = [_local(p.grad) for p in parameters if p.grad is not None]
+    total = nn.utils.get_total_norm(grads).double().square()
+    dist.all_reduce(total)
+    return (total / replicas).sqrt()
+
+
+def scale_grads(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiply every gradient in place."""
+    torch._foreach_mul_([_local(p.grad) for p in parameters if p.grad is not None], factor)
