@@ -2,21 +2,24 @@
 
 This module imports pydantic and nothing of torch, so that reading a configuration is instant.
 Reading YAML and flags into a `Config` is `moetrain.settings`.
+The type of a field holds its own range; `moetrain.constraints` compares fields with each other.
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from moetrain.constraints import problems
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -47,6 +50,21 @@ class ModelConfig(Section):
     norm_eps: PositiveFloat = 1e-5
     """Epsilon of every RMSNorm."""
 
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads, with null resolved."""
+        return self.kv_heads or self.heads
+
+    @property
+    def dense_ffn_dim(self) -> int:
+        """Hidden width of the dense feed-forward layers, with null resolved."""
+        return self.ffn_dim or 4 * self.dim
+
 
 class MoEConfig(Section):
     """Which blocks hold experts, how tokens choose them, and how many each expert takes."""
@@ -59,7 +77,7 @@ class MoEConfig(Section):
     """Gate: switch (2101.03961), gshard (2006.16668 Algorithm 1), topk (softmax, then top-k)."""
     renormalize: bool = True
     """topk only: divide the chosen gates by their sum (Mixtral: true, OLMoE: false)."""
-    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    jitter: BelowOne = 0.0
     """switch only: multiply router inputs by U[1-jitter, 1+jitter] in training (paper: 0.01)."""
     random_second: bool = True
     """gshard only: keep the second expert with probability min(1, 2·gate) in training."""
@@ -87,6 +105,13 @@ class MoEConfig(Section):
     first_dense: NonNegativeInt = 0
     """The first n blocks are dense."""
 
+    def block_indices(self, layers: int) -> tuple[int, ...]:
+        """Which of `layers` blocks hold experts, counted from 0: every n-th one, n = `every`
+        (with 2: the second, fourth ...), that is not among the first `first_dense`."""
+        if self.experts == 0:
+            return ()
+        return tuple(i for i in range(self.first_dense, layers) if (i + 1) % self.every == 0)
+
 
 class ParallelConfig(Section):
     """How the ranks are used. World size = dp_replicate × dp_shard; ep folds into dp_shard."""
@@ -110,7 +135,7 @@ class DataConfig(Section):
     """Where the text comes from and how it becomes tokens."""
 
     source: str = "stdlib"
-    """`stdlib`; a file, folder or glob of text, .jsonl or .parquet; or a dataset name on the hub."""
+    """`stdlib`; a file, folder or glob of text, .jsonl or .parquet; or a dataset of the hub."""
     subset: str | None = None
     """Hub: the dataset's configuration name."""
     split: str = "train"
@@ -154,9 +179,12 @@ class TrainConfig(Section):
     """wsd: share of the steps in which the rate falls."""
     weight_decay: NonNegativeFloat = 0.1
     """Applied to matrices, not to norms."""
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: BelowOne = 0.9
+    """AdamW: decay of the mean of the gradients."""
+    beta2: BelowOne = 0.95
+    """AdamW: decay of the mean of their squares."""
     adam_eps: PositiveFloat = 1e-8
+    """AdamW: epsilon beside the root of that mean."""
     clip_norm: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
 
@@ -189,6 +217,7 @@ class LogConfig(Section):
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases, from rank 0."""
     wandb_project: str = "moetrain"
+    """Weights & Biases: the project that receives the run."""
 
 
 class Config(Section):
@@ -209,3 +238,22 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _compare_fields(self) -> Self:
+        if found := problems(self):
+            raise ValueError("\n".join(found))
+        return self
+
+    @property
+    def expert_ffn_dim(self) -> int:
+        """Hidden width of one expert, with null resolved."""
+        return self.moe.expert_ffn_dim or self.model.dense_ffn_dim
+
+    def dp_shard(self, world_size: int) -> int:
+        """Ranks over which one copy of the model is sharded."""
+        return world_size // self.parallel.dp_replicate
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches per rank and optimizer step."""
+        return self.train.global_batch // (self.train.micro_batch * world_size)

@@ -1,0 +1,212 @@
+"""What settings must satisfy together, and what is legal but hardly meant.
+
+Pure functions over a `moetrain.config.Config`. Each complaint is one line that names field, value,
+what it conflicts with and values that would do.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moetrain.errors import UserError
+
+if TYPE_CHECKING:
+    from moetrain.config import Config, ModelConfig, MoEConfig
+
+_FIELDS_OF_ROUTER = {
+    "moe.jitter": "switch",
+    "moe.random_second": "gshard",
+    "moe.renormalize": "topk",
+}
+
+
+def problems(config: Config) -> list[str]:
+    """Conflicts between fields that no number of ranks can mend."""
+    found = [*_name_problems(config.name), *_head_problems(config.model)]
+    if config.moe.experts:
+        return [*found, *_choice_problems(config.moe), *_placement_problems(config)]
+    if config.parallel.ep > 1:
+        found.append(
+            f"parallel.ep ({config.parallel.ep}) needs experts to share, but moe.experts is 0; "
+            "set parallel.ep to 1"
+        )
+    return found
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Raise `UserError`, with one line per problem, if the config cannot run on so many ranks."""
+    if world_size < 1:
+        raise UserError(f"world size ({world_size}) must be at least 1")
+    if found := [*_mesh_problems(config, world_size), *_batch_problems(config, world_size)]:
+        raise UserError("\n".join(found))
+
+
+def cautions(config: Config) -> list[str]:
+    """What is legal but hardly meant: settings without effect, and a router that cannot learn."""
+    found = []
+    for field, reason in _idle_settings(config):
+        section, name = field.split(".")
+        settings = getattr(config, section)
+        value = getattr(settings, name)
+        if value != type(settings).model_fields[name].default:
+            found.append(f"{field} ({spell(value)}) has no effect {reason}")
+    return found + list(_doubtful(config))
+
+
+def spell(value: object) -> str:
+    """A value as YAML and flags write it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _name_problems(name: str) -> Iterator[str]:
+    if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", name) and name not in (".", ".."):
+        return
+    suggestion = re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.")[:128] or "run"
+    yield (
+        f"name ({name}) must be 1 to 128 letters, digits, '.', '_' or '-', and neither '.' nor "
+        f"'..', because it names a folder inside out; try {suggestion}"
+    )
+
+
+def _head_problems(model: ModelConfig) -> Iterator[str]:
+    dim, heads, kv_heads = model.dim, model.heads, model.kv_heads
+    if dim % 2:
+        yield f"model.dim ({dim}) must be even (rotary positions); try {_multiples(dim, 2)}"
+    elif dim % heads or (dim // heads) % 2:
+        yield (
+            f"model.heads ({heads}) must divide model.dim ({dim}) into heads of even width "
+            f"(rotary positions); try {_nearest(_divisors(dim // 2), heads)}"
+        )
+    if kv_heads and heads % kv_heads:
+        yield (
+            f"model.kv_heads ({kv_heads}) must divide model.heads ({heads}); "
+            f"try {_nearest(_divisors(heads), kv_heads)}"
+        )
+
+
+def _choice_problems(moe: MoEConfig) -> Iterator[str]:
+    experts, top_k, router = moe.experts, moe.top_k, moe.router
+    needed = {"switch": 1, "gshard": 2}.get(router, top_k)
+    if top_k != needed:
+        yield (
+            f"moe.top_k ({top_k}) must be {needed} for moe.router {router}; "
+            f"set moe.top_k to {needed} or moe.router to topk"
+        )
+    elif experts < needed and router == "gshard":
+        yield f"moe.experts ({experts}) must be at least 2 for moe.router gshard; try 2 or 4"
+    elif experts < top_k:
+        legal = "1" if experts == 1 else f"1 to {experts}"
+        yield f"moe.top_k ({top_k}) must not exceed moe.experts ({experts}); try {legal}"
+
+
+def _placement_problems(config: Config) -> Iterator[str]:
+    moe, ep, layers = config.moe, config.parallel.ep, config.model.layers
+    if moe.experts % ep:
+        yield (
+            f"moe.experts ({moe.experts}) must be divisible by parallel.ep ({ep}); "
+            f"try {_multiples(moe.experts, ep)}, "
+            f"or parallel.ep {_nearest(_divisors(moe.experts), ep)}"
+        )
+    if not moe.block_indices(layers):
+        yield (
+            f"moe.every ({moe.every}) and moe.first_dense ({moe.first_dense}) leave none of "
+            f"model.layers ({layers}) for experts; try moe.every 1 and moe.first_dense 0, "
+            "or moe.experts 0 for a dense model"
+        )
+    if isinstance(moe.group, int) and config.data.seq_len % moe.group:
+        yield (
+            f"moe.group ({moe.group}) must divide data.seq_len ({config.data.seq_len}); "
+            f"try {_nearest(_divisors(config.data.seq_len), moe.group)}, sequence or microbatch"
+        )
+
+
+def _mesh_problems(config: Config, world_size: int) -> Iterator[str]:
+    replicas, ep = config.parallel.dp_replicate, config.parallel.ep
+    if world_size % replicas:
+        yield (
+            f"parallel.dp_replicate ({replicas}) must divide the world size ({world_size}); "
+            f"try {_nearest(_divisors(world_size), replicas)}"
+        )
+        return
+    dp_shard = config.dp_shard(world_size)
+    if dp_shard % ep:
+        legal = _divisors(math.gcd(dp_shard, config.moe.experts))
+        yield (
+            f"parallel.ep ({ep}) must divide dp_shard ({dp_shard} = world size {world_size} / "
+            f"parallel.dp_replicate {replicas}); try {_nearest(legal, ep)}, "
+            f"or a world size of {_multiples(world_size, ep * replicas)}"
+        )
+
+
+def _batch_problems(config: Config, world_size: int) -> Iterator[str]:
+    batch, micro = config.train.global_batch, config.train.micro_batch
+    if batch % world_size:
+        yield (
+            f"train.global_batch ({batch}) must be divisible by the world size ({world_size}); "
+            f"try {_multiples(batch, world_size)}"
+        )
+    elif batch % (micro * world_size):
+        yield (
+            f"train.global_batch ({batch}) must be train.micro_batch ({micro}) × world size "
+            f"({world_size}) × a whole number of accumulation steps; try train.micro_batch "
+            f"{_nearest(_divisors(batch // world_size), micro)}"
+        )
+
+
+def _idle_settings(config: Config) -> Iterator[tuple[str, str]]:
+    moe, source = config.moe, config.data.source
+    if moe.experts == 0:
+        idle = set(type(moe).model_fields) - {"experts"}
+        yield from ((f"moe.{field}", "when moe.experts is 0") for field in sorted(idle))
+    else:
+        for field, router in _FIELDS_OF_ROUTER.items():
+            if moe.router != router:
+                yield field, f"with moe.router {moe.router}; only {router} reads it"
+        if moe.capacity_factor is None and moe.eval_capacity_factor is None:
+            yield "moe.min_capacity", "when both capacity factors are null (dropless)"
+    if source == "stdlib" or Path(source).expanduser().exists():
+        for field in ("data.subset", "data.split", "data.streaming"):
+            yield field, f"for the local data.source {source}"
+    if source == "stdlib":
+        yield "data.field", "for data.source stdlib"
+    if config.train.schedule != "wsd":
+        yield "train.decay_fraction", f"with train.schedule {config.train.schedule}"
+    if config.checkpoint.every == 0:
+        yield "checkpoint.keep", "when checkpoint.every is 0 (never)"
+    if config.log.wandb == "off":
+        yield "log.wandb_project", "when log.wandb is off"
+
+
+def _doubtful(config: Config) -> Iterator[str]:
+    moe, train = config.moe, config.train
+    if moe.experts > 1 and moe.router == "topk" and moe.top_k == 1 and moe.renormalize:
+        yield (
+            "moe.renormalize (true) with moe.top_k 1 makes every gate 1, so the router learns "
+            "from the auxiliary losses alone; set moe.renormalize to false"
+        )
+    if train.warmup_steps >= train.steps:
+        yield (
+            f"train.warmup_steps ({train.warmup_steps}) lasts for all train.steps "
+            f"({train.steps}), so the learning rate never falls again"
+        )
+
+
+def _divisors(n: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
+def _nearest(values: list[int], wanted: int, most: int = 5) -> str:
+    *rest, last = sorted(sorted(values, key=lambda value: abs(value - wanted))[:most])
+    return f"{', '.join(map(str, rest))} or {last}" if rest else str(last)
+
+
+def _multiples(value: int, factor: int) -> str:
+    below, above = value // factor * factor, -(-value // factor) * factor
+    return f"{below} or {above}" if below else str(above)
