@@ -1,0 +1,228 @@
+"""Saving and loading, by all ranks together: they agree on the outcome, whatever it is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+
+from moetrain.checkpoint.folder import FOLDER, beside, delete, remove, saves
+from moetrain.checkpoint.manifest import (
+    MANIFEST,
+    MARKER,
+    DamagedCheckpointError,
+    Manifest,
+    ManifestReader,
+    build_manifest,
+    check_files,
+    check_tensors,
+    describe_files,
+    read_manifest,
+    seal,
+)
+from moetrain.errors import UserError
+
+Group = dist.ProcessGroup | None
+T = TypeVar("T")
+
+
+class CheckpointError(RuntimeError):
+    """Writing or reading failed on some rank (a full disk, say); raised alike on every rank."""
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    extra: dict[str, Any],
+    group: Group = None,
+) -> Path:
+    """Write and commit checkpoint `step` of a run; every rank of `group` calls it alike.
+
+    `tensors` maps a logical name to a DTensor, or to a tensor that is equal on all ranks; `extra`
+    is anything JSON holds. Returns the checkpoint's directory. A step that is saved again is
+    replaced in one move, and stays complete until then.
+
+    Raises CheckpointError on every rank if any rank failed: nothing is committed then, and earlier
+    checkpoints are as they were.
+    """
+    final = Path(run_dir) / FOLDER / f"step-{step:08d}"
+    partial = beside(final, "partial")
+    rank = dist.get_rank(group)
+    try:
+        _on_all(group, lambda: _prepare(final) if rank == 0 else None)
+        _on_all(group, lambda: _check_shared(partial))
+        metadata = _write_tensors(partial, tensors, group)
+        files = _gather(group, _on_all(group, lambda: describe_files(partial, rank)))
+
+        def commit() -> None:
+            manifest = build_manifest(step, extra, list(chain(*files)), metadata)
+            _commit(partial, final, manifest)
+
+        _on_all(group, lambda: commit() if rank == 0 else None)
+    except CheckpointError as error:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"checkpoint {final} was not saved: {error}") from error
+    return final
+
+
+def _prepare(final: Path) -> None:
+    """Make an empty directory for the save, clear what killed ones left."""
+    folder = final.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    replaced = beside(final, "replaced")
+    if replaced.exists() and not final.exists():
+        replaced.rename(final)
+    for leftover in [replaced, *folder.glob("step-*.partial")]:
+        if leftover.exists():
+            remove(leftover)
+    beside(final, "partial").mkdir()
+    _sync(folder.parent)
+
+
+def _check_shared(partial: Path) -> None:
+    # DCP would make a directory of its own on each machine, and nobody would miss the pieces.
+    if not partial.is_dir():
+        raise UserError(f"{partial}, made by rank 0, is not visible: ranks must share `out`")
+
+
+def _write_tensors(partial: Path, tensors: dict[str, Tensor], group: Group) -> Metadata:
+    writer = dcp.FileSystemWriter(partial, sync_files=True, overwrite=False)
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with _dcp_errors("writing tensors"):
+        return dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group)
+
+
+def _commit(partial: Path, final: Path, manifest: Manifest) -> None:
+    """Seal the finished directory and give it its name."""
+    content = manifest.model_dump_json().encode()
+    number = max((number for number, _ in saves(final.parent)), default=0) + 1
+    _write_synced(partial / MANIFEST, content)
+    _write_synced(partial / MARKER, seal(number, content))
+    _sync(partial)
+    replaced = beside(final, "replaced")
+    if final.exists():
+        final.rename(replaced)
+    partial.rename(final)
+    _sync(final.parent)
+    if replaced.exists():
+        delete(replaced)
+
+
+def load(
+    path: Path, tensors: dict[str, Tensor], group: Group = None, prefix: str = ""
+) -> dict[str, Any]:
+    """Fill `tensors` in place from a checkpoint directory and return its `extra`.
+
+    Every rank of `group` calls it alike. Tensors keep the layout they have, whatever layout they
+    were saved in: DCP reads the pieces each rank lacks. Only names that start with `prefix` are
+    looked at: "model." leaves the optimizer's moments on disk.
+
+    Before any tensor is touched, names, shapes and dtypes are compared (UserError listing every
+    difference), and size and SHA-256 of every file, each read by one rank
+    (DamagedCheckpointError). Nothing is unpickled but by torch's weights-only loader.
+    """
+    path = Path(path)
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+
+    def check() -> Manifest:
+        manifest = read_manifest(path)
+        check_tensors(path, manifest, tensors, prefix)
+        check_files(path, manifest.files[rank::world])
+        return manifest
+
+    manifest = _on_all(group, check)
+    reader = ManifestReader(path, manifest)
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with _dcp_errors(f"{path} could not be read"):
+        dcp.load(dict(tensors), storage_reader=reader, planner=planner, process_group=group)
+    return manifest.extra
+
+
+def load_latest(
+    run_dir: Path, tensors: dict[str, Tensor], group: Group = None
+) -> tuple[Path, dict[str, Any]] | None:
+    """Load the newest undamaged checkpoint of a run; return its path and `extra`.
+
+    A damaged one is passed over with a warning. Returns None only where the run never finished a
+    save; where all checkpoints are damaged, raises UserError rather than let a run start afresh.
+    """
+    rank = dist.get_rank(group)
+    mine = _on_all(group, lambda: saves(Path(run_dir) / FOLDER) if rank == 0 else [])
+    found = _gather(group, mine)[0]
+    for _, path in reversed(found):
+        try:
+            return path, load(path, tensors, group)
+        except DamagedCheckpointError as error:
+            if rank == 0:
+                warnings.warn(f"falling back to the checkpoint before: {error}", stacklevel=2)
+    if found:
+        raise UserError(f"all checkpoints of {run_dir} are damaged ({len(found)}, see warnings)")
+    return None
+
+
+def _on_all(group: Group, action: Callable[[], T]) -> T:
+    """Run `action` on every rank and return its result, or raise the same error on every rank.
+
+    A user's error keeps its kind and text; any other becomes a CheckpointError naming its rank.
+    """
+    result, error, cause = None, None, None
+    try:
+        result = action()
+    except UserError as failure:
+        error = cause = failure
+    except Exception as failure:
+        error, cause = CheckpointError(_blame(dist.get_rank(group), failure)), failure
+    errors = [error for error in _gather(group, error) if error is not None]
+    if errors:
+        # dict.fromkeys: what every rank says is said once.
+        raise type(errors[0])("\n".join(dict.fromkeys(map(str, errors)))) from cause
+    return cast(T, result)
+
+
+def _gather(group: Group, value: T) -> list[T]:
+    values: list[T] = [value] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+@contextmanager
+def _dcp_errors(what: str) -> Iterator[None]:
+    """Turn DCP's exception, which it raises alike on every rank, into CheckpointError."""
+    try:
+        yield
+    except CheckpointException as error:
+        blames = (_blame(rank, failure) for rank, (failure, _) in error.failures.items())
+        raise CheckpointError(f"{what}: " + "\n".join(blames)) from error
+
+
+def _blame(rank: int, error: BaseException) -> str:
+    return f"rank {rank}: {type(error).__name__}: {error}"
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a directory survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
