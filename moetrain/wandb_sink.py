@@ -1,0 +1,208 @@
+"""Weights & Biases beside the run, in a process of its own: it can neither stop nor stall the run.
+
+A thread of the sink feeds JSON lines to a child process, and the child alone imports wandb. Inside
+the training process wandb could block its exit (hooks that wait for the network), ask for a key on
+the terminal or take over standard output; here a missing key, an unreachable server, a hang or a
+crash costs one warning. This file is also the child's script: standard library alone at its top.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TextIO, final
+
+_log = logging.getLogger(__name__)
+
+_QUEUE_LINES = 1000
+
+
+@final
+class WandbSink:
+    """Sends metrics lines to wandb; whatever wandb does, `write` returns at once.
+
+    Its files lie in RUN/wandb. The first failure is one warning, and nothing is sent after it.
+
+    Args:
+        run_dir: the run's folder.
+        mode: `offline` needs neither key nor network; `wandb sync` uploads RUN/wandb later.
+        project: wandb's project.
+        name: the run's name there.
+        config: the resolved configuration, without secrets.
+        resumed: continue the wandb run that this folder began, if any.
+        start_s: seconds that wandb may take to start.
+        close_s: seconds that `close` lets it take to finish.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        mode: Literal["offline", "online"],
+        project: str,
+        name: str,
+        config: Mapping[str, Any],
+        resumed: bool,
+        start_s: float = 60.0,
+        close_s: float = 10.0,
+    ) -> None:
+        folder = run_dir.resolve() / "wandb"
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "mode": mode,
+            "project": project,
+            "name": name,
+            "dir": str(run_dir.resolve()),
+            "config": config,
+            "id": _run_id(folder, resumed),
+            "resume": "allow" if mode == "online" else None,
+        }
+        limits = {"start_s": start_s, "finish_s": close_s}
+        self._close_s = close_s
+        self._failed = False
+        self._lock = threading.Lock()
+        self._queue: queue.Queue[str | None] = queue.Queue(_QUEUE_LINES)
+        self._queue.put(json.dumps({"init": settings, **limits}, default=str))
+        self._child = _start_child(folder)
+        self._thread = threading.Thread(target=self._feed, name="wandb", daemon=True)
+        self._thread.start()
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Queue one metrics line."""
+        if self._failed:
+            return
+        try:
+            self._queue.put_nowait(json.dumps(flatten(line)))
+        except queue.Full:
+            self._fail(f"it is {_QUEUE_LINES} lines behind")
+
+    def close(self) -> None:
+        """Let wandb finish; returns after about `close_s` seconds at the latest."""
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(None)
+        self._thread.join(self._close_s + 1)
+        if self._thread.is_alive():
+            self._fail(f"it did not finish within {self._close_s:g} s")
+            self._thread.join(1)
+
+    def _feed(self) -> None:
+        """The thread: pass the lines on, then hear how the child ended."""
+        stdin, stdout = self._child.stdin, self._child.stdout
+        assert stdin is not None
+        assert stdout is not None
+        with contextlib.suppress(OSError), stdin:  # OSError: the child is gone
+            while (line := self._queue.get()) is not None:
+                stdin.write(line + "\n")
+                stdin.flush()
+        with stdout:
+            reason = stdout.read().strip()
+        if self._child.wait() != 0:
+            self._fail(reason or f"its process ended with code {self._child.returncode}")
+
+    def _fail(self, reason: str) -> None:
+        with self._lock:
+            if self._failed:
+                return
+            self._failed = True
+        _log.warning("wandb is off for the rest of this run: %s", reason)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)
+
+
+def flatten(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a metrics line by name; of each MoE layer its drop_rate and max_vio."""
+    numbers = {name: value for name, value in line.items() if isinstance(value, int | float)}
+    for index, layer in enumerate(line.get("layers", ())):
+        for name in ("drop_rate", "max_vio"):
+            numbers[f"moe_layer_{index:02d}/{name}"] = layer[name]
+    return numbers
+
+
+def _run_id(folder: Path, resumed: bool) -> str:
+    """The id by which wandb knows this run, kept in the folder across restarts."""
+    file = folder / "run-id"
+    if not (resumed and file.exists()):
+        file.write_text(uuid.uuid4().hex[:12])
+    return file.read_text().strip()
+
+
+def _start_child(folder: Path) -> subprocess.Popen[str]:
+    """Run this file: lines go in by stdin, the reason of a failure comes back by stdout."""
+    # A session of its own keeps the terminal's Ctrl-C and torchrun's signals from the child: it
+    # ends with its input. -P keeps this package's modules from shadowing anyone's.
+    with (folder / "process.log").open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-P", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+            env={"WANDB_CACHE_DIR": str(folder / "cache"), "WANDB_SILENT": "true"} | os.environ,
+        )
+
+
+def _child_main(lines: TextIO, report: TextIO) -> None:
+    """The child: start wandb, log every line, finish; `report` hears why where that fails."""
+    first = json.loads(lines.readline())
+    try:
+        with _limit(first["start_s"], "start", report):
+            run = _init_wandb(first["init"], first["start_s"])
+        for text in lines:
+            run.log(json.loads(text))
+        with _limit(first["finish_s"], "finish", report):
+            run.finish()
+    except BaseException as error:
+        _end(f"{type(error).__name__}: {error}", report)
+
+
+def _init_wandb(init: dict[str, Any], timeout_s: float) -> Any:
+    import wandb
+
+    settings = {
+        "console": "off",
+        "silent": True,
+        "disable_git": True,
+        "save_code": False,
+        "x_disable_meta": True,  # it would record the command line, which may hold secrets
+        "x_stats_pid": os.getppid(),  # whose memory and GPUs to chart
+        "init_timeout": timeout_s,
+    }
+    run = wandb.init(**init, settings=settings)
+    # A step of our own: a resumed run goes back in steps, which wandb's counter does not allow.
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+@contextlib.contextmanager
+def _limit(seconds: float, what: str, report: TextIO) -> Iterator[None]:
+    """End this process where the block takes longer than `seconds`."""
+    timer = threading.Timer(seconds, _end, [f"it did not {what} within {seconds:g} s", report])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _end(reason: str, report: TextIO) -> None:
+    """Report and leave at once, past every exit hook that might wait."""
+    report.write(reason)
+    report.flush()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    report = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what wandb prints goes to the log
+    _child_main(sys.stdin, report)

@@ -1,0 +1,219 @@
+"""wandb may fail in every way; a run must not notice. The faults happen in a real process."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from moetrain.wandb_sink import WandbSink, flatten
+
+FAKE = """
+import json, os, signal, sys, time
+def act(when):
+    action = os.environ.get("FAKE_" + when)
+    if action == "raise": raise RuntimeError("no network at " + when)
+    if action == "exit": sys.exit("leaving")
+    if action == "die": os.kill(os.getpid(), signal.SIGKILL)
+    if action == "block": time.sleep(1000)
+class Run:
+    def define_metric(self, *args, **kwargs): self.record("define", [args, kwargs])
+    def log(self, values): act("LOG"); self.record("log", values)
+    def finish(self): act("FINISH"); self.record("finish", None)
+    def record(self, kind, value):
+        with open(os.environ["FAKE_RECORD"], "a") as file:
+            file.write(json.dumps([kind, value]) + "\\n")
+def init(**kwargs):
+    print("chatter of wandb")
+    act("INIT")
+    run = Run()
+    run.record("init", kwargs)
+    return run
+"""
+
+CONFIG = {"seed": 1}
+REASONS = {
+    "raise": "RuntimeError: no network at {when}",
+    "exit": "SystemExit: leaving",
+    "die": "its process ended with code -9",
+    "block": "within 0.5 s",
+}
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A wandb that only the child can see; returns what it was told so far."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "wandb.py").write_text(FAKE)
+    record = tmp_path / "record"
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    monkeypatch.setenv("FAKE_RECORD", str(record))
+    return lambda: [json.loads(line) for line in record.read_text().splitlines()]
+
+
+def sink(tmp_path, mode: Literal["offline", "online"] = "online", resumed=False, **limits):
+    return WandbSink(tmp_path / "run", mode, "project", "name", CONFIG, resumed, **limits)
+
+
+def log_steps(target, num_steps):
+    """Write lines; returns the longest that one took."""
+    slowest = 0.0
+    for step in range(1, num_steps + 1):
+        start = time.perf_counter()
+        target.write({"step": step, "loss": 1.0, "layers": []})
+        slowest = max(slowest, time.perf_counter() - start)
+    return slowest
+
+
+def test_every_line_arrives_in_order_and_the_run_is_finished(tmp_path, fake, caplog):
+    target = sink(tmp_path)
+    log_steps(target, 50)
+    target.close()
+    kinds = [kind for kind, _ in fake()]
+    assert kinds == ["init", "define", *["log"] * 50, "finish"]
+    assert [value["step"] for kind, value in fake() if kind == "log"] == list(range(1, 51))
+    init = fake()[0][1]
+    assert (init["project"], init["name"], init["config"]) == ("project", "name", CONFIG)
+    assert init["dir"] == str(tmp_path / "run")
+    assert not caplog.records
+    assert "chatter" in (tmp_path / "run" / "wandb" / "process.log").read_text()
+
+
+@pytest.mark.parametrize("when", ["INIT", "LOG", "FINISH"])
+@pytest.mark.parametrize("action", ["raise", "exit", "die", "block"])
+def test_a_failure_is_one_warning_and_never_a_wait(
+    tmp_path, fake, monkeypatch, caplog, when, action
+):
+    monkeypatch.setenv("FAKE_" + when, action)
+    target = sink(tmp_path, start_s=0.5, close_s=0.5)
+    slowest = log_steps(target, 30)
+    time.sleep(0.1)
+    slowest = max(slowest, log_steps(target, 30))
+    start = time.perf_counter()
+    target.close()
+    assert time.perf_counter() - start < 4
+    assert slowest < 0.3
+    assert len(caplog.records) == 1
+    assert "wandb is off for the rest of this run" in caplog.text
+    assert REASONS[action].format(when=when) in caplog.text
+    assert target._child.poll() is not None
+
+
+def test_a_wandb_that_lags_behind_is_given_up(tmp_path, fake, monkeypatch, caplog):
+    monkeypatch.setenv("FAKE_LOG", "block")
+    target = sink(tmp_path)
+    assert log_steps(target, 5000) < 0.3
+    start = time.perf_counter()
+    target.close()
+    assert time.perf_counter() - start < 2
+    assert [record.getMessage().rsplit(": ")[1] for record in caplog.records] == [
+        "it is 1000 lines behind"
+    ]
+
+
+def test_it_continues_the_same_wandb_run_only_when_resumed(tmp_path, fake):
+    for resumed in (False, True, False):
+        target = sink(tmp_path, resumed=resumed)
+        target.close()
+    first, second, third = (value["id"] for kind, value in fake() if kind == "init")
+    assert first == second != third
+
+
+def test_the_child_ends_with_a_killed_run(tmp_path, fake):
+    script = (
+        "import sys, time; from pathlib import Path;"
+        "from moetrain.wandb_sink import WandbSink;"
+        "sink = WandbSink(Path(sys.argv[1]), 'online', 'p', 'n', {}, False);"
+        "sink.write({'step': 1}); print(sink._child.pid, flush=True); time.sleep(100)"
+    )
+    root = str(Path(__file__).parents[1])
+    env = os.environ | {"PYTHONPATH": root + os.pathsep + os.environ["PYTHONPATH"]}
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as run:
+        assert run.stdout is not None
+        child = int(run.stdout.readline())
+        wait_until(lambda: ["log", {"step": 1}] in fake())
+        run.send_signal(signal.SIGKILL)
+    wait_until(lambda: not is_running(child))
+    assert fake()[-1] == ["finish", None]
+
+
+def wait_until(condition, timeout_s=20):
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        try:
+            if condition():
+                return
+        except FileNotFoundError:
+            pass
+        time.sleep(0.05)
+    raise AssertionError("it did not happen")
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_numbers_of_a_line_by_name():
+    layers = [{"drop_rate": 0.5, "max_vio": 1.0, "load": [1, 2]}, {"drop_rate": 0, "max_vio": 0}]
+    assert flatten({"step": 3, "mfu": None, "loss": 2.0, "layers": layers}) == {
+        "step": 3,
+        "loss": 2.0,
+        "moe_layer_00/drop_rate": 0.5,
+        "moe_layer_00/max_vio": 1.0,
+        "moe_layer_01/drop_rate": 0,
+        "moe_layer_01/max_vio": 0,
+    }
+    assert flatten({"step": 3, "eval_loss": 2.0}) == {"step": 3, "eval_loss": 2.0}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """No key anywhere, and a home where stray files show."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def test_the_real_wandb_offline_keeps_its_files_in_the_run(tmp_path, home, caplog):
+    target = sink(tmp_path, mode="offline")
+    log_steps(target, 5)
+    target.close()
+    assert not caplog.records
+    (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    assert b"loss" in written.read_bytes()
+    assert [path for path in home.rglob("*") if path.is_file()] == []
+
+
+def test_the_real_wandb_without_a_key(tmp_path, home, caplog):
+    target = sink(tmp_path)
+    wait_until(lambda: target._child.poll() is not None)
+    log_steps(target, 5)
+    target.close()
+    assert len(caplog.records) == 1
+    assert "API key" in caplog.text
+
+
+def test_the_real_wandb_and_a_server_that_never_answers(tmp_path, home, monkeypatch, caplog):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        target = sink(tmp_path, start_s=2, close_s=1)
+        assert log_steps(target, 5) < 0.5
+        wait_until(lambda: target._child.poll() is not None)
+        start = time.perf_counter()
+        target.close()
+    assert time.perf_counter() - start < 3
+    assert len(caplog.records) == 1
