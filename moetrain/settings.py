@@ -1,0 +1,293 @@
+"""From a YAML file and command-line flags to a `Config`, and back to a file.
+
+YAML values lie over the defaults and flags lie over the YAML; all are checked once, together, so
+that a flag can mend what the file alone would get wrong. tyro types the flags, PyYAML reads the
+file, pydantic checks the values; whatever they object to becomes one `UserError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, ClassVar, TypedDict, TypeVar, get_args, get_type_hints
+
+import tyro
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from yaml.constructor import ConstructorError
+from yaml.scanner import ScannerError
+
+from moetrain.config import Config, Section
+from moetrain.constraints import spell
+from moetrain.errors import UserError
+
+_S = TypeVar("_S", bound=Section)
+
+
+def load(path: Path | str | None, flags: Sequence[str] = ()) -> Config:
+    """Read a YAML file (None: defaults alone), put typed flags over it and check the whole.
+
+    Flags read `--section.field value` or `--section.field=value`; `null` is null.
+    Raises `UserError` with one line per problem.
+    """
+    reject_repeated(flags)
+    with one_message():
+        given = tyro.cli(flags_of(Config), prog="moetrain", args=flags, registry=REGISTRY)
+    return resolve(path, given)
+
+
+def resolve(path: Path | str | None, given: Mapping[str, Any]) -> Config:
+    """The config of a YAML file under values given as `{section: {field: value}}`."""
+    values = {} if path is None else read_yaml(Path(path))
+    return build(Config, _merged(values, given))
+
+
+def build(section: type[_S], values: Mapping[str, Any]) -> _S:
+    """Check values against a section; what pydantic objects to becomes one `UserError`."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(_explanations(section, error))) from None
+
+
+def save(config: Config, path: Path) -> None:
+    """Write every setting, defaults too, as YAML that `load` reads back equal."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def run_directory(out: Path, name: str) -> Path:
+    """`out/name` with every link followed; `UserError` if a link leads out of `out`."""
+    home, folder = out.resolve(), (out / name).resolve()
+    if home not in folder.parents:
+        raise UserError(
+            f"name ({name}) leads out of out ({out}) by a link, to {folder}; "
+            "remove the link or choose another name"
+        )
+    return folder
+
+
+# ---------------------------------------------------------------- YAML
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file: plain values only, no key twice, an empty section is {}."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; name a YAML file") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: {error.problem}{_YAML_FIX.get(type(error), '')}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path} is not YAML in UTF-8: {error}") from None
+    if not isinstance(values, dict | NoneType):
+        raise UserError(f"{path} must hold sections such as 'moe:', not a {type(values).__name__}")
+    return {
+        key: {} if value is None and _subsection(Config, key) else value
+        for key, value in (values or {}).items()
+    }
+
+
+_YAML_FIX: dict[type, str] = {
+    ConstructorError: "; write plain values, without tags",
+    ScannerError: "; put text that holds YAML's signs in quotes",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without repeated keys, in which only true and false are booleans (YAML 1.2)."""
+
+    yaml_implicit_resolvers: ClassVar = {  # so that `wandb: off` stays the word it looks like
+        first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"{key.value} is given twice; keep one of the two"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF")
+)
+
+
+def _merged(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for key, value in given.items():
+        if isinstance(value, dict):
+            section = merged.get(key, {})
+            merged[key] = {**section, **value} if isinstance(section, dict) else section
+        else:
+            merged[key] = value
+    return merged
+
+
+# ---------------------------------------------------------------- flags
+
+REGISTRY = ConstructorRegistry()
+"""How flags spell null and booleans: as YAML does."""
+
+
+@REGISTRY.primitive_rule
+def _null_flag(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    if info.type is not NoneType:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="null",
+        choices=("null", "None"),
+        instance_from_str=lambda words: None,
+        is_instance=lambda value: value is None,
+        str_from_instance=lambda value: [spell(value)],
+    )
+
+
+@REGISTRY.primitive_rule
+def _bool_flag(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    if info.type is not bool:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{true,false}",
+        choices=("true", "false", "True", "False"),
+        instance_from_str=lambda words: words[0].lower() == "true",
+        is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda value: [spell(value)],
+    )
+
+
+def flags_of(section: type[Section], without: str = "") -> Any:
+    """A type for tyro: every field of a section but `without` as a flag that may be missing.
+
+    What was not given is missing from the parsed dict as well, so a flag's default cannot hide the
+    value of the file. Help comes from the fields' descriptions.
+    """
+    hints = get_type_hints(section)  # without pydantic's constraints: pydantic checks them later
+    flags = {}
+    for name, field in section.model_fields.items():
+        if subsection := _subsection(section, name):
+            flags[name] = flags_of(subsection)
+        elif name != without:
+            hint = tyro.conf.arg(
+                help=field.description, help_behavior_hint=f"(default: {spell(field.default)})"
+            )
+            flags[name] = Annotated[hints[name], tyro.conf.FlagConversionOff, hint]
+    typed = TypedDict(section.__name__, flags, total=False)  # pyright: ignore
+    typed.__doc__ = section.__doc__
+    return typed
+
+
+def reject_repeated(args: Sequence[str]) -> None:
+    """Raise `UserError` if a flag is given twice (tyro would silently take the last)."""
+    names = [arg.split("=")[0].replace("_", "-") for arg in args if arg.startswith("--")]
+    if repeated := [name for name, times in Counter(names).items() if name != "--" and times > 1]:
+        raise UserError(f"{' and '.join(repeated)} given twice; keep one of the two")
+
+
+@contextlib.contextmanager
+def one_message() -> Iterator[None]:
+    """Turn tyro's boxed complaint and exit into one `UserError`."""
+    screen = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(screen):
+            yield
+    except SystemExit as stop:
+        if stop.code != 2:
+            raise
+        raise UserError(_unboxed(screen.getvalue())) from None
+
+
+def _unboxed(text: str) -> str:
+    lines = [line.strip("│ ") for line in text.splitlines() if line[:1] not in "╭╰"]
+    words = [line for line in lines if line.strip("─ ")]
+    return "\n".join(line for line in words if not line.startswith("For full helptext"))
+
+
+# ---------------------------------------------------------------- messages
+
+
+def _explanations(section: type[Section], error: ValidationError) -> Iterator[str]:
+    """One line per wrong field; the branches of a union are one line."""
+    by_field: dict[str, list[ErrorDetails]] = {}
+    for detail in error.errors(include_url=False):
+        depth = 2 if _subsection(section, str((*detail["loc"], "")[0])) else 1
+        by_field.setdefault(".".join(map(str, detail["loc"][:depth])), []).append(detail)
+    for field, details in by_field.items():
+        yield _explanation(section, field, details)
+
+
+_PLAIN_WORDS = {"string_type": "text (put it in quotes)", "path_type": "a path"}
+
+
+def _explanation(section: type[Section], field: str, details: list[ErrorDetails]) -> str:
+    first = details[0]
+    if first["type"] == "value_error":
+        return first["msg"].removeprefix("Value error, ")  # from moetrain.constraints: complete
+    if first["type"] in ("extra_forbidden", "invalid_key"):
+        return f"{field} is not a setting; {_suggestion(section, field)}"
+    *above, name = field.split(".")
+    owner = _subsection(section, above[0]) if above else section
+    if owner is None or name not in owner.model_fields or _subsection(owner, name):
+        return f"{field} ({_short(first['input'])}) must be a section with settings of its own"
+    wanted = [_PLAIN_WORDS.get(detail["type"], detail["msg"]) for detail in details]
+    wanted = [words.removeprefix("Input should be ").split(", unable")[0] for words in wanted]
+    if NoneType in get_args(owner.model_fields[name].annotation):
+        wanted.append("null")
+    default = spell(owner.model_fields[name].default)
+    return (
+        f"{field} ({_short(first['input'])}) must be {' or '.join(wanted)}; "
+        f"the default is {default}"
+    )
+
+
+def _suggestion(section: type[Section], field: str) -> str:
+    known = list(_dotted(section))
+    leaves = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+    near = difflib.get_close_matches(field, known, n=1, cutoff=0.75)
+    if not near:
+        leaf = difflib.get_close_matches(field.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.75)
+        near = [leaves[name] for name in leaf]
+    if near:
+        return f"did you mean {near[0]}?"
+    above = field.rpartition(".")[0]
+    siblings = _subsection(section, above) or section
+    return f"{above or 'the top level'} has {', '.join(siblings.model_fields)}"
+
+
+def _dotted(section: type[Section], above: str = "") -> Iterator[str]:
+    for name in section.model_fields:
+        yield above + name
+        if subsection := _subsection(section, name):
+            yield from _dotted(subsection, f"{above}{name}.")
+
+
+def _subsection(section: type[Section], name: object) -> type[Section] | None:
+    field = section.model_fields.get(name) if isinstance(name, str) else None
+    kind = field.annotation if field else None
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def _short(value: object) -> str:
+    text = spell(value)
+    return text if len(text) <= 60 else text[:57] + "..."
