@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moetrain.config import Config
+from moetrain.config import Config, MoEConfig
 from moetrain.model import Attention, Block, FeedForward, Transformer
 from moetrain.moe import MoE
 
@@ -28,31 +28,24 @@ def _block(config: Config, layer: int) -> Block:
         layer,
         model.dim,
         model.heads,
-        model.kv_heads or model.heads,
+        model.num_kv_heads,
         rope_theta=model.rope_theta,
         qk_norm=model.qk_norm,
         norm_eps=model.norm_eps,
     )
-    ffn_dim = model.ffn_dim or 4 * model.dim
-    if not is_moe_layer(config, layer):
-        return Block(model.dim, model.norm_eps, attention, FeedForward(model.dim, ffn_dim), None)
-    expert_dim = moe.expert_ffn_dim or ffn_dim
+    if layer not in moe.block_indices(model.layers):
+        dense = FeedForward(model.dim, model.dense_ffn_dim)
+        return Block(model.dim, model.norm_eps, attention, dense, moe=None)
+    expert_dim = moe.expert_ffn_dim or model.dense_ffn_dim
     shared = FeedForward(model.dim, moe.shared_experts * expert_dim) if moe.shared_experts else None
-    return Block(model.dim, model.norm_eps, attention, shared, _moe(config, layer, expert_dim))
+    experts = _moe(moe, layer, model.dim, expert_dim)
+    return Block(model.dim, model.norm_eps, attention, shared, experts)
 
 
-def is_moe_layer(config: Config, layer: int) -> bool:
-    """Whether a block (from 0) holds experts: every n-th one past the first dense ones."""
-    moe = config.moe
-    past = layer - moe.first_dense
-    return moe.experts > 0 and past >= 0 and past % moe.every == moe.every - 1
-
-
-def _moe(config: Config, layer: int, expert_dim: int) -> MoE:
-    moe = config.moe
+def _moe(moe: MoEConfig, layer: int, dim: int, expert_dim: int) -> MoE:
     return MoE(
         layer,
-        config.model.dim,
+        dim,
         expert_dim,
         moe.experts,
         moe.top_k,

@@ -1,0 +1,42 @@
+"""Parameters and FLOPs, counted on a built model (the meta device will do)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from moetrain.model import Transformer
+from moetrain.moe import MoE
+
+
+class Sizes(NamedTuple):
+    """Parameter counts of a model."""
+
+    total: int
+    """Every parameter, a tied embedding once."""
+    active: int
+    """Those a token passes: top-k of the experts, everything else whole."""
+    embedding: int
+    """Those of the input embedding, which a token looks up rather than multiplies."""
+
+
+def sizes(model: Transformer) -> Sizes:
+    """Count the parameters, with experts in full logical shape."""
+    total = sum(p.numel() for p in model.parameters())
+    idle = 0
+    for module in model.modules():
+        if isinstance(module, MoE):
+            of_experts = sum(p.numel() for p in module.experts.parameters())
+            idle += of_experts * (module.num_experts - module.top_k) // module.num_experts
+    return Sizes(total, total - idle, model.embedding.weight.numel())
+
+
+def train_flops_per_token(model: Transformer, dim: int, layers: int, seq_len: int) -> float:
+    """Model FLOPs of forward and backward per token: 6·N + 12·layers·dim·seq_len.
+
+    N counts the active parameters that are multiplied (the output projection, not the look-up);
+    attention counts in full although it is causal. (PaLM, 2204.02311, appendix B.) Empty slots and
+    recomputation are not counted, and dropped assignments are.
+    """
+    counted = sizes(model)
+    multiplied = counted.active - (0 if model.head is None else counted.embedding)
+    return 6 * multiplied + 12 * layers * dim * seq_len
