@@ -22,6 +22,14 @@ def build_model(config: Config, vocab_size: int) -> Transformer:
         )
 
 
+def routing_group_tokens(config: Config) -> int | None:
+    """Tokens of a routing group; None for a whole micro-batch."""
+    group = config.moe.group
+    if group == "sequence":
+        return config.data.seq_len
+    return None if group == "microbatch" else group
+
+
 def _block(config: Config, layer: int) -> Block:
     model, moe = config.model, config.moe
     attention = Attention(

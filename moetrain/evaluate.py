@@ -1,0 +1,100 @@
+"""Loss on held-out text, with the evaluation capacity factor and nothing drawn at random."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from moetrain import restore
+from moetrain.build import routing_group_tokens
+from moetrain.config import Config
+from moetrain.data import Batch, Manifest, Samples, prepare
+from moetrain.mesh import Mesh, on_first_local_rank, process_group, rank_and_world
+from moetrain.metrics import drop_rate
+from moetrain.model import Output
+from moetrain.moe import Draws
+from moetrain.moe.layer import Mode
+from moetrain.objective import Means, count, reduce, sums
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The same batch in the device's memory."""
+    return Batch(*(None if part is None else part.to(device) for part in batch))  # type: ignore[arg-type]
+
+
+def forward(model: nn.Module, batch: Batch, mode: Mode, draws: Draws | None = None) -> Output:
+    """Run the model on a batch that has targets."""
+    return model(
+        batch.tokens_BL,
+        valid_BL=batch.valid_BL,
+        targets_BL=batch.targets_BL,
+        document_BL=batch.document_BL,
+        mode=mode,
+        draws=draws,
+    )
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, samples: Samples, sequences: int, config: Config, mesh: Mesh) -> Means:
+    """Mean loss and ledgers over the first `sequences` samples, spread over the ranks.
+
+    Every rank runs the same number of batches, filled up with padding, so that none waits for
+    another in a collective. With routing groups inside sequences the result depends on no layout.
+    """
+    micro = config.train.micro_batch
+    wanted = min(sequences, len(samples))
+    parts, batches = [], []
+    for first in range(0, wanted, micro * mesh.world):
+        start = first + mesh.rank * micro
+        indices = [i if i < wanted else -1 for i in range(start, start + micro)]
+        batch = on_device(samples.batch(indices), mesh.device)
+        parts.append(sums(forward(model, batch, "eval")))
+        batches.append((batch.valid_BL, batch.targets_BL))
+    return reduce(parts, count(batches, routing_group_tokens(config), mesh), mesh)
+
+
+def nats_per_byte(loss: float, manifest: Manifest) -> float:
+    """Held-out loss per byte of text: nats per token times the tokens per byte of that text."""
+    return loss * manifest.eval.tokens / manifest.eval.bytes
+
+
+def run(path: Path | str, split: Literal["train", "eval"], sequences: int | None) -> None:
+    """Print the loss of a checkpoint on a split of its run's data, on all ranks of the launcher.
+
+    Experts are spread as in the run where the number of ranks allows it.
+    """
+    found = restore.find(path)
+    config = found.config
+    world = rank_and_world()[1]
+    ep = config.parallel.ep if world % config.parallel.ep == 0 else 1
+    with process_group() as device:
+        mesh = Mesh(device, ep)
+        prepared = on_first_local_rank(lambda: prepare(config.data))
+        samples = Samples(
+            prepared, split, config.data.seq_len, config.seed, config.data.mask_documents
+        )
+        model = restore.model_on_mesh(found, mesh)
+        means = evaluate(model, samples, sequences or config.eval.sequences, config, mesh)
+        if mesh.rank == 0:
+            print(_summary(found, split, means, prepared.manifest))
+
+
+def _summary(
+    found: restore.Checkpoint, split: Literal["train", "eval"], means: Means, manifest: Manifest
+) -> str:
+    text = "held-out text" if split == "eval" else "training text"
+    lines = [f"{found.path.name} on {text}: {means.loss:.4f} nats per token"]
+    if split == "eval":
+        entropy = manifest.byte_entropy
+        lines.append(
+            f"  {nats_per_byte(means.loss, manifest):.4f} nats per byte "
+            f"(unigram model {entropy['unigram']:.4f}, bigram model {entropy['bigram']:.4f})"
+        )
+    if means.ledgers:
+        factor = found.config.moe.eval_capacity_factor
+        limit = "dropless" if factor is None else f"capacity factor {factor}"
+        lines.append(f"  {100 * drop_rate(means.ledgers):.2f} % of assignments dropped ({limit})")
+    return "\n".join(lines)

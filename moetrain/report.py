@@ -1,0 +1,131 @@
+"""What a run tells while it goes and leaves behind: metrics, live progress, wandb, plots.
+
+Rank 0 does the writing; the methods may be called on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+from moetrain import metrics, settings
+from moetrain.config import Config
+from moetrain.data import Manifest
+from moetrain.evaluate import nats_per_byte
+from moetrain.mesh import Mesh
+from moetrain.model import Transformer
+from moetrain.objective import Means
+from moetrain.plots import write_plots
+from moetrain.progress import progress
+from moetrain.sinks import MetricsLog
+from moetrain.sizes import sizes, train_flops_per_token
+from moetrain.wandb_sink import WandbSink
+
+
+class Report:
+    """Turns the numbers of a run into lines and sends them to the run's folder and the screen."""
+
+    def __init__(
+        self, config: Config, folder: Path, mesh: Mesh, model: Transformer, resume_step: int
+    ):
+        """Open the sinks (rank 0); what was logged after `resume_step` is dropped."""
+        self._config, self._folder, self._mesh = config, folder, mesh
+        self._flops_per_token = train_flops_per_token(
+            model, config.model.dim, config.model.layers, config.data.seq_len
+        )
+        self._peak_flops = metrics.device_peak_flops(mesh.device, config.engine.precision)
+        self._steps, self._seconds = 0, 0.0
+        self._is_writer = mesh.rank == 0
+        self._closing = ExitStack()
+        self._wandb: WandbSink | None = None
+        if self._is_writer:
+            self._open(model, resume_step)
+
+    def _open(self, model: Transformer, resume_step: int) -> None:
+        config, folder = self._config, self._folder
+        folder.mkdir(parents=True, exist_ok=True)
+        settings.save(config, folder / "config.yaml")
+        self._log = MetricsLog(folder, resume_step)
+        self._closing.callback(self._log.close)
+        if config.log.wandb != "off":
+            self._wandb = WandbSink(
+                folder,
+                config.log.wandb,
+                config.log.wandb_project,
+                config.name,
+                config.model_dump(mode="json"),
+                resumed=resume_step > 0,
+            )
+            self._closing.callback(self._wandb.close)
+        self._progress = progress(config.train.steps)
+        self._closing.enter_context(self._progress)
+        counted = sizes(model)
+        self._progress.note(
+            f"{folder}: {counted.total:,} parameters, {counted.active:,} active, on "
+            f"{self._mesh.world} ranks ({self._mesh.device.type}), "
+            + (f"from step {resume_step}" if resume_step else "from the start")
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    def step_took(self, seconds: float) -> None:
+        """Count the time of one optimizer step, without evaluation and checkpoints."""
+        self._steps += 1
+        self._seconds += seconds
+
+    def train(self, step: int, tokens: int, means: Means, grad_norm: float, lr: float) -> None:
+        """Report the optimizer step just finished; speed is the mean since the last report."""
+        config = self._config
+        line = metrics.train_line(
+            step=step,
+            tokens=tokens,
+            loss=means.loss,
+            balance_loss=means.balance_loss,
+            z_loss=means.z_loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            ledgers=means.ledgers,
+            speed=metrics.speed(
+                step_tokens=config.train.global_batch * config.data.seq_len,
+                step_time_s=self._seconds / self._steps,
+                flops_per_token=self._flops_per_token,
+                devices=self._mesh.world,
+                peak_flops=self._peak_flops,
+            ),
+            memory_gib=metrics.memory_gib(self._mesh.device),
+        )
+        self._steps, self._seconds = 0, 0.0
+        self._write(line)
+
+    def evaluation(self, step: int, means: Means, manifest: Manifest) -> None:
+        """Report an evaluation on held-out text."""
+        per_byte = nats_per_byte(means.loss, manifest)
+        self._write(
+            metrics.eval_line(
+                step=step, loss=means.loss, nats_per_byte=per_byte, ledgers=means.ledgers
+            )
+        )
+
+    def saved(self, step: int) -> None:
+        """Report a checkpoint."""
+        if self._is_writer:
+            self._progress.note(f"checkpoint of step {step} saved")
+
+    def finish(self, manifest: Manifest) -> None:
+        """Draw the plots and say where they are."""
+        if self._is_writer:
+            pictures = write_plots(self._folder, manifest.byte_entropy)
+            self._progress.note(f"plots: {', '.join(map(str, pictures))}")
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        if self._is_writer:
+            self._log.write(line)
+            self._progress.update(line)
+            if self._wandb is not None:
+                self._wandb.write(line)

@@ -1,0 +1,80 @@
+"""A trained model back from its checkpoint, for evaluation and generation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from moetrain import checkpoint, settings
+from moetrain.build import build_model
+from moetrain.config import Config
+from moetrain.data import Tokenizer, load_tokenizer
+from moetrain.errors import UserError
+from moetrain.mesh import Mesh
+from moetrain.model import Transformer
+from moetrain.parallel import parallelize
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint found, not yet loaded."""
+
+    path: Path
+    step: int
+    config: Config
+    vocab_size: int
+    tokenizer_fingerprint: str
+
+
+def find(path: Path | str) -> Checkpoint:
+    """The checkpoint that a run's folder or a checkpoint's own stands for, and what it says.
+
+    Raises UserError where there is none.
+    """
+    found = checkpoint.resolve(path)
+    manifest = checkpoint.read_manifest(found)
+    extra = manifest.extra
+    config = settings.build(Config, extra["config"])
+    return Checkpoint(found, manifest.step, config, extra["vocab_size"], extra["tokenizer"])
+
+
+def model_on_mesh(found: Checkpoint, mesh: Mesh) -> Transformer:
+    """The model spread over a mesh as in training, for any mesh."""
+    config = found.config
+    model = build_model(config, found.vocab_size)
+    parallelize(model, mesh, config.engine.precision, config.seed)
+    _load(found, model)
+    return model
+
+
+def model_on_device(found: Checkpoint, device: torch.device) -> Transformer:
+    """The whole model on one device, in fp32 (fp64 for a run in fp64)."""
+    model = build_model(found.config, found.vocab_size).to_empty(device=device)
+    if found.config.engine.precision == "fp64":
+        model.double()
+    _load(found, model)
+    return model
+
+
+def _load(found: Checkpoint, model: Transformer) -> None:
+    tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
+    checkpoint.load(found.path, tensors, prefix="model.")
+
+
+def tokenizer(found: Checkpoint) -> Tokenizer:
+    """The tokenizer the model was trained with: the run's own copy, else where it came from.
+
+    Raises UserError when it is another one by now.
+    """
+    copy = found.path.parent.parent / TOKENIZER_FILE
+    name = str(copy) if copy.exists() else found.config.data.tokenizer
+    loaded = load_tokenizer(name)
+    if loaded.fingerprint != found.tokenizer_fingerprint:
+        raise UserError(
+            f"{name} is not the tokenizer that {found.path} was trained with; put the run's "
+            f"{TOKENIZER_FILE} back into {copy.parent}"
+        )
+    return loaded
