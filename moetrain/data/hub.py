@@ -1,0 +1,98 @@
+"""Texts and files from the Hugging Face hub: bounded retries, then an error one can act on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from moetrain.errors import UserError
+
+T = TypeVar("T")
+
+RETRY_DELAYS = (1.0, 3.0)
+"""Seconds between tries."""
+RETRY_BUDGET = 15.0
+"""No new try after so many seconds: the hub's own client retries too."""
+
+
+def fetch(load: Callable[[], T], subject: str, absent: str) -> T:
+    """Call `load`, and again after a failed connection, at most 1 + len(RETRY_DELAYS) times.
+
+    A cached copy counts as success: the hub's client falls back to it when it cannot connect.
+
+    Args:
+        load: the call that may reach the network.
+        subject: what is loaded, as the user wrote it, e.g. `data.tokenizer ('gpt2')`.
+        absent: what to say when the hub has no such thing.
+
+    Raises:
+        UserError: it does not exist, cannot be reached, or is refused by the library.
+    """
+    begin = time.monotonic()
+    for num_tries, delay in enumerate((*RETRY_DELAYS, None), start=1):
+        try:
+            return load()
+        except Exception as error:
+            if _is_absent(error):
+                raise UserError(f"{subject} {absent} ({_first_line(error)})") from error
+            if not isinstance(error, OSError):  # failed connections are OSErrors
+                raise UserError(f"{subject}: {_first_line(error)}") from error
+            if delay is None or time.monotonic() - begin > RETRY_BUDGET:
+                raise UserError(
+                    f"{subject} could not be loaded after {num_tries} tries: "
+                    f"{_first_line(error)}; check the connection, or name a local file"
+                ) from error
+            time.sleep(delay)
+    raise AssertionError("the last try returns or raises")
+
+
+def hub_documents(
+    name: str, subset: str | None, split: str, streaming: bool, field: str
+) -> Iterator[str | None]:
+    """Yield the text column of a dataset on the hub, row by row.
+
+    Raises:
+        UserError: no such dataset, subset, split or column; the hub cannot be reached; or a
+            stream breaks off.
+    """
+    from datasets import load_dataset
+
+    subject = f"data.source ('{name}', data.subset {subset}, data.split {split})"
+    rows: Any = fetch(
+        lambda: load_dataset(name, subset, split=split, streaming=streaming),
+        subject,
+        "is neither a file or folder here nor a dataset on the hub",
+    )
+    try:
+        columns = rows.column_names or list(next(iter(rows), {field: None}))
+        check_column(field, columns, subject)
+        for row in rows.select_columns([field]):
+            yield row[field]
+    except UserError:
+        raise
+    except Exception as error:  # after the library's own retries
+        raise UserError(f"{subject} broke off while being read: {_first_line(error)}") from error
+
+
+def check_column(field: str, columns: list[str], subject: str) -> None:
+    """Raise a UserError that lists the columns there are, unless `field` is one of them."""
+    if field not in columns:
+        raise UserError(f"data.field ('{field}'): {subject} has only {', '.join(columns)}")
+
+
+def _is_absent(error: Exception) -> bool:
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    if isinstance(error, LocalEntryNotFoundError):  # no connection, and not in the cache
+        return False
+    return isinstance(error, (FileNotFoundError, EntryNotFoundError, RepositoryNotFoundError))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
