@@ -1,0 +1,196 @@
+"""Tokenizers: raw bytes, any `tokenizer.json`, and training a byte-level BPE.
+
+Text never produces the end-of-text id: a special token spelled out in a document is plain text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from moetrain.data.hub import fetch
+from moetrain.errors import UserError
+
+BYTES = "bytes"
+END_OF_TEXT = "<|endoftext|>"
+END_TOKENS = (
+    END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<｜end▁of▁sentence｜>",
+    "[SEP]",
+)  # fmt: skip
+"""Names of the token that ends a document, the first one found counts."""
+PIECE_LENGTH = 1 << 20
+"""Longest text, in characters, that a tokenizer is given at once: a merge needs some 200 bytes of
+memory per character of an unbroken word."""
+
+
+class Tokenizer(Protocol):
+    """Turns text into ids below `vocab_size` and back."""
+
+    vocab_size: int
+    eos_id: int
+    """Ends every document; also fills padding, which no loss or routing ever sees."""
+    fingerprint: str
+    """Changes exactly when the mapping may have changed."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, integer arrays, without any special token."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of some ids; special tokens vanish, halves of a character become U+FFFD."""
+        ...
+
+
+class ByteTokenizer:
+    """One id per UTF-8 byte, and 256 for the end of a document."""
+
+    vocab_size = 257
+    eos_id = 256
+    fingerprint = BYTES
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """UTF-8 bytes of each text, uint8."""
+        return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of some ids; 256 vanishes, halves of a character become U+FFFD."""
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+class JsonTokenizer:
+    """A tokenizer of the `tokenizers` library, read from a `tokenizer.json`."""
+
+    def __init__(self, path: Path, subject: str) -> None:
+        """Read `path`; `subject` names the setting in messages.
+
+        Raises:
+            UserError: no tokenizer there, or none of its special tokens ends a text.
+        """
+        from tokenizers import Tokenizer as Inner
+
+        try:
+            content = path.read_bytes()
+            inner: Any = Inner.from_buffer(content)
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"{subject}: {path} is no tokenizer.json: {error}") from error
+        inner.no_truncation()
+        inner.no_padding()
+        inner.encode_special_tokens = True  # spelled-out special tokens are plain text
+        self.inner = inner
+        self.vocab_size = max(inner.get_vocab().values()) + 1  # ids may have gaps
+        self.eos_id = _find_eos(inner, subject)
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, int64; a text past PIECE_LENGTH is encoded in pieces."""
+        pieces = [list(_pieces(text)) for text in texts]
+        flat = [piece for text in pieces for piece in text]
+        encoded = iter(self.inner.encode_batch_fast(flat, add_special_tokens=False))
+        return [
+            np.concatenate([np.array(next(encoded).ids, dtype=np.int64) for _ in text])
+            for text in pieces
+        ]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of some ids; special tokens vanish, halves of a character become U+FFFD."""
+        return self.inner.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """Load `bytes`, the path of a tokenizer.json or of the folder that holds it, or a hub name.
+
+    Raises:
+        UserError: nothing there, not a tokenizer, or no end-of-text token.
+    """
+    if name == BYTES:
+        return ByteTokenizer()
+    subject = f"data.tokenizer ('{name}')"
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if not path.is_file():
+        if path.suffix == ".json" or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise UserError(f"{subject}: there is no file {path}")
+        path = _download(name, subject)
+    return JsonTokenizer(path, subject)
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int, out: Path) -> JsonTokenizer:
+    """Train a byte-level BPE (Sennrich et al. 2016) and write it to `out`, whole or not at all.
+
+    Args:
+        documents: texts to learn merges from.
+        vocab_size: size of the vocabulary: 256 bytes, the end of text, and merges.
+        out: path of the tokenizer.json to write; its folder is made.
+
+    Raises:
+        UserError: vocab_size below 257, or too little text for so many merges.
+    """
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise UserError(f"vocab_size ({vocab_size}) must be at least 257: 256 bytes, end of text")
+    inner: Any = Inner(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(  # type: ignore[call-arg]
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator((piece for text in documents for piece in _pieces(text)), trainer)
+    if (reached := inner.get_vocab_size()) < vocab_size:
+        raise UserError(
+            f"vocab_size ({vocab_size}) is more than this text has merges for; "
+            f"try {reached}, or more text"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    partial.write_text(inner.to_str(), encoding="utf-8")
+    os.replace(partial, out)
+    return JsonTokenizer(out, f"tokenizer ('{out}')")
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a long text after a newline, else a space, else anywhere; '' is one empty piece."""
+    begin = 0
+    while len(text) - begin > PIECE_LENGTH:
+        end = begin + PIECE_LENGTH
+        cut = text.rfind("\n", begin, end) + 1 or text.rfind(" ", begin, end) + 1 or end
+        yield text[begin:cut]
+        begin = cut
+    yield text[begin:]
+
+
+def _download(name: str, subject: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(
+        fetch(
+            lambda: hf_hub_download(name, "tokenizer.json"),
+            subject,
+            "is neither 'bytes', a tokenizer.json here, nor a model with one on the hub",
+        )
+    )
+
+
+def _find_eos(inner: Any, subject: str) -> int:
+    special = {
+        token.content: index
+        for index, token in inner.get_added_tokens_decoder().items()
+        if token.special
+    }
+    for name in END_TOKENS:
+        if name in special:
+            return special[name]
+    raise UserError(
+        f"{subject} has no special token that ends a text, only {sorted(special)}; "
+        f"add one of {', '.join(END_TOKENS)}"
+    )
