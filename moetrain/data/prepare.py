@@ -1,0 +1,182 @@
+"""From a source and a tokenizer to a cached set of packed tokens, built once and shared.
+
+The folder of a set is named by a hash of everything it depends on. It is written under another
+name and renamed when it is complete, so what a killed process leaves behind is never used.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from moetrain.config import DataConfig
+from moetrain.data.corpus import Source, open_source
+from moetrain.data.entropy import byte_entropy, count_pairs
+from moetrain.data.shards import (
+    FORMAT,
+    SHARD_BYTES,
+    Manifest,
+    SplitWriter,
+    read_manifest,
+    token_dtype,
+    write_manifest,
+)
+from moetrain.data.splits import SPLITS, assign_splits
+from moetrain.data.tokenizer import Tokenizer, load_tokenizer
+from moetrain.errors import UserError
+
+BATCH_LENGTH = 1 << 22
+"""Characters tokenized at once."""
+LINE_SECONDS = 10.0
+"""Between progress lines where there is no terminal."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A set of tokens that is ready to be read."""
+
+    directory: Path
+    tokenizer: Tokenizer
+    manifest: Manifest
+
+
+def prepare(data: DataConfig) -> Prepared:
+    """Find the prepared tokens of `data`, or build them; any number of processes may call this.
+
+    One process builds while the others wait on a file lock, which its end releases however it
+    ends. Rebuilt when the content of the source, the tokenizer, `data.field`, `data.max_documents`
+    or `data.eval_fraction` changes.
+
+    Raises:
+        UserError: the source, the tokenizer or the cache cannot be used; the message says why.
+    """
+    tokenizer = load_tokenizer(data.tokenizer)
+    source = open_source(data)
+    root = cache_root(data.cache)
+    directory = root / _key(data, source, tokenizer)
+    try:
+        if not directory.exists():
+            with _lock(directory):
+                if not directory.exists():
+                    _build(data, source, tokenizer, directory)
+    except OSError as error:
+        raise UserError(f"data.cache ({root}) cannot be written: {error}") from error
+    return Prepared(directory, tokenizer, read_manifest(directory))
+
+
+def cache_root(cache: Path | None) -> Path:
+    """`data.cache`, else $XDG_CACHE_HOME/moetrain, else ~/.cache/moetrain."""
+    if cache is not None:
+        return cache.expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moetrain"
+
+
+def _key(data: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
+    parts = [FORMAT, source.fingerprint, tokenizer.fingerprint]
+    parts += [data.max_documents, data.eval_fraction]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+
+
+@contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with directory.with_suffix(".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("waiting for another process to prepare the data", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(data: DataConfig, source: Source, tokenizer: Tokenizer, directory: Path) -> None:
+    for abandoned in directory.parent.glob(f"{directory.name}.*.partial"):
+        shutil.rmtree(abandoned, ignore_errors=True)
+    partial = Path(
+        tempfile.mkdtemp(prefix=f"{directory.name}.", suffix=".partial", dir=directory.parent)
+    )
+    try:
+        partial.chmod(0o755)  # mkdtemp keeps others out; a cache may be shared
+        documents = assign_splits(source.documents(), data.eval_fraction)
+        write_manifest(partial, _write_splits(documents, data.source, tokenizer, partial))
+        partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_splits(
+    documents: Iterator[tuple[str, str]],
+    source: str,
+    tokenizer: Tokenizer,
+    folder: Path,
+    shard_bytes: int = SHARD_BYTES,
+) -> Manifest:
+    size = (tokenizer.vocab_size, tokenizer.eos_id, shard_bytes)
+    writers = {split: SplitWriter(folder, split, *size) for split in SPLITS}
+    pairs = {split: count_pairs([]) for split in SPLITS}
+    with _progress() as advance:
+        for batch in _batches(documents):
+            ids = tokenizer.encode_batch([text for _, text in batch])
+            for (split, text), ids_of_text in zip(batch, ids, strict=True):
+                writers[split].add(ids_of_text, len(text.encode()))
+            for split in SPLITS:
+                pairs[split] += count_pairs(text for name, text in batch if name == split)
+            advance(len(batch), sum(map(len, ids)))
+    return Manifest(
+        format=FORMAT,
+        source=source,
+        tokenizer=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        dtype=token_dtype(tokenizer.vocab_size),
+        byte_entropy=byte_entropy(pairs["train"], pairs["eval"]),
+        train=writers["train"].close(),
+        eval=writers["eval"].close(),
+    )
+
+
+def _batches(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    batch, length = [], 0
+    for document in documents:
+        batch.append(document)
+        length += len(document[1])
+        if length >= BATCH_LENGTH:
+            yield batch
+            batch, length = [], 0
+    if batch:
+        yield batch
+
+
+@contextmanager
+def _progress():
+    """Yield `advance(documents, tokens)`: a live line on a terminal, else one now and then."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("preparing data")
+        total, printed = [0, 0], time.monotonic()
+
+        def advance(num_documents: int, num_tokens: int) -> None:
+            nonlocal printed
+            total[0] += num_documents
+            total[1] += num_tokens
+            line = f"preparing data: {total[0]:,} documents, {total[1]:,} tokens"
+            bar.update(task, description=line)
+            if not console.is_terminal and time.monotonic() - printed > LINE_SECONDS:
+                printed = time.monotonic()
+                print(line, file=sys.stderr, flush=True)
+
+        yield advance

@@ -1,0 +1,56 @@
+"""Which documents are held out for evaluation: a pure function of their content."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import Literal
+
+from moetrain.errors import UserError
+
+Split = Literal["train", "eval"]
+SPLITS: tuple[Split, Split] = ("train", "eval")
+HEAD = 256
+"""Documents read ahead, so that both splits are certain to get one."""
+
+
+def assign_splits(documents: Iterable[str], fraction: float) -> Iterator[tuple[Split, str]]:
+    """Yield (`train` or `eval`, text): held out is what hashes below `fraction`.
+
+    So a document stays in its split when others come or go, and its copies go with it. Among the
+    first HEAD documents the lowest hash is always held out and the highest never. A document that
+    is alone is cut: its last `fraction` of characters, one at least, is held out.
+
+    Raises:
+        UserError: no text at all, or nothing that could be held out.
+    """
+    documents = iter(documents)
+    head = list(islice(documents, HEAD))
+    if len(head) == 1:
+        yield from _cut(head[0], fraction)
+        return
+    keys = [_content_key(text) for text in head]
+    lowest, highest = min(keys, default=0), max(keys, default=0)
+    if lowest == highest:
+        what = f"holds {len(head)} copies of one document" if head else "holds no text"
+        raise UserError(f"data.source {what}; training and evaluation need a document each")
+    threshold = int(fraction * 2**64)
+    for text in chain(head, documents):
+        key = _content_key(text)
+        held_out = key == lowest or (key < threshold and key != highest)
+        yield ("eval" if held_out else "train"), text
+
+
+def _cut(text: str, fraction: float) -> Iterator[tuple[Split, str]]:
+    if len(text) < 2:
+        raise UserError(
+            "data.source holds a single character; training and evaluation need one each"
+        )
+    held_out = min(max(1, round(len(text) * fraction)), len(text) - 1)
+    yield "train", text[:-held_out]
+    yield "eval", text[-held_out:]
+
+
+def _content_key(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
