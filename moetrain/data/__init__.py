@@ -1,0 +1,21 @@
+"""Text to batches: corpus, tokenizer, packed shards, and a deterministic order of samples."""
+
+from moetrain.data.corpus import open_source
+from moetrain.data.prepare import Prepared, prepare
+from moetrain.data.samples import IGNORED, Batch, Samples
+from moetrain.data.shards import Manifest, verify
+from moetrain.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Manifest",
+    "Prepared",
+    "Samples",
+    "Tokenizer",
+    "load_tokenizer",
+    "open_source",
+    "prepare",
+    "train_bpe",
+    "verify",
+]
