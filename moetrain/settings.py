@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, ClassVar, TypedDict, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, TypedDict, get_args, get_type_hints
 
 import tyro
 import yaml
@@ -30,8 +30,6 @@ from moetrain.config import Config, Section
 from moetrain.constraints import spell
 from moetrain.errors import UserError
 
-_S = TypeVar("_S", bound=Section)
-
 
 def load(path: Path | str | None, flags: Sequence[str] = ()) -> Config:
     """Read a YAML file (None: defaults alone), put typed flags over it and check the whole.
@@ -39,24 +37,19 @@ def load(path: Path | str | None, flags: Sequence[str] = ()) -> Config:
     Flags read `--section.field value` or `--section.field=value`; `null` is null.
     Raises `UserError` with one line per problem.
     """
-    reject_repeated(flags)
+    check_flag_names(flags)
     with one_message():
         given = tyro.cli(flags_of(Config), prog="moetrain", args=flags, registry=REGISTRY)
     return resolve(path, given)
 
 
 def resolve(path: Path | str | None, given: Mapping[str, Any]) -> Config:
-    """The config of a YAML file under values given as `{section: {field: value}}`."""
+    """The config of a YAML file (None: of the defaults) under `{section: {field: value}}`."""
     values = {} if path is None else read_yaml(Path(path))
-    return build(Config, _merged(values, given))
-
-
-def build(section: type[_S], values: Mapping[str, Any]) -> _S:
-    """Check values against a section; what pydantic objects to becomes one `UserError`."""
     try:
-        return section.model_validate(values)
+        return Config.model_validate(_merged(values, given))
     except ValidationError as error:
-        raise UserError("\n".join(_explanations(section, error))) from None
+        raise UserError("\n".join(_explanations(error))) from None
 
 
 def save(config: Config, path: Path) -> None:
@@ -198,11 +191,22 @@ def flags_of(section: type[Section], without: str = "") -> Any:
     return typed
 
 
-def reject_repeated(args: Sequence[str]) -> None:
-    """Raise `UserError` if a flag is given twice (tyro would silently take the last)."""
-    names = [arg.split("=")[0].replace("_", "-") for arg in args if arg.startswith("--")]
-    if repeated := [name for name, times in Counter(names).items() if name != "--" and times > 1]:
-        raise UserError(f"{' and '.join(repeated)} given twice; keep one of the two")
+def check_flag_names(args: Sequence[str]) -> None:
+    """Raise `UserError` if a flag is given twice (tyro would silently take the last), or names no
+    setting (tyro would take it for a positional argument where one is still missing).
+    """
+    names = [arg.split("=")[0][2:].replace("-", "_") for arg in args if arg.startswith("--")]
+    problems = [
+        f"--{name.replace('_', '-')} is given twice; keep one"
+        for name, times in Counter(names).items()
+        if times > 1
+    ]
+    known = set(_dotted(Config))
+    for name in names:
+        if "." in name and name not in known:
+            problems.append(f"{name} is not a setting; {_suggestion(name)}")
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 @contextlib.contextmanager
@@ -220,34 +224,41 @@ def one_message() -> Iterator[None]:
 
 def _unboxed(text: str) -> str:
     lines = [line.strip("│ ") for line in text.splitlines() if line[:1] not in "╭╰"]
-    words = [line for line in lines if line.strip("─ ")]
-    return "\n".join(line for line in words if not line.startswith("For full helptext"))
+    blocks = "\n".join(line if line.strip("─") else "" for line in lines).split("\n\n")
+    kept = [block for block in blocks if block and not block.startswith("For full helptext")]
+    lines = [line for line in "\n".join(kept).split("\n") if not _FOUND_IN.fullmatch(line)]
+    message = "\n".join(dict.fromkeys(lines))  # what two commands offer is named once
+    return _MISPLACED.sub(r"an unknown flag stands before \1; put \1 first", message)
+
+
+_FOUND_IN = re.compile(r"in moetrain .*--help")
+_MISPLACED = re.compile(r"Missing value for argument '(\w+)'.*", re.DOTALL)
 
 
 # ---------------------------------------------------------------- messages
 
 
-def _explanations(section: type[Section], error: ValidationError) -> Iterator[str]:
+def _explanations(error: ValidationError) -> Iterator[str]:
     """One line per wrong field; the branches of a union are one line."""
     by_field: dict[str, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
-        depth = 2 if _subsection(section, str((*detail["loc"], "")[0])) else 1
+        depth = 2 if detail["loc"] and _subsection(Config, detail["loc"][0]) else 1
         by_field.setdefault(".".join(map(str, detail["loc"][:depth])), []).append(detail)
     for field, details in by_field.items():
-        yield _explanation(section, field, details)
+        yield _explanation(field, details)
 
 
 _PLAIN_WORDS = {"string_type": "text (put it in quotes)", "path_type": "a path"}
 
 
-def _explanation(section: type[Section], field: str, details: list[ErrorDetails]) -> str:
+def _explanation(field: str, details: list[ErrorDetails]) -> str:
     first = details[0]
     if first["type"] == "value_error":
         return first["msg"].removeprefix("Value error, ")  # from moetrain.constraints: complete
     if first["type"] in ("extra_forbidden", "invalid_key"):
-        return f"{field} is not a setting; {_suggestion(section, field)}"
+        return f"{field} is not a setting; {_suggestion(field)}"
     *above, name = field.split(".")
-    owner = _subsection(section, above[0]) if above else section
+    owner = _subsection(Config, above[0]) if above else Config
     if owner is None or name not in owner.model_fields or _subsection(owner, name):
         return f"{field} ({_short(first['input'])}) must be a section with settings of its own"
     wanted = [_PLAIN_WORDS.get(detail["type"], detail["msg"]) for detail in details]
@@ -261,18 +272,19 @@ def _explanation(section: type[Section], field: str, details: list[ErrorDetails]
     )
 
 
-def _suggestion(section: type[Section], field: str) -> str:
-    known = list(_dotted(section))
+def _suggestion(field: str) -> str:
+    known = list(_dotted(Config))
+    above, _, leaf = field.rpartition(".")
+    if field in known:
+        return f"write {above}: and, indented below it, {leaf}:"
     leaves = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
     near = difflib.get_close_matches(field, known, n=1, cutoff=0.75)
     if not near:
-        leaf = difflib.get_close_matches(field.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.75)
-        near = [leaves[name] for name in leaf]
+        near = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, 1, cutoff=0.75)]
     if near:
         return f"did you mean {near[0]}?"
-    above = field.rpartition(".")[0]
-    siblings = _subsection(section, above) or section
-    return f"{above or 'the top level'} has {', '.join(siblings.model_fields)}"
+    owner = _subsection(Config, above)
+    return f"{above if owner else 'the top level'} has {', '.join((owner or Config).model_fields)}"
 
 
 def _dotted(section: type[Section], above: str = "") -> Iterator[str]:

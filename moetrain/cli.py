@@ -1,0 +1,249 @@
+"""The commands of `moetrain`: what each takes, and the one function it calls.
+
+A command imports that function when it runs, so `moetrain --help` loads neither torch nor datasets.
+Exit codes: 0 done; 2 bad configuration or input; 75 stopped by a signal after saving; anything else
+is a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+from tyro.conf import Positional, arg
+from tyro.extras import SubcommandApp
+
+from moetrain import settings
+from moetrain.config import Config, DataConfig
+from moetrain.constraints import cautions, check_world
+from moetrain.errors import UserError
+
+BAD_INPUT = 2
+LINGER_S = 5.0
+"""Longer than ranks started together need, one after the other, to reach the same error."""
+
+Flags = Annotated[dict[str, Any], arg(constructor=settings.flags_of(Config), name="")]
+CorpusFlags = Annotated[
+    dict[str, Any], arg(constructor=settings.flags_of(DataConfig, without="source"), name="data")
+]
+ConfigPath = Positional[Annotated[Path, arg(metavar="CONFIG")]]
+RunPath = Positional[Annotated[Path, arg(metavar="RUN_OR_CHECKPOINT")]]
+
+
+app, data_app, tokenizer_app = SubcommandApp(), SubcommandApp(), SubcommandApp()
+
+
+class Command(Protocol):
+    """A parsed command line, ready to run."""
+
+    def run(self) -> int:
+        """Do what was asked; return the exit code."""
+        ...
+
+
+@app.command(name="train")
+@dataclass(frozen=True)
+class Train:
+    """Train a model; under torchrun, together with all its ranks."""
+
+    config: ConfigPath
+    """YAML file of settings; flags lie over it."""
+    flags: Flags
+
+    def run(self) -> int:
+        """Train; 75 after a signal."""
+        config = settings.resolve(self.config, self.flags)
+        check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
+        _warn(cautions(config))
+        from moetrain.train import run
+
+        return run(config)
+
+
+@app.command(name="check")
+@dataclass(frozen=True)
+class Check:
+    """Check a configuration for a number of ranks and show mesh, parameters and memory."""
+
+    config: ConfigPath
+    """YAML file of settings; flags lie over it."""
+    flags: Flags
+    world_size: int
+    """Ranks (processes, usually one per GPU) that the run would have."""
+
+    def run(self) -> int:
+        """Print the report."""
+        config = settings.resolve(self.config, self.flags)
+        check_world(config, self.world_size)
+        _warn(cautions(config))
+        from moetrain.check import report
+
+        print(report(config, self.world_size))
+        return 0
+
+
+@app.command(name="eval")
+@dataclass(frozen=True)
+class Eval:
+    """Measure the loss of a checkpoint; under torchrun, on all its ranks."""
+
+    path: RunPath
+    """Folder of a run (its newest checkpoint) or of one checkpoint."""
+    split: Literal["eval", "train"] = "eval"
+    """Held-out documents, or those trained on."""
+    sequences: int | None = None
+    """Sequences to read; null: as many as the run's eval.sequences."""
+
+    def run(self) -> int:
+        """Print the loss."""
+        if self.sequences is not None:
+            _require(self.sequences > 0, "sequences", self.sequences, "1 or more")
+        from moetrain.evaluate import run
+
+        run(self.path, split=self.split, sequences=self.sequences)
+        return 0
+
+
+@app.command(name="generate")
+@dataclass(frozen=True)
+class Generate:
+    """Continue a text with a trained model."""
+
+    path: RunPath
+    """Folder of a run (its newest checkpoint) or of one checkpoint."""
+    prompt: str
+    """The text to continue."""
+    max_tokens: int = 128
+    """Tokens to add."""
+    temperature: float = 1.0
+    """Divides the logits; below 1 sharpens the distribution."""
+    top_k: int | None = None
+    """Sample from the k likeliest tokens alone; null: from all."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that together reach this probability."""
+    greedy: bool = False
+    """Take the likeliest token each time, without sampling."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+    def run(self) -> int:
+        """Print the continuation."""
+        self._check()
+        from moetrain.generate import run
+
+        run(
+            self.path,
+            prompt=self.prompt,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            greedy=self.greedy,
+            seed=self.seed,
+        )
+        return 0
+
+    def _check(self) -> None:
+        _require(self.max_tokens > 0, "max-tokens", self.max_tokens, "1 or more")
+        _require(0 < self.temperature < float("inf"), "temperature", self.temperature, "above 0")
+        _require(self.top_k is None or self.top_k > 0, "top-k", self.top_k, "1 or more")
+        _require(0 < self.top_p <= 1, "top-p", self.top_p, "above 0 and at most 1")
+        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+        sampling = (self.temperature, self.top_k, self.top_p, self.seed)
+        if self.greedy and sampling != (1.0, None, 1.0, 0):
+            raise UserError(
+                "--greedy does not sample, so --temperature, --top-k, --top-p and --seed have no "
+                "effect; drop them or --greedy"
+            )
+
+
+@data_app.command(name="prepare")
+@dataclass(frozen=True)
+class DataPrepare:
+    """Tokenize and pack the text of a configuration now, as training would at its start."""
+
+    flags: Flags
+    config: Positional[Annotated[Path | None, arg(metavar="[CONFIG]")]] = None
+    """YAML file of settings; without it, flags lie over the defaults."""
+
+    def run(self) -> int:
+        """Prepare and print the folder."""
+        config = settings.resolve(self.config, self.flags)
+        from moetrain.data import prepare
+
+        print(prepare(config.data).directory)
+        return 0
+
+
+@tokenizer_app.command(name="train")
+@dataclass(frozen=True)
+class TokenizerTrain:
+    """Train a byte-level BPE tokenizer and write it as a tokenizer.json."""
+
+    source: Positional[Annotated[str, arg(metavar="SOURCE")]]
+    """Text to learn from, as data.source: stdlib, a path, a glob or a dataset of the hub."""
+    out: Positional[Annotated[Path, arg(metavar="OUT")]]
+    """File to write."""
+    data: CorpusFlags
+    vocab_size: int = 8192
+    """Entries of the vocabulary."""
+
+    def run(self) -> int:
+        """Train and write."""
+        _require(self.vocab_size > 256, "vocab-size", self.vocab_size, "above 256, one per byte")
+        data = settings.resolve(None, {"data": {**self.data, "source": self.source}}).data
+        from moetrain.data import open_source, train_bpe
+
+        train_bpe(open_source(data).documents(), vocab_size=self.vocab_size, out=self.out)
+        return 0
+
+
+app.command(data_app, name="data", help="Prepare the training text.")
+app.command(tokenizer_app, name="tokenizer", help="Make a tokenizer.")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command line and return the exit code; what the user can mend is one message."""
+    try:
+        return parse(sys.argv[1:] if args is None else args).run()
+    except UserError as error:
+        return _refuse(error)
+
+
+def parse(args: Sequence[str]) -> Command:
+    """Read a command line; `UserError` where it is wrong, `SystemExit` after help."""
+    settings.check_flag_names(args)
+    with settings.one_message():
+        return app.cli(
+            prog="moetrain",
+            description="Pretrain sparse-gated mixture-of-experts transformers.",
+            args=args,
+            registry=settings.REGISTRY,
+        )
+
+
+def _refuse(error: UserError) -> int:
+    """Say it once for all ranks: rank 0 at once, and the agent that watches them then ends the
+    others while they linger. One that outlives that has an error of its own, and says it.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(LINGER_S)
+    print(f"moetrain: error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _warn(messages: Sequence[str]) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        for message in messages:
+            print(f"moetrain: warning: {message}", file=sys.stderr)
+
+
+def _require(holds: bool, flag: str, value: object, legal: str) -> None:
+    if not holds:
+        raise UserError(f"--{flag} ({value}) must be {legal}")
