@@ -256,6 +256,13 @@ def test_death_is_reported_by_rank_and_cause(ranks2: RankPool, how: str, cause: 
     assert ranks2.run(summed, 0) == [1, 1]
 
 
+def test_death_between_calls_is_reported(ranks2: RankPool) -> None:
+    os.kill(ranks2.run(os.getpid)[0], signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="rank 0: killed by SIGKILL"):
+        ranks2.run(summed, 0)
+    assert ranks2.run(summed, 0) == [1, 1]
+
+
 def test_deadlock_names_the_stuck_ranks(ranks2: RankPool) -> None:
     with pytest.raises(TimeoutError, match=r"ranks \[0\] of 2 still run") as caught:
         ranks2.run(desert, timeout=2)
@@ -264,7 +271,7 @@ def test_deadlock_names_the_stuck_ranks(ranks2: RankPool) -> None:
 
 
 def test_stopped_rank_is_named(ranks2: RankPool) -> None:
-    with pytest.raises(TimeoutError, match=r"ranks \[1\]:\n  no answer: the process is stopped"):
+    with pytest.raises(TimeoutError, match=r"ranks \[1\]:\n  no answer: stopped"):
         ranks2.run(stop_on, 1, timeout=2)
     assert ranks2.run(summed, 0) == [1, 1]
 
