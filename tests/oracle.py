@@ -56,7 +56,8 @@ class Router:
 
 @dataclass
 class Ledger:
-    """Counts: `outcomes[expert, choice rank, outcome]`, valid tokens, tokens left with nothing."""
+    """Counts: `outcomes[expert, choice rank, outcome]`, valid tokens, tokens left with nothing,
+    and the slots that experts provide: without a capacity, just those that are filled."""
 
     outcomes: Counter[tuple[int, int, str]] = field(default_factory=Counter)
     tokens: int = 0
@@ -193,6 +194,11 @@ def count(ledger: Ledger, choices: list[Choice], verdicts: list[Verdict]) -> Non
         ledger.outcomes[choice.expert, rank, verdict.outcome] += 1
 
 
+def filled(verdicts: list[list[Verdict] | None]) -> int:
+    """Choices with a slot."""
+    return sum(verdict.slot is not None for told in verdicts if told for verdict in told)
+
+
 def route(
     router: Router,
     logits: list[Tensor],
@@ -225,7 +231,7 @@ def route(
         for token, told in zip(choices, verdicts, strict=True):
             if token is not None and told is not None:
                 count(answer.ledger, token, told)
-        answer.ledger.slots += 0 if slots is None else slots * len(logits[start])
+        answer.ledger.slots += len(logits[start]) * slots if slots is not None else filled(verdicts)
         answer.choices += choices
         answer.verdicts += verdicts
     return answer

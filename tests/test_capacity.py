@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+from functools import reduce
+from operator import add
+
+import oracle
+import pytest
+import torch
+from hypothesis import given
+from strategies import MANY, Case, asking, cases, route
+
+from moetrain.moe import OUTCOMES, Ledger, Plan, Routing, capacity
+from moetrain.moe.capacity import ledger, plan_capacity, plan_dropless
+
+# ---- capacity(): the number of slots -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "k", "factor", "least", "slots"),
+    [
+        (64, 8, 2, 1.0, 1, 16),
+        (64, 8, 2, 1.25, 1, 20),
+        (7, 8, 1, 1.0, 1, 1),
+        (10, 3, 1, 1.0, 1, 4),
+        (64, 8, 2, 0.1, 1, 2),
+        (6, 3, 1, 1.5, 1, 3),
+        (4, 3, 2, 1.0, 1, 3),
+        # The factor is the decimal that was written. Its binary value times 10 is above 11, and
+        # float products are above 110 and above 7: each would round up to one slot more.
+        (20, 2, 1, 1.1, 1, 11),
+        (200, 2, 1, 1.1, 1, 110),
+        (200, 2, 1, 0.07, 1, 7),
+        # The least capacity, and a group smaller than it.
+        (64, 64, 1, 1.0, 4, 4),
+        (64, 8, 2, 1.0, 4, 16),
+        (3, 8, 1, 1.0, 4, 3),
+        (1, 8, 8, 1e-7, 1, 1),
+        # No expert is asked by a token twice, so C never exceeds S: K·factor > E, K = E.
+        (16, 4, 4, 9.0, 1, 16),
+        (16, 4, 4, 1.0, 1, 16),
+        (10, 1, 1, 1.1, 1, 10),
+        (10, 2, 1, 1e9, 1, 10),
+        (12, 4, 2, 2, 1, 12),
+    ],
+)
+def test_capacity_table(
+    tokens: int, experts: int, k: int, factor: float, least: int, slots: int
+) -> None:
+    assert capacity(tokens, experts, k, factor, least) == slots
+    assert oracle.capacity(tokens, experts, k, factor, least) == slots
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.25, float("nan"), float("inf"), -float("inf")])
+def test_a_senseless_factor_is_refused_by_name(factor: float) -> None:
+    with pytest.raises(ValueError, match="capacity factor") as caught:
+        capacity(96, 12, 3, factor, 1)
+    for given_value in (str(factor), "96", "12", "3"):
+        assert given_value in str(caught.value)
+
+
+# ---- tables: who loses, and why ------------------------------------------------------------------
+
+
+def record_of(
+    choices: list[tuple[int, ...]], experts: int, valid: list[bool] | None = None
+) -> Routing:
+    """Tokens that ask for the experts listed, in that order."""
+    valid_T = torch.tensor(valid or [True] * len(choices))
+    return route(oracle.Router("topk", len(choices[0])), asking(choices, experts), valid_T)
+
+
+def kept(record: Routing, plan: Plan) -> list[list[bool]]:
+    rows = plan.source_R.numel()
+    return (plan.row_TK < rows).tolist()
+
+
+def outcomes(record: Routing, plan: Plan) -> dict[str, int]:
+    totals = ledger(record, plan).outcome_EKO.sum((0, 1)).tolist()
+    return {name: n for name, n in zip(OUTCOMES, totals, strict=True) if n}
+
+
+Y, N = True, False
+
+
+def test_three_devices_balanced_drop_nothing() -> None:
+    """6 tokens, one expert on each of 3 devices, capacity 3: two tokens each, one slot to spare."""
+    record = record_of([(0,), (1,), (2,), (0,), (1,), (2,)], experts=3)
+    plan = plan_capacity(record, group_size=6, slots=capacity(6, 3, 1, 1.5, 1))
+    assert outcomes(record, plan) == {"kept": 6}
+    assert ledger(record, plan).slots == 9
+
+
+def test_three_devices_with_five_of_six_tokens_at_one_drop_two() -> None:
+    """Expert 0 has 3 slots for tokens 0, 1, 3, 4, 5: the last two in token order lose."""
+    record = record_of([(0,), (0,), (2,), (0,), (0,), (0,)], experts=3)
+    plan = plan_capacity(record, group_size=6, slots=capacity(6, 3, 1, 1.5, 1))
+    assert kept(record, plan) == [[Y], [Y], [Y], [Y], [N], [N]]
+    assert outcomes(record, plan) == {"kept": 4, "dropped": 2}
+    assert ledger(record, plan).lost_tokens == 2
+
+
+def test_two_choices_of_four_tokens_fit_nine_slots_when_spread() -> None:
+    """8 assignments for 3 devices of 3 slots: loads of 3, 3 and 2 fit."""
+    record = record_of([(0, 1), (1, 2), (2, 0), (0, 1)], experts=3)
+    plan = plan_capacity(record, group_size=4, slots=capacity(4, 3, 2, 1.0, 1))
+    assert outcomes(record, plan) == {"kept": 8}
+
+
+def test_two_choices_of_four_tokens_do_not_fit_nine_slots_when_bunched() -> None:
+    """Nobody wants expert 2, so 3 slots stay empty while 2 assignments are dropped: experts 0 and 1
+    each have four tokens for three slots. First choices go in first, so of the second choices,
+    in token order, token 2 (at expert 1) and token 3 (at expert 0) find no room."""
+    record = record_of([(0, 1), (1, 0), (0, 1), (1, 0)], experts=3)
+    plan = plan_capacity(record, group_size=4, slots=capacity(4, 3, 2, 1.0, 1))
+    assert kept(record, plan) == [[Y, Y], [Y, Y], [Y, N], [Y, N]]
+    assert outcomes(record, plan) == {"kept": 6, "dropped": 2}
+    assert ledger(record, plan).lost_tokens == 0
+
+
+def test_every_first_choice_goes_before_any_second() -> None:
+    """One slot each. Token 0 comes before token 1, yet its second choice loses expert 1 to token
+    1's first choice. Token 2 loses both: expert 0 to token 0, expert 1 to token 1."""
+    record = record_of([(0, 1), (1, 0), (0, 1)], experts=2)
+    plan = plan_capacity(record, group_size=3, slots=1)
+    assert kept(record, plan) == [[Y, N], [Y, N], [N, N]]
+    assert ledger(record, plan).lost_tokens == 1
+
+
+def test_capacity_counts_all_choices_of_an_expert_together() -> None:
+    """Four tokens ask both experts, C = 2: an expert keeps 2 assignments, not 2 per choice."""
+    record = record_of([(0, 1), (1, 0), (0, 1), (1, 0)], experts=2)
+    plan = plan_capacity(record, group_size=4, slots=capacity(4, 2, 2, 0.5, 1))
+    assert plan.count_E.tolist() == [2, 2]
+    assert outcomes(record, plan) == {"kept": 4, "dropped": 4}
+
+
+def test_a_second_choice_that_is_not_sampled_takes_no_slot() -> None:
+    """One slot each. Token 0 does not sample expert 2, so token 1's second choice gets it."""
+    record = record_of([(0, 2), (1, 2), (0, 2)], experts=3)
+    record = record._replace(sampled_TK=torch.tensor([[Y, N], [Y, Y], [Y, Y]]))
+    plan = plan_capacity(record, group_size=3, slots=1)
+    assert kept(record, plan) == [[Y, N], [Y, Y], [N, N]]
+    assert outcomes(record, plan) == {"kept": 3, "dropped": 2, "not_sampled": 1}
+    assert ledger(record, plan).outcome_EKO[2, 1].tolist() == [1, 0, 1, 1]
+
+
+def test_padding_takes_no_slot() -> None:
+    """One slot each. Token 0 is padding, so token 1 is the first that asks for expert 0."""
+    record = record_of([(0,), (0,), (1,), (0,)], experts=2, valid=[N, Y, N, Y])
+    plan = plan_capacity(record, group_size=4, slots=1)
+    assert kept(record, plan) == [[N], [Y], [N], [N]]
+    book = ledger(record, plan)
+    assert book.outcome_EKO[:, 0].tolist() == [[1, 0, 1, 0], [0, 0, 0, 0]]
+    assert (book.tokens, book.lost_tokens) == (2, 1)
+
+
+def test_groups_do_not_share_slots() -> None:
+    """Two groups of two tokens, one slot each: the first token of *each* group keeps its place."""
+    record = record_of([(0,), (0,), (0,), (0,)], experts=2)
+    plan = plan_capacity(record, group_size=2, slots=1)
+    assert kept(record, plan) == [[Y], [N], [Y], [N]]
+
+
+def test_position_means_position() -> None:
+    """1,000 tokens tie in everything; the first 10 keep their slots."""
+    record = record_of([(1, 0)] * 1000, experts=3)
+    plan = plan_capacity(record, group_size=1000, slots=10)
+    assert kept(record, plan) == [[Y, Y]] * 10 + [[N, N]] * 990
+
+
+def test_all_tokens_at_one_expert_are_counted_exactly() -> None:
+    record = record_of([(3,)] * 500, experts=5)
+    plan = plan_capacity(record, group_size=100, slots=capacity(100, 5, 1, 1.25, 1))
+    book = ledger(record, plan)
+    assert book.outcome_EKO[3].tolist() == [[125, 0, 375, 0]]
+    assert book.outcome_EKO.sum() == 500
+    assert (book.tokens, book.lost_tokens, book.slots) == (500, 375, 625)
+
+
+# ---- against the oracle --------------------------------------------------------------------------
+
+
+def check_ledger(book: Ledger, case: Case, answer: oracle.Answer) -> None:
+    expected = torch.zeros(case.experts, case.router.k, len(OUTCOMES), dtype=torch.int64)
+    for (expert, rank, outcome), count in answer.ledger.outcomes.items():
+        expected[expert, rank, OUTCOMES.index(outcome)] = count
+    assert all(count.dtype == torch.int64 for count in book)
+    assert torch.equal(book.outcome_EKO, expected)
+    assert book.outcome_EKO.sum() == book.tokens * case.router.k
+    assert book.tokens == answer.ledger.tokens
+    assert book.lost_tokens == answer.ledger.lost_tokens
+    assert book.slots == answer.ledger.slots
+
+
+def check_rows_and_sources(plan: Plan) -> None:
+    """`row_TK` and `source_R` are each other's inverse, and whatever is left over says so."""
+    rows, assignments = plan.source_R.numel(), plan.row_TK.numel()
+    row_N = plan.row_TK.flatten().tolist()
+    source_R = plan.source_R.tolist()
+    for assignment, row in enumerate(row_N):
+        assert row == rows or source_R[row] == assignment
+    for row, assignment in enumerate(source_R):
+        assert assignment == assignments or row_N[assignment] == row
+
+
+@MANY
+@given(case=cases(dropless=False))
+def test_slots_and_ledger_agree_with_the_oracle(case: Case) -> None:
+    logits_TE = case.logits()
+    record, answer = case.route(logits_TE), case.answer(logits_TE)
+    plan, slots = case.plan(record), case.slots
+    assert slots is not None
+    shape = (case.group_size, case.experts, case.router.k)
+    assert slots == capacity(*shape, case.factor or 0, case.min_capacity)
+    assert plan.rows_per_expert == case.groups * slots
+    expected = torch.full((case.tokens, case.router.k), case.experts * case.groups * slots)
+    filled_E = torch.zeros(case.experts, dtype=torch.int64)
+    for t, verdicts in enumerate(answer.verdicts):
+        for k, verdict in enumerate(verdicts or ()):
+            if verdict.slot is not None:
+                expert = record.expert_TK[t, k]
+                group = t // case.group_size
+                expected[t, k] = (expert * case.groups + group) * slots + verdict.slot
+                filled_E[expert] += 1
+    assert torch.equal(plan.row_TK, expected)
+    assert torch.equal(plan.count_E, filled_E)
+    check_rows_and_sources(plan)
+    check_ledger(ledger(record, plan), case, answer)
+
+
+@MANY
+@given(case=cases(dropless=True))
+def test_dropless_rows_and_ledger_agree_with_the_oracle(case: Case) -> None:
+    logits_TE = case.logits()
+    record, answer = case.route(logits_TE), case.answer(logits_TE)
+    plan = case.plan(record)
+    assert plan.rows_per_expert is None
+    asks_TK = record.sampled_TK & record.valid_T[:, None]
+    expert_of_row = plan.row_TK.new_full((plan.source_R.numel() + 1,), case.experts)
+    expert_of_row[plan.row_TK[asks_TK]] = record.expert_TK[asks_TK]
+    experts = expert_of_row[:-1].tolist()
+    assert experts == sorted(experts), "rows are sorted by expert, the empty ones last"
+    assert plan.count_E.tolist() == [experts.count(e) for e in range(case.experts)]
+    assert (plan.row_TK[~asks_TK] == plan.source_R.numel()).all()
+    check_rows_and_sources(plan)
+    check_ledger(ledger(record, plan), case, answer)
+
+
+def slice_of(record: Routing, start: int, stop: int) -> Routing:
+    return Routing(*(part[start:stop] for part in record))
+
+
+@MANY
+@given(case=cases())
+def test_ledgers_of_groups_add_up_to_the_ledger_of_all(case: Case) -> None:
+    record = case.route(case.logits())
+    parts = []
+    for start in range(0, case.tokens, case.group_size):
+        group = slice_of(record, start, start + case.group_size)
+        parts.append(ledger(group, case.plan(group)))
+    whole, total = ledger(record, case.plan(record)), reduce(add, parts)
+    for one, other in zip(whole, total, strict=True):
+        assert torch.equal(one, other)
+
+
+@MANY
+@given(case=cases(dropless=False))
+def test_padding_at_the_end_changes_nobodys_fate(case: Case) -> None:
+    """The same group with more padding behind it, at the same C, keeps the same tokens."""
+    record = case.route(case.logits())
+    group = slice_of(record, 0, case.group_size)
+    longer = Routing(*(torch.cat([part, part]) for part in group))
+    padding = torch.zeros(case.group_size, dtype=torch.bool)
+    longer = longer._replace(valid_T=torch.cat([group.valid_T, padding]))
+    slots = case.slots or 0
+    short_plan = plan_capacity(group, case.group_size, slots)
+    long_plan = plan_capacity(longer, 2 * case.group_size, slots)
+    assert torch.equal(long_plan.row_TK[: case.group_size], short_plan.row_TK)
+    for one, other in zip(ledger(group, short_plan), ledger(longer, long_plan), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_dropless_provides_the_slots_that_it_fills() -> None:
+    record = record_of([(0, 1), (0, 1), (0, 1)], experts=4, valid=[Y, N, Y])
+    plan = plan_dropless(record)
+    assert ledger(record, plan).slots == 4
+    assert plan.count_E.tolist() == [2, 2, 0, 0]
+
+
+def test_counts_add_past_32_bits() -> None:
+    many = torch.tensor(3_000_000_000)
+    one = Ledger(many.expand(1, 1, 4), many, many, many)
+    assert (one + one).tokens == 6_000_000_000
+    assert (one + one).outcome_EKO.sum() == 24_000_000_000
