@@ -4,29 +4,160 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moetrain.build import build_model
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moetrain.build import build_model, routing_group_tokens
 from moetrain.config import Config
 from moetrain.data import load_tokenizer
 from moetrain.model import Block, Transformer
-from moetrain.moe import capacity
+from moetrain.moe import Draws, MoE, Router, capacity
 from moetrain.sizes import sizes, train_flops_per_token
 
-_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def report(config: Config, world_size: int) -> str:
     """Mesh, layers, parameters, tokens per step and memory per device, as text.
 
-    The configuration must have passed `config.check_world`. Raises UserError where the tokenizer
-    cannot be loaded.
+    The configuration must have passed `constraints.check_world`. Raises UserError where the
+    tokenizer, whose vocabulary the model needs, cannot be loaded.
     """
-    vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
-    model = build_model(config, vocab_size)
+    model = build_model(config, load_tokenizer(config.data.tokenizer).vocab_size)
     sections = (
         _mesh(config, world_size),
-        _layers(config, model),
+        _layers(model),
+        _routing(config),
         _parameters(config, model),
         _step(config, world_size),
         _memory(config, model, world_size),
     )
-    return "\n\n".join("\n".join(section) for section in sections)
+    return "\n".join("\n".join(section) for section in sections)
+
+
+def _mesh(config: Config, world_size: int) -> Iterator[str]:
+    replicas, ep = config.parallel.dp_replicate, config.parallel.ep
+    shard = config.dp_shard(world_size)
+    yield f"mesh       {world_size} ranks = dp_replicate {replicas} × dp_shard {shard}"
+    if config.moe.experts:
+        yield (
+            f"           dp_shard {shard} = edp {shard // ep} × ep {ep}:"
+            f" {config.moe.experts // ep} of {config.moe.experts} experts per rank"
+        )
+
+
+def _layers(model: Transformer) -> Iterator[str]:
+    yield "layers     block  feed-forward                    parameters      active"
+    for index, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        total = sum(p.numel() for p in block.parameters())
+        active, kind = total, "dense"
+        if block.moe is not None:
+            experts, top_k = block.moe.num_experts, block.moe.top_k
+            of_one = sum(p.numel() for p in block.moe.experts.parameters()) // experts
+            active -= of_one * (experts - top_k)
+            kind = f"{block.moe.router_name}, {top_k} of {experts} experts"
+            kind += " + shared" if block.feed_forward is not None else ""
+        yield f"           {index:5d}  {kind:28s} {total:13,} {active:11,}"
+
+
+def _routing(config: Config) -> Iterator[str]:
+    moe = config.moe
+    if not moe.experts:
+        return
+    group = routing_group_tokens(config) or config.train.micro_batch * config.data.seq_len
+    yield f"routing    groups of {group} tokens, {moe.top_k} of {moe.experts} experts for each"
+    for name, factor in (
+        ("training", moe.capacity_factor),
+        ("evaluation", moe.eval_capacity_factor),
+    ):
+        if factor is None:
+            yield f"           {name}: dropless"
+            continue
+        slots = capacity(group, moe.experts, moe.top_k, factor, moe.min_capacity)
+        effective = slots * moe.experts / (moe.top_k * group)
+        yield (
+            f"           {name}: {slots} slots per expert and group, capacity factor {factor}"
+            f" (effective {effective:.4g})"
+        )
+
+
+def _parameters(config: Config, model: Transformer) -> Iterator[str]:
+    counted = sizes(model)
+    seq_len = config.data.seq_len
+    flops = train_flops_per_token(model, config.model.dim, config.model.layers, seq_len)
+    yield f"parameters {counted.total:,} in total, {counted.active:,} active per token"
+    yield f"           {flops / 1e9:.4g} GFLOP per token, forward and backward"
+
+
+def _step(config: Config, world_size: int) -> Iterator[str]:
+    train, seq_len = config.train, config.data.seq_len
+    accumulation = train.global_batch // (train.micro_batch * world_size)
+    tokens = train.global_batch * seq_len
+    yield (
+        f"step       {tokens:,} tokens = {world_size} ranks × {accumulation} micro-batches"
+        f" × {train.micro_batch} sequences × {seq_len} tokens"
+    )
+    yield f"           {train.steps:,} steps, {tokens * train.steps:,} tokens in the run"
+
+
+def _memory(config: Config, model: Transformer, world_size: int) -> Iterator[str]:
+    """Bytes of the largest rank: its shards, the block that is gathered, the activations."""
+    compute = _DTYPES[config.engine.precision]
+    master = 8 if config.engine.precision == "fp64" else 4
+    shard = -(-sizes(model).total // config.dp_shard(world_size)) * master
+    rows = (
+        ("weights", shard),
+        ("gradients", shard),
+        ("Adam moments", 2 * shard),
+        ("gathered weights", _gathered(config, model) * compute.itemsize),
+        ("activations", _activations(config, model, compute)),
+    )
+    yield "memory     per device, in GiB"
+    for name, num_bytes in (*rows, ("together", sum(n for _, n in rows))):
+        yield f"           {name:18s} {num_bytes / 2**30:9.3f}"
+
+
+def _gathered(config: Config, model: Transformer) -> int:
+    """Parameters whole at one time: those outside the blocks, and one block with its experts."""
+    outside = sum(p.numel() for p in model.parameters())
+    largest = 0
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        whole = sum(p.numel() for p in block.parameters())
+        outside -= whole
+        if block.moe is not None:
+            of_experts = sum(p.numel() for p in block.moe.experts.parameters())
+            whole -= of_experts - of_experts // config.parallel.ep
+        largest = max(largest, whole)
+    return outside + largest
+
+
+def _activations(config: Config, model: Transformer, compute: torch.dtype) -> int:
+    """Bytes that one micro-batch's forward pass keeps for its backward pass.
+
+    Found by running it on tensors without memory and adding up what autograd saves. Expert
+    parallelism does not change it: a rank receives as many rows as it sends.
+    """
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            saved[storage._cdata] = storage
+        return tensor
+
+    with FakeTensorMode():
+        for module in model.modules():
+            dtype = torch.float32 if isinstance(module, Router) else compute
+            for name, weight in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(torch.empty(weight.shape, dtype=dtype)))
+            if isinstance(module, MoE):  # dropless counts rows on the host; factor 1 has as many
+                module.factors = {"train": module.factors["train"] or 1.0}
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        tokens_BL = torch.zeros(config.train.micro_batch, config.data.seq_len, dtype=torch.int64)
+        draws = Draws(torch.zeros((), dtype=torch.int64), tokens_BL.flatten())
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(tokens_BL, targets_BL=tokens_BL, mode="train", draws=draws)
+    return sum(storage.nbytes() for storage in saved.values())

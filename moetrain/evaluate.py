@@ -38,7 +38,9 @@ def forward(model: nn.Module, batch: Batch, mode: Mode, draws: Draws | None = No
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, samples: Samples, sequences: int, config: Config, mesh: Mesh) -> Means:
+def evaluate(
+    model: nn.Module, samples: Samples, sequences: int, config: Config, mesh: Mesh
+) -> Means:
     """Mean loss and ledgers over the first `sequences` samples, spread over the ranks.
 
     Every rank runs the same number of batches, filled up with padding, so that none waits for

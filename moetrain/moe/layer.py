@@ -89,11 +89,13 @@ class MoE(nn.Module):
     ) -> tuple[Tensor, LayerStats]:
         """Output (B, L, D) and the layer's losses and ledger.
 
-        `valid_BL` (bool) is False for padding, whose output is zero. `draws` are needed in mode
-        "train" by a gate that draws at random, and used in no other mode.
+        `valid_BL` (bool) is False for padding: its output is zero, and whatever it holds reaches
+        nothing. `draws` are needed in mode "train" by a gate that draws at random, and used in no
+        other mode.
         """
-        x_TD, valid_T = x_BLD.flatten(0, 1), valid_BL.flatten()
-        group_size = self._group_size(x_BLD)
+        valid_T = valid_BL.flatten()
+        x_TD = x_BLD.flatten(0, 1).where(valid_T[:, None], 0)
+        group_size = self._group_size(x_BLD, mode)
         record = self._route(x_TD, valid_T, draws if mode == "train" else None)
         plan = self._plan(record, group_size, self.factors[mode])
         arrived = self.dispatcher.dispatch(x_TD, plan)
@@ -107,10 +109,11 @@ class MoE(nn.Module):
         )
         return y_TD.view_as(x_BLD), stats
 
-    def _group_size(self, x_BLD: Tensor) -> int:
-        if isinstance(self.group, int):
-            return self.group
-        return x_BLD.shape[1] if self.group == "sequence" else x_BLD.shape[0] * x_BLD.shape[1]
+    def _group_size(self, x_BLD: Tensor, mode: Mode) -> int:
+        batch, length, _ = x_BLD.shape
+        if self.group == "microbatch" or mode == "generate":  # a text of any length, dropless
+            return batch * length
+        return length if self.group == "sequence" else self.group
 
     def _route(self, x_TD: Tensor, valid_T: Tensor, draws: Draws | None) -> Routing:
         if draws is not None and self.jitter > 0:
