@@ -54,7 +54,7 @@ def evaluate(
         indices = [i if i < wanted else -1 for i in range(start, start + micro)]
         batch = on_device(samples.batch(indices), mesh.device)
         parts.append(sums(forward(model, batch, "eval")))
-        batches.append((batch.valid_BL, batch.targets_BL))
+        batches.append(batch)
     return reduce(parts, count(batches, routing_group_tokens(config), mesh), mesh)
 
 

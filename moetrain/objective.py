@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moetrain.data import Batch
 from moetrain.loss import IGNORE
 from moetrain.mesh import Mesh
 from moetrain.model import Output
@@ -33,20 +34,20 @@ class Counts(NamedTuple):
     """Routing groups with a token that is not padding."""
 
 
-def count(batches: Iterable[tuple[Tensor, Tensor]], group_size: int | None, mesh: Mesh) -> Counts:
-    """Count the (valid_BL, targets_BL) pairs of a step over all ranks; a collective.
+def count(batches: Iterable[Batch], group_size: int | None, mesh: Mesh) -> Counts:
+    """Count the batches of a step over all ranks; a collective.
 
     `group_size` is the number of tokens of a routing group, None for a whole micro-batch.
     """
     local = [
         torch.stack(
             [
-                (targets_BL != IGNORE).sum(),
-                valid_BL.sum(),
-                valid_BL.reshape(-1, group_size or valid_BL.numel()).any(1).sum(),
+                (batch.targets_BL != IGNORE).sum(),
+                batch.valid_BL.sum(),
+                batch.valid_BL.view(-1, group_size or batch.valid_BL.numel()).any(1).sum(),
             ]
         )
-        for valid_BL, targets_BL in batches
+        for batch in batches
     ]
     return Counts(*mesh.sum(torch.stack(local).sum(0)))
 

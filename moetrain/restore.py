@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,7 +36,7 @@ def find(path: Path | str) -> Checkpoint:
     """
     found = checkpoint.resolve(path)
     manifest = checkpoint.read_manifest(found)
-    extra = manifest.extra
+    extra: dict[str, Any] = manifest.extra
     config = settings.build(Config, extra["config"])
     return Checkpoint(found, manifest.step, config, extra["vocab_size"], extra["tokenizer"])
 
