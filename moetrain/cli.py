@@ -150,7 +150,12 @@ class Generate:
 
     def _check(self) -> None:
         _require(self.max_tokens > 0, "max-tokens", self.max_tokens, "1 or more")
-        _require(0 < self.temperature < float("inf"), "temperature", self.temperature, "above 0")
+        _require(
+            0 < self.temperature < float("inf"),
+            "temperature",
+            self.temperature,
+            "above 0 (or use --greedy)",
+        )
         _require(self.top_k is None or self.top_k > 0, "top-k", self.top_k, "1 or more")
         _require(0 < self.top_p <= 1, "top-p", self.top_p, "above 0 and at most 1")
         _require(self.seed >= 0, "seed", self.seed, "0 or more")

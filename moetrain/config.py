@@ -227,7 +227,7 @@ class Config(Section):
     """Folder of the run inside `out`: letters, digits, '.', '_' and '-'."""
     out: Path = Path("runs")
     """Folder that holds the runs."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the initialisation, of the order of samples and of the router's random draws."""
     model: ModelConfig = ModelConfig()
     moe: MoEConfig = MoEConfig()

@@ -37,6 +37,8 @@ def load(path: Path | str | None, flags: Sequence[str] = ()) -> Config:
     Flags read `--section.field value` or `--section.field=value`; `null` is null.
     Raises `UserError` with one line per problem.
     """
+    if not flags:
+        return resolve(path, {})
     check_flag_names(flags)
     with one_message():
         given = tyro.cli(flags_of(Config), prog="moetrain", args=flags, registry=REGISTRY)
@@ -223,11 +225,15 @@ def one_message() -> Iterator[None]:
 
 
 def _unboxed(text: str) -> str:
-    lines = [line.strip("│ ") for line in text.splitlines() if line[:1] not in "╭╰"]
-    blocks = "\n".join(line if line.strip("─") else "" for line in lines).split("\n\n")
-    kept = [block for block in blocks if block and not block.startswith("For full helptext")]
-    lines = [line for line in "\n".join(kept).split("\n") if not _FOUND_IN.fullmatch(line)]
-    message = "\n".join(dict.fromkeys(lines))  # what two commands offer is named once
+    """The content of tyro's box, drawn with lines or, on a plain terminal, with hyphens.
+
+    Left out: the title, the advice to ask for help, and which commands have a proposed flag.
+    """
+    lines = [line.strip("│ ") for line in text.splitlines()[1:]]
+    blocks = "\n".join("" if set(line) <= set("╰─╯-") else line for line in lines).split("\n\n")
+    kept = [block.strip() for block in blocks if not block.strip().startswith("For full helptext")]
+    lines = [line for line in "\n".join(kept).split("\n") if line and not _FOUND_IN.fullmatch(line)]
+    message = "\n".join(dict.fromkeys(lines))  # what two commands have is proposed once
     return _MISPLACED.sub(r"an unknown flag stands before \1; put \1 first", message)
 
 
