@@ -44,9 +44,9 @@ def _block(config: Config, layer: int) -> Block:
     if layer not in moe.block_indices(model.layers):
         dense = FeedForward(model.dim, model.dense_ffn_dim)
         return Block(model.dim, model.norm_eps, attention, dense, moe=None)
-    expert_dim = moe.expert_ffn_dim or model.dense_ffn_dim
-    shared = FeedForward(model.dim, moe.shared_experts * expert_dim) if moe.shared_experts else None
-    experts = _moe(moe, layer, model.dim, expert_dim)
+    shared_dim = moe.shared_experts * config.expert_ffn_dim
+    shared = FeedForward(model.dim, shared_dim) if shared_dim else None
+    experts = _moe(moe, layer, model.dim, config.expert_ffn_dim)
     return Block(model.dim, model.norm_eps, attention, shared, experts)
 
 

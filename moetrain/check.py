@@ -93,8 +93,7 @@ def _parameters(config: Config, model: Transformer) -> Iterator[str]:
 
 def _step(config: Config, world_size: int) -> Iterator[str]:
     train, seq_len = config.train, config.data.seq_len
-    accumulation = train.global_batch // (train.micro_batch * world_size)
-    tokens = train.global_batch * seq_len
+    tokens, accumulation = train.global_batch * seq_len, config.accumulation(world_size)
     yield (
         f"step       {tokens:,} tokens = {world_size} ranks × {accumulation} micro-batches"
         f" × {train.micro_batch} sequences × {seq_len} tokens"

@@ -37,7 +37,7 @@ def find(path: Path | str) -> Checkpoint:
     found = checkpoint.resolve(path)
     manifest = checkpoint.read_manifest(found)
     extra: dict[str, Any] = manifest.extra
-    config = settings.build(Config, extra["config"])
+    config = settings.resolve(None, extra["config"])
     return Checkpoint(found, manifest.step, config, extra["vocab_size"], extra["tokenizer"])
 
 

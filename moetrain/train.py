@@ -118,7 +118,7 @@ def train_step(run: Run, position: Position) -> StepResult:
     step = position.step + 1
     batches = [
         on_device(run.samples.batch(indices), mesh.device)
-        for indices in sample_indices(config.train, mesh.rank, mesh.world, position.samples)
+        for indices in sample_indices(config, mesh.rank, mesh.world, position.samples)
     ]
     counts = count(batches, routing_group_tokens(config), mesh)
     key = step_key(config.seed, step, mesh.device)
@@ -133,11 +133,10 @@ def train_step(run: Run, position: Position) -> StepResult:
     return StepResult(parts, counts, run.engine.step(lr), lr)
 
 
-def sample_indices(train: TrainConfig, rank: int, world: int, first: int) -> list[range]:
+def sample_indices(config: Config, rank: int, world: int, first: int) -> list[range]:
     """The samples of one rank's micro-batches in the global batch that starts at `first`."""
-    micro = train.micro_batch
-    accumulation = train.global_batch // (micro * world)
-    starts = [first + (j * world + rank) * micro for j in range(accumulation)]
+    micro = config.train.micro_batch
+    starts = [first + (j * world + rank) * micro for j in range(config.accumulation(world))]
     return [range(start, start + micro) for start in starts]
 
 

@@ -111,9 +111,11 @@ class MoE(nn.Module):
 
     def _group_size(self, x_BLD: Tensor, mode: Mode) -> int:
         batch, length, _ = x_BLD.shape
-        if self.group == "microbatch" or mode == "generate":  # a text of any length, dropless
+        if mode == "generate":  # a text of any length, dropless
             return batch * length
-        return length if self.group == "sequence" else self.group
+        if isinstance(self.group, int):
+            return self.group
+        return length if self.group == "sequence" else batch * length
 
     def _route(self, x_TD: Tensor, valid_T: Tensor, draws: Draws | None) -> Routing:
         if draws is not None and self.jitter > 0:
