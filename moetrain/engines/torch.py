@@ -21,10 +21,12 @@ class TorchEngine:
     ):
         """Takes a model on the meta device. Collective over the mesh."""
         self.model = parallelize(model, mesh, precision, seed)
+        # Kept here: between a forward and a backward pass, FSDP2 puts gathered copies in the model.
+        self.weights = dict(self.model.named_parameters())
         self.mesh = mesh
         self.clip_norm = train.clip_norm
         self.optimizer = adamw(
-            self.model.parameters(),
+            self.weights.values(),
             betas=(train.beta1, train.beta2),
             eps=train.adam_eps,
             weight_decay=train.weight_decay,
@@ -37,11 +39,11 @@ class TorchEngine:
 
     def step(self, lr: float) -> float:
         """See `Engine`."""
-        norm = global_grad_norm(self.model.parameters(), self.mesh.dp_replicate).item()
+        norm = global_grad_norm(self.weights.values(), self.mesh.dp_replicate).item()
         if not math.isfinite(norm):
             raise FloatingPointError(f"the global gradient norm is {norm}")
         if self.clip_norm and norm > self.clip_norm:
-            scale_grads(self.model.parameters(), self.clip_norm / norm)
+            scale_grads(self.weights.values(), self.clip_norm / norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -51,8 +53,8 @@ class TorchEngine:
     def state(self) -> dict[str, Tensor]:
         """See `Engine`."""
         tensors: dict[str, Tensor] = {}
-        for name, parameter in self.model.named_parameters():
-            tensors[f"model.{name}"] = parameter.detach()
-            for key, value in self.optimizer.state[parameter].items():
+        for name, weight in self.weights.items():
+            tensors[f"model.{name}"] = weight.detach()
+            for key, value in self.optimizer.state[weight].items():
                 tensors[f"optimizer.{name}.{key}"] = value
         return tensors
