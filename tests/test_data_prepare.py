@@ -1,0 +1,354 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moetrain.config import DataConfig
+from moetrain.data import prepare, train_bpe, verify
+from moetrain.data import prepare as prepare_function
+from moetrain.data.entropy import byte_entropy, count_pairs
+from moetrain.data.shards import open_offsets, open_tokens
+from moetrain.data.splits import HEAD, assign_splits
+from moetrain.errors import UserError
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    texts = [f"document {i} says {i * i} — naïve" for i in range(50)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path, texts
+
+
+def config(source, tmp_path, **settings):
+    return DataConfig(source=str(source), cache=tmp_path / "cache", **settings)
+
+
+def read_documents(prepared, split):
+    tokens = open_tokens(prepared.directory, prepared.manifest, split)
+    offsets = open_offsets(prepared.directory, prepared.manifest, split)
+    bounds = offsets.read(0, len(offsets))
+    documents = [tokens.read(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    assert all(ids[-1] == prepared.manifest.eos_id for ids in documents)
+    return [prepared.tokenizer.decode(ids) for ids in documents]
+
+
+def sets(cache):
+    return sorted(path.name for path in cache.iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("bpe", [False, True])
+def test_every_document_is_in_one_split_and_comes_back(rows, tmp_path, bpe):
+    path, texts = rows
+    tokenizer = "bytes"
+    if bpe:
+        tokenizer = str(tmp_path / "tokenizer.json")
+        train_bpe(texts, 300, tmp_path / "tokenizer.json")
+    prepared = prepare(config(path, tmp_path, tokenizer=tokenizer, eval_fraction=0.2))
+    train, held_out = read_documents(prepared, "train"), read_documents(prepared, "eval")
+    assert sorted(train + held_out) == sorted(texts)
+    assert train == [text for text in texts if text in set(train)]  # in the order of the source
+    manifest = prepared.manifest
+    assert 3 <= manifest.eval.documents <= 20
+    assert manifest.train.documents == len(train)
+    assert manifest.train.bytes == sum(len(text.encode()) for text in train)
+    assert manifest.eval.bytes == sum(len(text.encode()) for text in held_out)
+    if not bpe:
+        assert manifest.train.tokens == manifest.train.bytes + len(train)
+        assert (manifest.vocab_size, manifest.eos_id, manifest.dtype) == (257, 256, "<u2")
+    verify(prepared.directory)
+
+
+def test_stdlib_is_prepared_in_seconds_and_found_at_once(tmp_path):
+    begin = time.monotonic()
+    first = prepare(DataConfig(cache=tmp_path))
+    built = time.monotonic() - begin
+    begin = time.monotonic()
+    again = prepare(DataConfig(cache=tmp_path))
+    found = time.monotonic() - begin
+    assert again.manifest == first.manifest
+    assert built < 60
+    assert found < 10
+    assert first.manifest.train.tokens > 5_000_000
+    entropy = first.manifest.byte_entropy
+    assert 1.5 < entropy["bigram"] < entropy["unigram"] < 4
+
+
+def test_the_cache_follows_content_and_settings(rows, tmp_path):
+    path, texts = rows
+    first = prepare(config(path, tmp_path))
+    moved = tmp_path / "moved.jsonl"
+    path.rename(moved)
+    assert prepare(config(moved, tmp_path)).directory == first.directory
+    assert prepare(config(moved, tmp_path, seq_len=7)).directory == first.directory
+    with moved.open("a") as file:
+        file.write('{"text": "one more"}\n')
+    others = [
+        prepare(config(moved, tmp_path)),
+        prepare(config(moved, tmp_path, max_documents=9)),
+        prepare(config(moved, tmp_path, eval_fraction=0.5)),
+    ]
+    train_bpe(texts, 270, tmp_path / "t.json")
+    others.append(prepare(config(moved, tmp_path, tokenizer=str(tmp_path / "t.json"))))
+    assert len({prepared.directory for prepared in [first, *others]}) == 5
+    assert others[1].manifest.train.documents + others[1].manifest.eval.documents == 9
+
+
+def test_where_the_cache_is(monkeypatch, rows, tmp_path):
+    path, _ = rows
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    data = DataConfig(source=str(path))
+    assert prepare(data).directory.parent == tmp_path / ".cache" / "moetrain"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert prepare(data).directory.parent == tmp_path / "xdg" / "moetrain"
+
+
+def test_a_read_only_cache_serves_what_it_has(rows, tmp_path):
+    path, _ = rows
+    first = prepare(config(path, tmp_path))
+    first.directory.with_suffix(".lock").unlink()
+    assert prepare(config(path, tmp_path)).directory == first.directory
+    assert not first.directory.with_suffix(".lock").exists()  # nothing was written
+
+
+def test_a_cache_that_cannot_be_written_is_named(rows, tmp_path):
+    path, _ = rows
+    (tmp_path / "cache").write_text("a file is in the way")
+    with pytest.raises(UserError, match=r"data\.cache \(.*cache\) cannot be written"):
+        prepare(config(path, tmp_path))
+
+
+# --- which documents are held out -----------------------------------------------------------------
+
+
+def test_a_document_stays_in_its_split_when_others_come():
+    texts = [f"text {i}" for i in range(3000)]
+    few, many = dict(assigned(texts[:1500], 0.1)), dict(assigned(texts, 0.1))
+    assert all(many[text] == split for text, split in few.items())
+    assert 0.08 < sum(split == "eval" for split in many.values()) / 3000 < 0.12
+    assert dict(assigned(texts[::-1], 0.1)) == many
+
+
+def assigned(texts, fraction):
+    return [(text, split) for split, text in assign_splits(iter(texts), fraction)]
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.5, 1 - 1e-9])
+@pytest.mark.parametrize("num_texts", [2, 3, HEAD, HEAD + 50])
+def test_both_splits_get_a_document(fraction, num_texts):
+    found = assigned([f"text {i}" for i in range(num_texts)], fraction)
+    assert [text for text, _ in found] == [f"text {i}" for i in range(num_texts)]
+    assert {split for _, split in found} == {"train", "eval"}
+
+
+def test_copies_stay_together():
+    found = assigned(["a", "b", "b", "a", "b"] * 100, 1e-9)
+    by_text = {text: {split for other, split in found if other == text} for text in "ab"}
+    assert sorted(map(sorted, by_text.values())) == [["eval"], ["train"]]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "train", "held_out"),
+    [(0.3, "abcdefg", "hij"), (1e-6, "abcdefghi", "j"), (0.999, "a", "bcdefghij")],
+)
+def test_of_a_single_document_the_end_is_held_out(fraction, train, held_out):
+    assert assigned(["abcdefghij"], fraction) == [(train, "train"), (held_out, "eval")]
+
+
+# --- the figures to beat --------------------------------------------------------------------------
+
+
+def test_entropy_of_a_corpus_small_enough_to_count_by_hand():
+    train, held_out = count_pairs(["ab", "ab"]), count_pairs(["ab"])
+    entropy = byte_entropy(train, held_out)
+    # six symbols seen: a, b and end twice each, of 257 kinds
+    assert entropy["unigram"] == pytest.approx(-np.log(3 / (6 + 257)))
+    # end→a, a→b, b→end: each seen twice of two
+    assert entropy["bigram"] == pytest.approx(-np.log(3 / (2 + 257)))
+
+
+def test_entropy_equals_a_literal_loop():
+    train, held_out = ["hello wörld", "a", "low"], ["lower", "öl"]
+
+    def symbols(texts):
+        return [256] + [s for text in texts for s in [*text.encode(), 256]]
+
+    pairs, singles = {}, {}
+    for before, after in zip(symbols(train)[:-1], symbols(train)[1:], strict=True):
+        pairs[before, after] = pairs.get((before, after), 0) + 1
+        singles[after] = singles.get(after, 0) + 1
+    total, unigram, bigram = 0, 0.0, 0.0
+    for before, after in zip(symbols(held_out)[:-1], symbols(held_out)[1:], strict=True):
+        seen = sum(count for (first, _), count in pairs.items() if first == before)
+        unigram -= np.log((singles.get(after, 0) + 1) / (sum(singles.values()) + 257))
+        bigram -= np.log((pairs.get((before, after), 0) + 1) / (seen + 257))
+        total += 1
+    found = byte_entropy(count_pairs(train), count_pairs(held_out))
+    assert found["unigram"] == pytest.approx(unigram / total, rel=1e-12)
+    assert found["bigram"] == pytest.approx(bigram / total, rel=1e-12)
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def test_an_empty_file_is_no_text(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError, match=r"data\.source holds no text; training and evaluation"):
+        prepare(config(tmp_path / "empty.txt", tmp_path))
+    assert sets(tmp_path / "cache") == []
+
+
+def test_a_file_of_one_character_is_too_little(tmp_path):
+    (tmp_path / "one.txt").write_text("é")
+    with pytest.raises(UserError, match="holds a single character"):
+        prepare(config(tmp_path / "one.txt", tmp_path))
+    (tmp_path / "one.txt").write_text("éa")
+    prepared = prepare(config(tmp_path / "one.txt", tmp_path))
+    assert read_documents(prepared, "train") == ["é"]
+    assert read_documents(prepared, "eval") == ["a"]
+
+
+def test_copies_of_one_document_cannot_be_split(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "same"}\n' * 5)
+    with pytest.raises(UserError, match="holds 5 copies of one document"):
+        prepare(config(tmp_path / "rows.jsonl", tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "words", "bpe"])
+def test_a_line_of_50_mb_is_no_trouble(tmp_path, kind):
+    size = 50_000_000
+    line = "word " * (size // 5) if kind == "words" else "x" * size
+    path = tmp_path / ("big.jsonl" if kind == "jsonl" else "big.txt")
+    path.write_text(f'{{"text": "{line}"}}\n' if kind == "jsonl" else line)
+    tokenizer = "bytes"
+    if kind == "bpe":
+        train_bpe(["x y z" * 10], 257, tmp_path / "t.json")
+        tokenizer = str(tmp_path / "t.json")
+    begin = time.monotonic()
+    manifest = prepare(config(path, tmp_path, tokenizer=tokenizer)).manifest
+    assert time.monotonic() - begin < 100
+    assert manifest.train.bytes + manifest.eval.bytes == len(line)
+
+
+def test_a_fault_in_the_middle_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n{"text": "cut')
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 3"):
+        prepare(config(path, tmp_path))
+    assert sets(tmp_path / "cache") == []
+
+
+# --- other processes ------------------------------------------------------------------------------
+
+PROGRAM = """
+import os, resource, signal, sys
+from pathlib import Path
+from moetrain.config import DataConfig
+from moetrain.data import prepare, shards
+from moetrain.errors import UserError
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+fault, source, cache = sys.argv[1:]
+if fault == "killed at its first file":
+    shards.os.fsync = die
+if fault == "killed at the manifest":
+    prepare.__globals__["write_manifest"] = die
+if fault == "killed at the rename":
+    Path.rename = die
+if fault == "disk full":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+try:
+    print(prepare(DataConfig(source=source, cache=Path(cache))).manifest.fingerprint)
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+def start(fault, source, cache):
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, fault, str(source), str(cache)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "fault", ["killed at its first file", "killed at the manifest", "killed at the rename"]
+)
+def test_what_a_killed_process_leaves_is_never_used(rows, tmp_path, fault):
+    path, _ = rows
+    killed = start(fault, path, tmp_path / "cache")
+    _, errors = killed.communicate(timeout=120)
+    assert killed.returncode == -9, errors
+    left = sets(tmp_path / "cache")
+    assert len(left) == 1
+    assert left[0].endswith(".partial")
+    prepared = prepare(config(path, tmp_path))
+    assert sets(tmp_path / "cache") == [prepared.directory.name]
+    verify(prepared.directory)
+
+
+def test_a_full_disk_is_reported_and_leaves_nothing_behind(rows, tmp_path):
+    path, _ = rows
+    full = start("disk full", path, tmp_path / "cache")
+    _, errors = full.communicate(timeout=120)
+    assert full.returncode == 1
+    assert "data.cache (" in errors
+    assert "cannot be written: [Errno 27] File too large" in errors
+    assert sets(tmp_path / "cache") == []
+
+
+def test_processes_at_once_build_one_set(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i} " * 200}) + "\n" for i in range(5000)))
+    processes = [start("none", path, tmp_path / "cache") for _ in range(3)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert all(process.returncode == 0 for process in processes), outputs
+    assert len({fingerprint for fingerprint, _ in outputs}) == 1
+    assert len(sets(tmp_path / "cache")) == 1
+
+
+def test_a_waiting_process_says_so_and_takes_over(rows, tmp_path):
+    import fcntl
+
+    path, _ = rows
+    first = prepare(config(path, tmp_path))
+    lock = first.directory.with_suffix(".lock")
+    for file in first.directory.iterdir():
+        file.unlink()
+    first.directory.rmdir()
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        waiting = start("none", path, tmp_path / "cache")
+        line = waiting.stderr.readline()
+        assert "waiting for another process to prepare the data" in line
+        assert sets(tmp_path / "cache") == []
+    output, _ = waiting.communicate(timeout=120)
+    assert output.strip() == first.manifest.fingerprint
+
+
+def test_lines_of_progress_where_there_is_no_terminal(rows, tmp_path, capfd, monkeypatch):
+    path, _ = rows
+    monkeypatch.setitem(prepare_function.__globals__, "LINE_SECONDS", -1.0)
+    prepare(config(path, tmp_path))
+    output, errors = capfd.readouterr()
+    assert output == ""
+    assert errors.startswith("preparing data: 50 documents, ")
+    assert "\x1b" not in errors
+
+
+def test_shared_folders_can_be_read_by_others(rows, tmp_path):
+    path, _ = rows
+    directory = prepare(config(path, tmp_path)).directory
+    assert directory.stat().st_mode & 0o777 == 0o755
+    assert all(Path(directory, name).stat().st_mode & 0o444 for name in os.listdir(directory))
