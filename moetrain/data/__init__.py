@@ -1,7 +1,7 @@
 """Text to batches: corpus, tokenizer, packed shards, and a deterministic order of samples."""
 
+from moetrain.data.cache import Prepared, prepare
 from moetrain.data.corpus import open_source
-from moetrain.data.prepare import Prepared, prepare
 from moetrain.data.samples import IGNORED, Batch, Samples
 from moetrain.data.shards import Manifest, verify
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer, train_bpe

@@ -169,9 +169,10 @@ def _json_documents(path: Path, field: str) -> Iterator[str | None]:
 
 def _json_field(line: str, field: str, where: str) -> str | None:
     try:
-        row = json.loads(line)
+        row = json.loads(line.strip())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"data.source: {where} is no JSON object: {error}") from error
+        reason = getattr(error, "msg", error)
+        raise UserError(f"data.source: {where} is no JSON object: {reason}") from error
     if not isinstance(row, dict):
         raise UserError(f"data.source: {where} is no JSON object but {type(row).__name__}")
     check_column(field, list(row), where)

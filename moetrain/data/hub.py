@@ -16,7 +16,9 @@ RETRY_BUDGET = 15.0
 """No new try after so many seconds: the hub's own client retries too."""
 
 
-def fetch(load: Callable[[], T], subject: str, absent: str) -> T:
+def fetch(
+    load: Callable[[], T], subject: str, absent: str, absent_errors: tuple[type[Exception], ...]
+) -> T:
     """Call `load`, and again after a failed connection, at most 1 + len(RETRY_DELAYS) times.
 
     A cached copy counts as success: the hub's client falls back to it when it cannot connect.
@@ -24,17 +26,20 @@ def fetch(load: Callable[[], T], subject: str, absent: str) -> T:
     Args:
         load: the call that may reach the network.
         subject: what is loaded, as the user wrote it, e.g. `data.tokenizer ('gpt2')`.
-        absent: what to say when the hub has no such thing.
+        absent: what to say when there is no such thing.
+        absent_errors: the errors that mean so.
 
     Raises:
         UserError: it does not exist, cannot be reached, or is refused by the library.
     """
+    from huggingface_hub.errors import LocalEntryNotFoundError  # no connection, nothing cached
+
     begin = time.monotonic()
     for num_tries, delay in enumerate((*RETRY_DELAYS, None), start=1):
         try:
             return load()
         except Exception as error:
-            if _is_absent(error):
+            if isinstance(error, absent_errors) and not isinstance(error, LocalEntryNotFoundError):
                 raise UserError(f"{subject} {absent} ({_first_line(error)})") from error
             if not isinstance(error, OSError):  # failed connections are OSErrors
                 raise UserError(f"{subject}: {_first_line(error)}") from error
@@ -57,12 +62,14 @@ def hub_documents(
             stream breaks off.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 
     subject = f"data.source ('{name}', data.subset {subset}, data.split {split})"
     rows: Any = fetch(
         lambda: load_dataset(name, subset, split=split, streaming=streaming),
         subject,
         "is neither a file or folder here nor a dataset on the hub",
+        (DatasetNotFoundError, DataFilesNotFoundError),
     )
     try:
         columns = rows.column_names or list(next(iter(rows), {field: None}))
@@ -79,18 +86,6 @@ def check_column(field: str, columns: list[str], subject: str) -> None:
     """Raise a UserError that lists the columns there are, unless `field` is one of them."""
     if field not in columns:
         raise UserError(f"data.field ('{field}'): {subject} has only {', '.join(columns)}")
-
-
-def _is_absent(error: Exception) -> bool:
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    if isinstance(error, LocalEntryNotFoundError):  # no connection, and not in the cache
-        return False
-    return isinstance(error, (FileNotFoundError, EntryNotFoundError, RepositoryNotFoundError))
 
 
 def _first_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     Rogaway 2002). It needs no table, so an epoch of any size costs nothing to begin or to resume.
 
     Args:
-        index: integers in [0, n), any shape.
+        index: array of integers in [0, n).
         n: number of samples in the epoch, at least 1 and below 2^62.
         seed: the run's seed.
         epoch: number of the epoch, from 0.

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moetrain.data.cache import Prepared
 from moetrain.data.order import shuffled
-from moetrain.data.prepare import Prepared
 from moetrain.data.shards import open_offsets, open_tokens
 from moetrain.data.splits import Split
 from moetrain.errors import UserError

@@ -20,7 +20,7 @@ from moetrain.data.splits import SPLITS, Split
 from moetrain.errors import UserError
 
 FORMAT = 1
-"""Raised when what is written for the same input changes."""
+"""To be raised when what is written for the same input changes; part of the cache's key."""
 BLOCK_BYTES = 1 << 20
 SHARD_BYTES = 256 << 20
 OFFSET_DTYPE = "<i8"
@@ -57,7 +57,6 @@ class SplitManifest(Record):
 class Manifest(Record):
     """What a prepared set holds."""
 
-    format: int
     source: str
     """`data.source` as it was written when the set was prepared."""
     tokenizer: str
@@ -93,7 +92,7 @@ class BlockWriter:
         self._blocks: list[str] = []
         self._file = None
 
-    def write(self, content: bytes | memoryview) -> None:
+    def write(self, content: bytes) -> None:
         """Append some bytes."""
         self._pending += content
         while len(self._pending) >= BLOCK_BYTES:
@@ -160,7 +159,8 @@ class SplitWriter:
                 f"data.tokenizer yields id {worst} in {self.split} document "
                 f"{len(self.offsets) - 1}; its vocabulary has {self.vocab_size}"
             )
-        self._tokens.write(np.append(ids, self.eos_id).astype(self.dtype).tobytes())
+        self._tokens.write(ids.astype(self.dtype).tobytes())
+        self._tokens.write(np.array(self.eos_id, dtype=self.dtype).tobytes())
         self.offsets.append(self.offsets[-1] + len(ids) + 1)
         self.bytes += num_bytes
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,9 +24,10 @@ END_TOKENS = (
     "[SEP]",
 )  # fmt: skip
 """Names of the token that ends a document, the first one found counts."""
-PIECE_LENGTH = 1 << 20
-"""Longest text, in characters, that a tokenizer is given at once: a merge needs some 200 bytes of
-memory per character of an unbroken word."""
+PIECE_LENGTH = 1 << 16
+"""Longest text, in characters, that a tokenizer is given at once: it spends some 200 bytes of
+memory on each character, and a long unbroken word costs more than its pieces."""
+PIECES_AT_ONCE = 128
 
 
 class Tokenizer(Protocol):
@@ -87,18 +89,19 @@ class JsonTokenizer:
         self.fingerprint = hashlib.sha256(content).hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int64; a text past PIECE_LENGTH is encoded in pieces."""
+        """Ids of each text, uint32; a text past PIECE_LENGTH is encoded in pieces."""
         pieces = [list(_pieces(text)) for text in texts]
-        flat = [piece for text in pieces for piece in text]
-        encoded = iter(self.inner.encode_batch_fast(flat, add_special_tokens=False))
-        return [
-            np.concatenate([np.array(next(encoded).ids, dtype=np.int64) for _ in text])
-            for text in pieces
-        ]
+        ids = self._encode(piece for text in pieces for piece in text)
+        return [np.concatenate([next(ids) for _ in text]) for text in pieces]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids; special tokens vanish, halves of a character become U+FFFD."""
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def _encode(self, pieces: Iterator[str]) -> Iterator[np.ndarray]:
+        while group := list(islice(pieces, PIECES_AT_ONCE)):
+            for encoding in self.inner.encode_batch_fast(group, add_special_tokens=False):
+                yield np.array(encoding.ids, dtype=np.uint32)
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -171,14 +174,15 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _download(name: str, subject: str) -> Path:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
-    return Path(
-        fetch(
-            lambda: hf_hub_download(name, "tokenizer.json"),
-            subject,
-            "is neither 'bytes', a tokenizer.json here, nor a model with one on the hub",
-        )
+    path = fetch(
+        lambda: hf_hub_download(name, "tokenizer.json"),
+        subject,
+        f"is neither '{BYTES}', nor a file here, nor a model with a tokenizer.json on the hub",
+        (RepositoryNotFoundError, EntryNotFoundError),
     )
+    return Path(path)
 
 
 def _find_eos(inner: Any, subject: str) -> int:

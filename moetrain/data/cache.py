@@ -133,7 +133,6 @@ def _write_splits(
                 pairs[split] += count_pairs(text for name, text in batch if name == split)
             advance(len(batch), sum(map(len, ids)))
     return Manifest(
-        format=FORMAT,
         source=source,
         tokenizer=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
