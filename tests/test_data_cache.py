@@ -140,7 +140,7 @@ def test_a_document_stays_in_its_split_when_others_come():
 
 
 def assigned(texts, fraction):
-    return [(text, split) for split, text in assign_splits(iter(texts), fraction)]
+    return [(text, split) for split, text in assign_splits(iter(texts), fraction, "texts")]
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.5, 1 - 1e-9])
@@ -203,7 +203,7 @@ def test_entropy_equals_a_literal_loop():
 
 def test_an_empty_file_is_no_text(tmp_path):
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(UserError, match=r"data\.source holds no text; training and evaluation"):
+    with pytest.raises(UserError, match=r"data\.source \(.*empty\.txt.\) holds no text; training"):
         prepare(config(tmp_path / "empty.txt", tmp_path))
     assert sets(tmp_path / "cache") == []
 

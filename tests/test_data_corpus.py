@@ -113,10 +113,10 @@ def test_a_missing_json_column_names_line_and_columns(tmp_path):
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ('{"text": "cut o', "is no JSON object: Unterminated string"),
-        ("plain text", "is no JSON object: Expecting value"),
-        ('["text"]', "is no JSON object but list"),
-        ("[" * 100_000, "is no JSON object: "),
+        ('{"text": "cut o', r"must be one JSON object \(Unterminated string"),
+        ("plain text", r"must be one JSON object \(Expecting value\)"),
+        ('["text"]', "must be one JSON object, not list"),
+        ("[" * 100_000, "must be one JSON object"),
         ('{"text": "\\ud800"}', "holds half a surrogate pair in 'text'"),
     ],
 )

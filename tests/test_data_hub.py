@@ -88,7 +88,8 @@ def test_tries_are_bounded(monkeypatch, slept):
         list(hub_documents("someone/texts", None, "train", False, "text"))
     assert str(caught.value) == (
         "data.source ('someone/texts', data.subset None, data.split train) could not be loaded "
-        "after 3 tries: Couldn't reach the hub; check the connection, or name a local file"
+        "after 3 tries: Couldn't reach the hub; check the connection; there is no file or folder "
+        "of that name"
     )
     assert (flaky.num_calls, slept) == (3, [1.0, 3.0])
 

@@ -24,14 +24,13 @@ from moetrain.data.corpus import Source, open_source
 from moetrain.data.entropy import byte_entropy, count_pairs
 from moetrain.data.shards import (
     FORMAT,
-    SHARD_BYTES,
     Manifest,
     SplitWriter,
     read_manifest,
     token_dtype,
     write_manifest,
 )
-from moetrain.data.splits import SPLITS, assign_splits
+from moetrain.data.splits import SPLITS, Split, assign_splits
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 from moetrain.errors import UserError
 
@@ -107,7 +106,7 @@ def _build(data: DataConfig, source: Source, tokenizer: Tokenizer, directory: Pa
     )
     try:
         partial.chmod(0o755)  # mkdtemp keeps others out; a cache may be shared
-        documents = assign_splits(source.documents(), data.eval_fraction)
+        documents = assign_splits(source.documents(), data.eval_fraction, data.source)
         write_manifest(partial, _write_splits(documents, data.source, tokenizer, partial))
         partial.rename(directory)
     finally:
@@ -115,13 +114,9 @@ def _build(data: DataConfig, source: Source, tokenizer: Tokenizer, directory: Pa
 
 
 def _write_splits(
-    documents: Iterator[tuple[str, str]],
-    source: str,
-    tokenizer: Tokenizer,
-    folder: Path,
-    shard_bytes: int = SHARD_BYTES,
+    documents: Iterator[tuple[Split, str]], source: str, tokenizer: Tokenizer, folder: Path
 ) -> Manifest:
-    size = (tokenizer.vocab_size, tokenizer.eos_id, shard_bytes)
+    size = (tokenizer.vocab_size, tokenizer.eos_id)
     writers = {split: SplitWriter(folder, split, *size) for split in SPLITS}
     pairs = {split: count_pairs([]) for split in SPLITS}
     with _progress() as advance:
@@ -144,7 +139,7 @@ def _write_splits(
     )
 
 
-def _batches(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+def _batches(documents: Iterator[tuple[Split, str]]) -> Iterator[list[tuple[Split, str]]]:
     batch, length = [], 0
     for document in documents:
         batch.append(document)

@@ -172,9 +172,9 @@ def _json_field(line: str, field: str, where: str) -> str | None:
         row = json.loads(line.strip())
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", error)
-        raise UserError(f"data.source: {where} is no JSON object: {reason}") from error
+        raise UserError(f"data.source: {where} must be one JSON object ({reason})") from error
     if not isinstance(row, dict):
-        raise UserError(f"data.source: {where} is no JSON object but {type(row).__name__}")
+        raise UserError(f"data.source: {where} must be one JSON object, not {type(row).__name__}")
     check_column(field, list(row), where)
     text = row[field]
     if isinstance(text, str) and not _is_encodable(text):

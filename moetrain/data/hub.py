@@ -46,7 +46,8 @@ def fetch(
             if delay is None or time.monotonic() - begin > RETRY_BUDGET:
                 raise UserError(
                     f"{subject} could not be loaded after {num_tries} tries: "
-                    f"{_first_line(error)}; check the connection, or name a local file"
+                    f"{_first_line(error)}; check the connection; there is no file or folder of "
+                    "that name"
                 ) from error
             time.sleep(delay)
     raise AssertionError("the last try returns or raises")

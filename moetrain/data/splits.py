@@ -15,12 +15,19 @@ HEAD = 256
 """Documents read ahead, so that both splits are certain to get one."""
 
 
-def assign_splits(documents: Iterable[str], fraction: float) -> Iterator[tuple[Split, str]]:
+def assign_splits(
+    documents: Iterable[str], fraction: float, source: str
+) -> Iterator[tuple[Split, str]]:
     """Yield (`train` or `eval`, text): held out is what hashes below `fraction`.
 
     So a document stays in its split when others come or go, and its copies go with it. Among the
     first HEAD documents the lowest hash is always held out and the highest never. A document that
     is alone is cut: its last `fraction` of characters, one at least, is held out.
+
+    Args:
+        documents: the corpus, read once.
+        fraction: share of the documents to hold out.
+        source: where they come from, for messages.
 
     Raises:
         UserError: no text at all, or nothing that could be held out.
@@ -28,13 +35,15 @@ def assign_splits(documents: Iterable[str], fraction: float) -> Iterator[tuple[S
     documents = iter(documents)
     head = list(islice(documents, HEAD))
     if len(head) == 1:
-        yield from _cut(head[0], fraction)
+        yield from _cut(head[0], fraction, source)
         return
     keys = [_content_key(text) for text in head]
     lowest, highest = min(keys, default=0), max(keys, default=0)
     if lowest == highest:
         what = f"holds {len(head)} copies of one document" if head else "holds no text"
-        raise UserError(f"data.source {what}; training and evaluation need a document each")
+        raise UserError(
+            f"data.source ('{source}') {what}; training and evaluation need a document each"
+        )
     threshold = int(fraction * 2**64)
     for text in chain(head, documents):
         key = _content_key(text)
@@ -42,10 +51,10 @@ def assign_splits(documents: Iterable[str], fraction: float) -> Iterator[tuple[S
         yield ("eval" if held_out else "train"), text
 
 
-def _cut(text: str, fraction: float) -> Iterator[tuple[Split, str]]:
+def _cut(text: str, fraction: float, source: str) -> Iterator[tuple[Split, str]]:
     if len(text) < 2:
         raise UserError(
-            "data.source holds a single character; training and evaluation need one each"
+            f"data.source ('{source}') holds a single character; add text to train and evaluate on"
         )
     held_out = min(max(1, round(len(text) * fraction)), len(text) - 1)
     yield "train", text[:-held_out]
