@@ -58,6 +58,7 @@ def fake(tmp_path, monkeypatch):
 
 
 def sink(tmp_path, mode: Literal["offline", "online"] = "online", resumed=False, **limits):
+    limits = {"start_s": 60, "close_s": 60} | limits
     return WandbSink(tmp_path / "run", mode, "project", "name", CONFIG, resumed, **limits)
 
 
@@ -91,14 +92,15 @@ def test_a_failure_is_one_warning_and_never_a_wait(
     tmp_path, fake, monkeypatch, caplog, when, action
 ):
     monkeypatch.setenv("FAKE_" + when, action)
-    target = sink(tmp_path, start_s=0.5, close_s=0.5)
+    limit = 0.5 if action == "block" else 60
+    target = sink(tmp_path, start_s=limit, close_s=limit)
     slowest = log_steps(target, 30)
     time.sleep(0.1)
     slowest = max(slowest, log_steps(target, 30))
     start = time.perf_counter()
     target.close()
-    assert time.perf_counter() - start < 4
-    assert slowest < 0.3
+    assert time.perf_counter() - start < 5
+    assert slowest < 0.45
     assert len(caplog.records) == 1
     assert "wandb is off for the rest of this run" in caplog.text
     assert REASONS[action].format(when=when) in caplog.text
@@ -108,10 +110,10 @@ def test_a_failure_is_one_warning_and_never_a_wait(
 def test_a_wandb_that_lags_behind_is_given_up(tmp_path, fake, monkeypatch, caplog):
     monkeypatch.setenv("FAKE_LOG", "block")
     target = sink(tmp_path)
-    assert log_steps(target, 5000) < 0.3
+    assert log_steps(target, 5000) < 2
     start = time.perf_counter()
     target.close()
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 5
     assert [record.getMessage().rsplit(": ")[1] for record in caplog.records] == [
         "it is 1000 lines behind"
     ]
@@ -144,7 +146,7 @@ def test_the_child_ends_with_a_killed_run(tmp_path, fake):
     assert fake()[-1] == ["finish", None]
 
 
-def wait_until(condition, timeout_s=20):
+def wait_until(condition, timeout_s=60):
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         try:
@@ -211,7 +213,7 @@ def test_the_real_wandb_and_a_server_that_never_answers(tmp_path, home, monkeypa
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
         target = sink(tmp_path, start_s=2, close_s=1)
-        assert log_steps(target, 5) < 0.5
+        assert log_steps(target, 5) < 1.5
         wait_until(lambda: target._child.poll() is not None)
         start = time.perf_counter()
         target.close()
