@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Run the test suite, from a bare clone on: make the environment, install, test.
+# Usage: launch/test.sh [pytest arguments]
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=setup.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
+
+cd "$root"
+exec python -m pytest "$@"
