@@ -7,30 +7,27 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCED = {"setup.sh"}
-SCRIPTS = sorted(
-    path
-    for path in [*ROOT.glob("launch/**/*.sh"), ROOT / ".ci/run"]
-    if path.name not in SOURCED
-)
+SCRIPTS = sorted({ROOT / ".ci/run", *ROOT.glob("launch/**/*.sh")} - {ROOT / "launch/setup.sh"})
+
+KNOBS = {"VENV", "PYTHON", "EXTRA", "NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 
-def run(
-    *command: str | Path, cwd: Path = ROOT, timeout: float = 120, **environ: str
-) -> subprocess.CompletedProcess[str]:
-    """Run a command in the environment that runs the tests, where moetrain may be uninstalled."""
+def run(*command: str | Path, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run a command, its scripts in the environment that runs the tests."""
+    outer = {name: value for name, value in os.environ.items() if name not in KNOBS}
     return subprocess.run(
         list(map(str, command)),
         cwd=cwd,
-        env={**os.environ, "VENV": sys.prefix, "PYTHONPATH": str(ROOT), **environ},
+        env={**outer, "VENV": sys.prefix, "PYTHONPATH": str(ROOT), **environ},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=120,
     )
 
 
@@ -45,27 +42,212 @@ def test_every_script_can_be_run_and_stops_at_the_first_failure() -> None:
 
 
 def test_scripts_pass_shellcheck() -> None:
-    shellcheck = shutil.which("shellcheck", path=f"{sys.prefix}/bin:{os.environ['PATH']}")
-    if shellcheck is None:
-        pytest.fail("shellcheck is not installed: pip install -e '.[dev]'")
-    done = run(shellcheck, "-x", *SCRIPTS, *ROOT.glob("launch/setup.sh"))
+    # The wheel of the test extra puts it beside the interpreter.
+    done = run(Path(sys.prefix, "bin/shellcheck"), "-x", ROOT / "launch/setup.sh", *SCRIPTS)
     assert done.returncode == 0, done.stdout
 
 
 # ---- the environment -----------------------------------------------------------------------------
 
 
+class Clone(NamedTuple):
+    """The files that the scripts need, with interpreters that note what is asked of them."""
+
+    root: Path
+    python: Path
+    calls_file: Path
+
+    def run(self, script: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        self.calls_file.write_text("")
+        return run("bash", "-c", script, cwd=self.root, **environ)
+
+    def venv(self) -> str:
+        return str(self.python.parents[1])
+
+    def calls(self) -> list[str]:
+        return self.calls_file.read_text().splitlines()
+
+    def kinds(self) -> list[str]:
+        """The first words of each call."""
+        return [" ".join(call.split()[:2]) for call in self.calls()]
+
+
 @pytest.fixture
-def clone(tmp_path: Path) -> Path:
-    """A bare clone's worth of files, and a `python3` that notes what is asked of it."""
-    shutil.copytree(ROOT / "launch", tmp_path / "clone/launch")
-    shutil.copy(ROOT / "pyproject.toml", tmp_path / "clone")
-    python = tmp_path / "python3"
+def clone(tmp_path: Path) -> Clone:
+    root, python, calls = tmp_path / "clone", tmp_path / "venv/bin/python", tmp_path / "calls"
+    shutil.copytree(ROOT / "launch", root / "launch")
+    shutil.copy(ROOT / "pyproject.toml", root)
+    python.parent.mkdir(parents=True)
     python.write_text(
-        "#!/usr/bin/env bash\n"
-        f'echo "$@" >>"{tmp_path}/calls"\n'
-        '[[ "$1 $2" != "-m venv" ]] || { mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; }\n'
-        f'[[ "$2" != "${{FAIL:-}}" ]] && [[ "$1" == "-m" ]] || exec "{sys.executable}" "$@"\n'
+        f"""#!/usr/bin/env bash
+        echo "$*" >>"{calls}"
+        [[ -z "${{FAIL:-}}" || "$*" != $FAIL ]] || {{ echo "no: $*" >&2; exit 3; }}
+        case "$*" in
+            "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+            *device_count*) echo "${{GPUS:-0}}" ;;
+        esac
+        """
     )
     python.chmod(0o755)
-    return tmp_path / "clone"
+    return Clone(root, python, calls)
+
+
+SETUP = "set -euo pipefail; source launch/setup.sh; command -v python"
+INSTALL = ["-c import", "-m venv", "-m pip"]
+
+
+def test_setup_installs_once_and_again_when_the_requirements_change(clone: Clone) -> None:
+    environ = {"VENV": "", "PYTHON": str(clone.python)}
+    done = clone.run(SETUP, **environ)
+    assert done.stdout.strip() == str(clone.root / ".venv/bin/python")
+    assert clone.kinds() == INSTALL
+    assert clone.calls()[-1].endswith(f"-e {clone.root}[test]")
+    clone.run(SETUP, **environ)
+    assert clone.kinds() == []
+    (clone.root / "pyproject.toml").write_text("# other requirements")
+    clone.run(SETUP, **environ)
+    assert clone.kinds() == INSTALL
+    clone.run(SETUP, EXTRA="dev", **environ)
+    assert clone.calls()[-1].endswith("[dev]")
+
+
+def test_setup_repeats_an_installation_that_failed(clone: Clone) -> None:
+    environ = {"VENV": "", "PYTHON": str(clone.python)}
+    assert clone.run(SETUP, FAIL="-m pip*", **environ).returncode == 3
+    assert clone.run(SETUP, **environ).returncode == 0
+    assert clone.kinds() == INSTALL
+
+
+def test_setup_refuses_an_old_interpreter(clone: Clone) -> None:
+    done = clone.run(SETUP, VENV="", PYTHON=str(clone.python), FAIL="-c *version_info*")
+    assert done.returncode != 0
+    assert "needs Python 3.11 or newer" in done.stderr
+    assert clone.kinds() == ["-c import"]
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+SEVERAL = {"NNODES": "4", "NODE_RANK": "1", "MASTER_ADDR": "first", "MASTER_PORT": "29511"}
+
+
+def options(call: str) -> list[str]:
+    return call.split(" -m moetrain train")[0].split()[2:]
+
+
+@pytest.mark.parametrize(
+    ("environ", "world_size", "launch"),
+    [
+        ({}, 1, ["--nproc-per-node=1"]),
+        ({"NPROC": "2"}, 2, ["--nproc-per-node=2"]),
+        ({"GPUS": "8"}, 8, ["--nproc-per-node=8"]),
+        (
+            {"GPUS": "2", **SEVERAL},
+            8,
+            [
+                "--nproc-per-node=2",
+                "--nnodes=4",
+                "--node-rank=1",
+                "--master-addr=first",
+                "--master-port=29511",
+            ],
+        ),
+    ],
+)
+def test_train_checks_for_the_ranks_that_it_launches(
+    clone: Clone, environ: dict[str, str], world_size: int, launch: list[str]
+) -> None:
+    done = clone.run("launch/train.sh a.yaml --train.steps 3", VENV=clone.venv(), **environ)
+    assert done.returncode == 0, done.stderr
+    check, train = clone.calls()[1:]
+    assert check == f"-m moetrain check a.yaml --train.steps 3 --world-size {world_size}"
+    assert options(train) == launch
+    assert train.endswith(" -m moetrain train a.yaml --train.steps 3")
+
+
+def test_more_ranks_than_gpus_train_on_the_cpu(clone: Clone) -> None:
+    done = clone.run("launch/train.sh a.yaml", VENV=clone.venv(), GPUS="1", NPROC="2")
+    assert done.returncode == 0
+    assert done.stderr == "NPROC (2) is more than the GPUs here (1): training on the CPU.\n"
+    assert options(clone.calls()[-1]) == ["--nproc-per-node=2"]
+
+
+def test_several_nodes_need_an_address(clone: Clone) -> None:
+    done = clone.run("launch/train.sh a.yaml", VENV=clone.venv(), NNODES="2", NODE_RANK="0")
+    assert done.returncode != 0
+    assert "MASTER_ADDR: must be set" in done.stderr
+
+
+def test_a_mistake_is_one_message_and_exit_code_2(tmp_path: Path) -> None:
+    done = run(
+        ROOT / "launch/train.sh",
+        ROOT / "configs/quickstart.yaml",
+        *("--parallel.ep", "3"),
+        cwd=tmp_path,
+        NPROC="3",
+        CUDA_VISIBLE_DEVICES="",
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "moe.experts (8) must be divisible by parallel.ep (3)" in line
+
+
+@pytest.mark.parametrize("stage", ["check", "train", "eval", "generate"])
+def test_quickstart_fails_with_its_first_failing_stage(clone: Clone, stage: str) -> None:
+    script = f"cd / && {clone.root}/launch/quickstart.sh --train.steps 3"
+    done = clone.run(script, VENV=clone.venv(), FAIL=f"*moetrain {stage}*")
+    assert done.returncode == 3
+    assert f"moetrain {stage}" in clone.calls()[-1]
+
+
+def test_quickstart_trains_on_two_ranks_with_the_experts_spread(clone: Clone) -> None:
+    done = clone.run("launch/quickstart.sh --train.steps 3", VENV=clone.venv())
+    assert done.returncode == 0, done.stderr
+    train = next(call for call in clone.calls() if "moetrain train" in call)
+    assert options(train) == ["--nproc-per-node=2"]
+    assert train.endswith("configs/quickstart.yaml --train.steps 3 --parallel.ep 2")
+    assert str(clone.root / "runs/quickstart") in done.stdout
+
+
+# ---- the launcher --------------------------------------------------------------------------------
+
+LISTENING = """
+import os, re, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+total = torch.ones(1)
+dist.all_reduce(total)
+inodes = set()
+for pid in (os.getpid(), os.getppid()):
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            inodes |= set(re.findall(r"socket:.(\\d+)", os.readlink(f"/proc/{pid}/fd/{fd}")))
+        except FileNotFoundError:
+            pass
+found = []
+for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+    for line in open(table).readlines()[1:] if os.path.exists(table) else []:
+        fields = line.split()
+        if fields[3] == "0A" and fields[9] in inodes:
+            found.append(fields[1].split(":")[0])
+dist.barrier()
+print(f"rank {dist.get_rank()} total {int(total)} listens {sorted(set(found))}\\n", end="")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the sockets of a process from /proc")
+def test_a_single_node_listens_on_loopback_alone(tmp_path: Path) -> None:
+    script = tmp_path / "listening.py"
+    script.write_text(LISTENING)
+    launcher = (sys.executable, "-m", "moetrain.torchrun", "--nproc-per-node=2")
+    done = run(*launcher, script, GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    loopback = "0100007F"
+    lines = [f"rank {rank} total 2 listens ['{loopback}']" for rank in range(2)]
+    assert sorted(done.stdout.split("\n")[:-1]) == lines
+
+
+def test_the_single_node_launcher_refuses_several() -> None:
+    done = run(sys.executable, "-m", "moetrain.torchrun", "--nnodes=2", "-m", "moetrain")
+    assert done.returncode != 0
+    assert "--nnodes (2) must be 1" in done.stderr
