@@ -22,6 +22,9 @@ from moetrain.testing.report import (
     stuck_message,
 )
 
+WAKE_SECONDS = 1.0
+"""How long ranks have to end by themselves once they are woken."""
+
 
 def simulate_ranks(
     num_ranks: int, fn: Callable[..., Any], *args: Any, timeout: float = DEFAULT_TIMEOUT
@@ -145,20 +148,24 @@ class _Simulation:
         }
 
     def _stop(self) -> None:
-        """Wake the ranks that wait for one that will not come; force those that compute."""
-        deadline = time.monotonic() + STOP_SECONDS
-        forced = False
-        while any(thread.is_alive() for thread in self.threads) and time.monotonic() < deadline:
-            self.store.abort()
-            # A group made while this walks over the groups is woken in the next round.
-            with suppress(RuntimeError):
-                self.group_class.exception_handle(None)
-            if not forced and time.monotonic() > deadline - STOP_SECONDS / 2:
-                forced = True
-                for thread in self.threads:
-                    _raise_in(thread, SystemExit)
-            for thread in self.threads:
-                thread.join(0.05 / self.num_ranks)
+        """Wake the ranks that wait for one that will not come, then force those that compute.
+
+        One that is inside native code for longer than that is left to end when it comes back.
+        """
+        for force, seconds in ((False, WAKE_SECONDS), (True, STOP_SECONDS)):
+            deadline = time.monotonic() + seconds
+            for thread in self.threads if force else ():
+                _raise_in(thread, SystemExit)
+            while self._wake() and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+    def _wake(self) -> bool:
+        """Wake every waiting rank; tell whether any rank is left."""
+        self.store.abort()
+        # A group made while this walks over the groups is woken the next time.
+        with suppress(RuntimeError):
+            self.group_class.exception_handle(None)
+        return any(thread.is_alive() for thread in self.threads)
 
 
 def _raise_in(thread: threading.Thread, error: type[BaseException]) -> None:
