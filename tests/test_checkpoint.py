@@ -527,10 +527,27 @@ def test_ranks_that_share_no_disk_are_told(run, path, monkeypatch):
     assert checkpoint.latest(run) == path
 
 
-def test_kill_at_every_operation_of_a_save(run, tmp_path):
+VICTIMS = [(1, 1), (1, 3), (0, 4), (0, 12)]
+"""(rank, operation): before its file, half-way in it; rank 0 while others wait, at the commit."""
+
+
+@pytest.fixture(scope="module")
+def killed(saved_once, tmp_path_factory) -> Path:
+    """What saves leave that were killed at every possible place; folders of runs, by plot."""
+    stage = tmp_path_factory.mktemp("stage")
+    save(Path(shutil.copytree(saved_once, stage / "again")), 200, seed=3)
+    # Another process acts it out, because it forks.
+    command = [sys.executable, __file__, str(saved_once), str(stage / "again"), str(stage / "out")]
+    root = str(Path(__file__).parents[1])
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": root}
+    subprocess.run(command, check=True, env=environment, timeout=240)
+    return stage / "out"
+
+
+def test_kill_at_every_operation_of_a_save(killed):
     """Killed before any one operation on the disk, a save has happened whole or not at all."""
     outcomes = []
-    for scene in play(tmp_path, "first", run):
+    for scene in sorted((killed / "first").iterdir()):
         path = checkpoint.latest(scene)
         outcomes.append(path.name if path else "")
         assert holds(path, {"step-00000100": 1, "step-00000200": 2}[outcomes[-1]])
@@ -541,38 +558,29 @@ def test_kill_at_every_operation_of_a_save(run, tmp_path):
     assert len(set(outcomes)) == 2
 
 
-def test_kill_at_every_operation_of_replacing_a_step(run, tmp_path):
+def test_kill_at_every_operation_of_replacing_a_step(killed):
     """A step that is saved again is there at every moment, as it was or as it will be."""
-    save(run, 200, seed=3)
     outcomes = []
-    for scene in play(tmp_path, "first", run):
+    for scene in sorted((killed / "again").iterdir()):
         path = checkpoint.latest(scene)
         assert path
-        assert checkpoint.read_manifest(path).extra == EXTRA
+        assert checkpoint.read_manifest(path).step == 200
         outcomes.append(holds(path, 2))
         assert outcomes[-1] or holds(path, 3)
         assert holds(save(scene, 200, seed=4), 4)
         assert names_in(scene) == ["step-00000100", "step-00000200"]
-    assert len(outcomes) > 12
+    assert len(outcomes) > 20
     assert outcomes == sorted(outcomes)
     assert set(outcomes) == {False, True}
 
 
-@pytest.mark.parametrize("operation", [1, 2])
-def test_when_a_rank_is_killed_the_other_ends_and_the_last_save_stays(run, tmp_path, operation):
-    (scene,) = play(tmp_path, f"peer{operation}", run)
-    assert (scene / "survivor").read_text().startswith("RuntimeError")
+@pytest.mark.parametrize(("victim", "operation"), VICTIMS)
+def test_when_a_rank_is_killed_the_other_ends_and_the_last_save_stays(killed, victim, operation):
+    scene = killed / "peer" / f"{victim}-{operation}"
+    assert (scene / "survivor").read_text().startswith(f"{1 - victim} RuntimeError")
     assert holds(checkpoint.latest(scene), 1)
     assert holds(save(scene, 200, seed=4), 4)
-
-
-def play(tmp_path: Path, plot: str, run: Path) -> list[Path]:
-    """Act out a plot in another process, which may fork and kill; return the runs it leaves."""
-    command = [sys.executable, __file__, plot, str(run), str(tmp_path / "scenes")]
-    root = str(Path(__file__).parents[1])
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": root}
-    subprocess.run(command, check=True, env=environment, timeout=120)
-    return sorted((tmp_path / "scenes").iterdir())
+    assert names_in(scene) == ["step-00000100", "step-00000200"]
 
 
 # ---- the other process
@@ -613,7 +621,7 @@ def fork_rank(scene: Path, rank: int, num_ranks: int, operation: int) -> int:
     try:
         checkpoint.save(scene, 200, state, EXTRA)
     except RuntimeError as error:
-        (scene / "survivor").write_text(f"{type(error).__name__}: {error}")
+        (scene / "survivor").write_text(f"{rank} {type(error).__name__}: {error}")
     os._exit(0)
 
 
@@ -640,17 +648,21 @@ def kill_everywhere(run: Path, scenes: Path) -> None:
     raise AssertionError("a save takes fewer operations than that")
 
 
-def kill_peer(run: Path, scenes: Path, operation: int) -> None:
-    """Two ranks save; the second is killed while it writes its file."""
-    scene = Path(shutil.copytree(run, scenes / "only"))
-    ranks = [fork_rank(scene, rank, 2, operation * rank) for rank in (0, 1)]
-    assert [status_of(process) for process in ranks] == [0, -signal.SIGKILL]
+def kill_one(run: Path, scenes: Path, victim: int, operation: int) -> None:
+    """Save from two ranks and kill one; the other must end by itself."""
+    scene = Path(shutil.copytree(run, scenes / f"{victim}-{operation}"))
+    ranks = [fork_rank(scene, r, 2, operation if r == victim else 0) for r in (0, 1)]
+    statuses = [status_of(process) for process in ranks]
+    assert statuses[victim] == -signal.SIGKILL
+    assert statuses[1 - victim] == 0
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    plot, run_path, scenes_path = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    if plot.startswith("peer"):
-        kill_peer(run_path, scenes_path, int(plot.removeprefix("peer")))
-    else:
-        kill_everywhere(run_path, scenes_path)
+    first, again, out = map(Path, sys.argv[1:])
+    # What torch imports on first use is then imported once, not in every fork.
+    save(out.with_name("rehearsal"), 1, seed=0)
+    kill_everywhere(first, out / "first")
+    kill_everywhere(again, out / "again")
+    for one in VICTIMS:
+        kill_one(first, out / "peer", *one)
