@@ -567,6 +567,9 @@ def test_kill_at_every_operation_of_replacing_a_step(killed):
         assert checkpoint.read_manifest(path).step == 200
         outcomes.append(holds(path, 2))
         assert outcomes[-1] or holds(path, 3)
+        with pytest.raises(CheckpointError):
+            save(scene, 200, seed=5, extra={"path": Path("a second save that fails")})
+        assert holds(checkpoint.latest(scene), 2 if outcomes[-1] else 3)
         assert holds(save(scene, 200, seed=4), 4)
         assert names_in(scene) == ["step-00000100", "step-00000200"]
     assert len(outcomes) > 20
