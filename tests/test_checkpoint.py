@@ -123,8 +123,8 @@ def test_every_layout_saves_the_same_values(tmp_path, edp, ep):
     assert holds(save(tmp_path, 5, seed=3, edp=edp, ep=ep), 3, 1, 2)
 
 
-def test_processes_load_what_threads_saved(path):
-    assert run_ranks(2, load_in_process, path) == [True, True]
+def test_processes_load_what_threads_saved(path, ranks2):
+    assert ranks2.run(load_in_process, path) == [True, True]
 
 
 def load_in_process(path: Path) -> bool:
@@ -491,8 +491,8 @@ def prune_without_permission(run: Path, locked: Path) -> None:
 # ---- failures while saving
 
 
-def test_a_full_disk_on_one_rank_is_the_same_error_on_all(run, path):
-    messages = run_ranks(2, save_with_little_space, run)
+def test_a_full_disk_on_one_rank_is_the_same_error_on_all(run, path, ranks2):
+    messages = ranks2.run(save_with_little_space, run)
     assert len(set(messages)) == 1
     assert "step-00000200 was not saved" in messages[0]
     assert f"rank 1: OSError: [Errno {errno.EFBIG}]" in messages[0]
@@ -503,14 +503,16 @@ def test_a_full_disk_on_one_rank_is_the_same_error_on_all(run, path):
 
 def save_with_little_space(run: Path) -> str:
     """The system refuses files of rank 1 beyond 1000 bytes, and after the failure no more."""
+    # Made first: new groups write to a file of the pool.
+    state, later = make_state(1, 2, 2), make_state(1, 2, 3)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if dist.get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.save(run, 200, make_state(1, 2, 2), EXTRA)
+        checkpoint.save(run, 200, state, EXTRA)
     assert names_in(run) == ["step-00000100"] or dist.get_rank() == 1
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    checkpoint.save(run, 300, make_state(1, 2, 3), EXTRA)
+    checkpoint.save(run, 300, later, EXTRA)
     return str(caught.value)
 
 
