@@ -59,13 +59,13 @@ class Case:
         """(T, E), a leaf that wants a gradient."""
         return self.numbers(self.tokens, self.experts).requires_grad_()
 
-    def valid_T(self) -> Tensor:
+    def mask(self) -> Tensor:
         return torch.tensor(self.valid)
 
     def route(self, logits_TE: Tensor) -> Routing:
         """The routing of the code under test."""
         uniform_T = None if self.uniforms is None else torch.tensor(self.uniforms).double()
-        return route(self.router, logits_TE, self.valid_T(), uniform_T)
+        return route(self.router, logits_TE, self.mask(), uniform_T)
 
     def plan(self, record: Routing) -> Plan:
         """The plan of the code under test."""

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import oracle
@@ -9,95 +8,28 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import KINDS, MANY, Case, asking, cases, close, gradients
+from layers import (
+    DIM,
+    GSHARD,
+    HIDDEN,
+    LAYER,
+    SWITCH,
+    TOP2,
+    asks,
+    build,
+    draws_for,
+    experts_in,
+    experts_of,
+    objective,
+    random_x,
+    run,
+    same,
+)
+from strategies import KINDS, MANY, Case, cases, close, gradients
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from moetrain.model import Block, FeedForward
 from moetrain.moe import OUTCOMES, Draws, LayerStats, MoE, keyed
-from moetrain.moe.experts import _grouped, _looped
-
-DIM, HIDDEN = 3, 5
-LAYER = 7
-WEIGHTS = (0.7, 0.3)
-"""What the balance and z-losses weigh in the scalar whose gradients are compared."""
-
-
-def build(router: oracle.Router, experts: int, **settings_: Any) -> MoE:
-    """An fp64 layer; it is in training and evaluation alike that `capacity_factor` holds."""
-    factor = settings_.pop("capacity_factor", None)
-    layer = MoE(
-        LAYER,
-        DIM,
-        HIDDEN,
-        experts,
-        router.k,
-        router.kind,  # type: ignore[arg-type]
-        renormalize=router.renormalize,
-        capacity_factor=factor,
-        eval_capacity_factor=factor,
-        **settings_,
-    ).double()
-    generator = torch.Generator().manual_seed(experts)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator).double())
-    return layer
-
-
-def draws_for(tokens: int, step: int = 1) -> Draws:
-    return Draws(keyed.step_key(0, step), torch.arange(tokens))
-
-
-def objective(y: Tensor, balance: Tensor, z: Tensor, valid: tuple[bool, ...]) -> Tensor:
-    """A scalar in which every output of a valid token has a weight of its own."""
-    weight_TD = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(-1, y.shape[-1])
-    mask_T1 = torch.tensor(valid)[:, None]
-    seen = torch.where(mask_T1, y.reshape(weight_TD.shape) * weight_TD, 0)
-    return seen.sum() + WEIGHTS[0] * balance + WEIGHTS[1] * z
-
-
-@dataclass
-class Outcome:
-    """One forward and backward pass."""
-
-    y: Tensor
-    stats: LayerStats
-    grads: dict[str, Tensor | None]
-
-
-def run(
-    layer: MoE,
-    x_BLD: Tensor,
-    valid: tuple[bool, ...] | None = None,
-    mode: str = "eval",
-    draws: Draws | None = None,
-) -> Outcome:
-    """Forward and backward of `objective`; gradients by parameter name, and of the input as x."""
-    layer.zero_grad()
-    x_BLD = x_BLD.detach().requires_grad_()
-    valid = valid or (True,) * x_BLD.shape[:2].numel()
-    valid_BL = torch.tensor(valid).view(x_BLD.shape[:2])
-    y, stats = layer(x_BLD, valid_BL, mode, draws)
-    objective(y, stats.balance_sum, stats.z_sum, valid).backward()
-    grads = {name: p.grad for name, p in layer.named_parameters()}
-    return Outcome(y.detach(), stats, {**grads, "x": x_BLD.grad})
-
-
-def same(one: Outcome, other: Outcome) -> None:
-    """Equal in every bit."""
-    assert torch.equal(one.y, other.y)
-    for ours, theirs in zip(one.stats[:2], other.stats[:2], strict=True):
-        assert torch.equal(ours, theirs)
-    assert_same_ledger(one, other)
-    for name, grad in one.grads.items():
-        assert grad is not None, name
-        assert torch.equal(grad, other.grads[name]), name  # type: ignore[arg-type]
-
-
-def assert_same_ledger(one: Outcome, other: Outcome) -> None:
-    for ours, theirs in zip(one.stats.ledger, other.stats.ledger, strict=True):
-        assert torch.equal(ours, theirs)
-
 
 # ---- against the oracle --------------------------------------------------------------------------
 
@@ -110,11 +42,7 @@ class Judged:
         leaves["x"] = x.detach().clone()
         for leaf in leaves.values():
             leaf.requires_grad_()
-        gate_up, down = leaves["experts.w_gate_up"], leaves["experts.w_down"]
-        experts = [
-            oracle.Expert(w1=gate_up[e, :, :HIDDEN], w3=gate_up[e, :, HIDDEN:], w2=down[e])
-            for e in range(case.experts)
-        ]
+        experts = experts_of(leaves["experts.w_gate_up"], leaves["experts.w_down"])
         router_weight = leaves["router.weight"].T
         where = (case.valid, case.group_size, case.slots)
         self.answer = oracle.layer(
@@ -175,16 +103,6 @@ def assert_ledger(stats: LayerStats, expected: oracle.Ledger) -> None:
     assert counts == (expected.tokens, expected.lost_tokens, expected.slots)
 
 
-def random_x(sequences: int, length: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(sequences, length, DIM, generator=generator, dtype=torch.float64)
-
-
-TOP2 = oracle.Router("topk", 2)
-SWITCH = oracle.Router("switch", 1)
-GSHARD = oracle.Router("gshard", 2)
-
-
 def test_jitter_scales_what_the_router_sees_and_nothing_else() -> None:
     """x·U[1-ε, 1+ε] reaches the router; experts get x itself. Gradients flow through both."""
     jitter, x_BLD = 0.3, random_x(2, 6)
@@ -194,7 +112,7 @@ def test_jitter_scales_what_the_router_sees_and_nothing_else() -> None:
     assert scale_TD.min() >= 1 - jitter
     assert scale_TD.max() <= 1 + jitter
     x = x_BLD.view(-1, DIM).clone().requires_grad_()
-    experts = experts_of(layer)
+    experts = experts_in(layer)
     slots = oracle.capacity(6, 4, 1, 1.0, 1)
     weight = layer.router.weight.detach().T
     answer = oracle.layer(SWITCH, x, weight, experts, [True] * 12, 6, slots, jitter=scale_TD)
@@ -204,12 +122,32 @@ def test_jitter_scales_what_the_router_sees_and_nothing_else() -> None:
     close(ours.grads["x"].view(-1, DIM), gradients(total, [x])[0])  # type: ignore[union-attr]
 
 
-def experts_of(layer: MoE) -> list[oracle.Expert]:
-    gate_up, down = layer.experts.w_gate_up.detach(), layer.experts.w_down.detach()
-    return [
-        oracle.Expert(w1=gate_up[e, :, :HIDDEN], w3=gate_up[e, :, HIDDEN:], w2=down[e])
-        for e in range(layer.num_experts)
-    ]
+class NoAttention(torch.nn.Module):
+    """Leaves the residual stream as it is."""
+
+    def forward(self, x_BLD: Tensor, mask: None, cache: None) -> Tensor:
+        return torch.zeros_like(x_BLD)
+
+
+def test_shared_experts_are_added_for_every_token() -> None:
+    """Two shared experts beside the routed ones, in a block whose attention does nothing: also a
+    token that lost all its routed experts passes them."""
+    layer, shared = build(SWITCH, 4, capacity_factor=0.75), FeedForward(DIM, 2 * HIDDEN).double()
+    block = Block(DIM, 1e-5, NoAttention(), shared, layer).double()  # type: ignore[arg-type]
+    torch.nn.init.ones_(block.ffn_norm.weight)
+    x_BLD, valid_BL = random_x(2, 6), torch.arange(12).view(2, 6) != 4
+    y_BLD, stats = block(x_BLD, valid_BL, None, "train", None, None)
+    assert stats.ledger.lost_tokens > 0
+    gate, up = (weight.detach().T for weight in shared.w_gate_up.weight.chunk(2))
+    down = shared.w_down.weight.detach().T
+    halves = [slice(0, HIDDEN), slice(HIDDEN, 2 * HIDDEN)]
+    both = [oracle.Expert(gate[:, half], up[:, half], down[half]) for half in halves]
+    x_TD = x_BLD.view(-1, DIM)
+    seen_TD = torch.stack([x / (x.square().mean() + 1e-5).sqrt() for x in x_TD])
+    weight, where = layer.router.weight.detach().T, (valid_BL.flatten().tolist(), 6, 2)
+    answer = oracle.layer(SWITCH, seen_TD, weight, experts_in(layer), *where, shared=both)
+    valid_T = valid_BL.flatten()
+    close(y_BLD.view(-1, DIM)[valid_T], (x_TD + torch.stack(answer.y))[valid_T])
 
 
 # ---- routing groups ------------------------------------------------------------------------------
@@ -277,7 +215,7 @@ def test_all_tokens_at_one_expert_dropless_is_that_expert() -> None:
     torch.nn.init.zeros_(layer.router.weight)
     x_BLD = random_x(2, 6)
     outcome = run(layer, x_BLD)
-    expert = experts_of(layer)[0]
+    expert = experts_in(layer)[0]
     expected = [0.25 * oracle.run_expert(expert, x) for x in x_BLD.view(-1, DIM)]
     close(outcome.y.view(-1, DIM), torch.stack(expected))
     assert outcome.stats.ledger.outcome_EKO[:, 0, 0].tolist() == [12, 0, 0, 0]
@@ -292,16 +230,8 @@ def test_gates_are_not_renormalised_after_a_drop(router: oracle.Router) -> None:
     outcome = run(layer, x_BLD)
     assert outcome.stats.ledger.outcome_EKO[..., OUTCOMES.index("dropped")].sum() == 2
     for t in (0, 1):
-        expert_y = oracle.run_expert(experts_of(layer)[t], x_BLD[0, t])
+        expert_y = oracle.run_expert(experts_in(layer)[t], x_BLD[0, t])
         close(outcome.y[0, t], math.e / (math.e + 1) * expert_y)
-
-
-def asks(layer: MoE, choices: list[tuple[int, ...]]) -> Tensor:
-    """Set the router so that unit vectors ask for the experts listed; returns those vectors."""
-    with torch.no_grad():
-        layer.router.weight.zero_()
-        layer.router.weight[:, : len(choices)] = asking(choices, layer.num_experts).T
-    return torch.eye(len(choices), DIM, dtype=torch.float64)[None]
 
 
 def test_balance_is_of_what_was_asked_not_of_what_was_kept() -> None:
@@ -373,150 +303,3 @@ def test_generating_takes_text_of_any_length(group: Any, length: int) -> None:
     layer = build(TOP2, 4, capacity_factor=1.0, group=group)
     outcome = run(layer, random_x(2, length), mode="generate")
     assert outcome.stats.ledger.outcome_EKO[..., 0].sum() == 2 * 2 * length
-
-
-# ---- ties, recomputation, precision --------------------------------------------------------------
-
-
-def test_tied_logits_choose_the_first_experts_and_the_first_tokens() -> None:
-    layer = build(TOP2, 5, capacity_factor=1.0)
-    torch.nn.init.zeros_(layer.router.weight)
-    outcome = run(layer, random_x(1, 10))
-    kept_EK = outcome.stats.ledger.outcome_EKO[..., 0]
-    assert kept_EK.tolist() == [[4, 0], [0, 4], [0, 0], [0, 0], [0, 0]]
-    assert (outcome.y[0, :4].abs().sum(-1) > 0).all()
-    assert (outcome.y[0, 4:] == 0).all()
-
-
-@pytest.mark.parametrize(("router", "jitter"), [(GSHARD, 0.0), (SWITCH, 0.3)])
-def test_recomputing_routes_as_before(router: oracle.Router, jitter: float) -> None:
-    """Activation checkpointing runs the forward twice: same draws, same drops, same gradients."""
-    layer = build(router, 4, jitter=jitter, capacity_factor=0.75)
-    x_BLD, draws = random_x(2, 8), draws_for(16)
-    plain = run(layer, x_BLD, mode="train", draws=draws)
-
-    def recomputed(*args: Any) -> Any:
-        return checkpoint(layer, *args, use_reentrant=False)
-
-    recomputed.zero_grad, recomputed.named_parameters = layer.zero_grad, layer.named_parameters
-    same(plain, run(recomputed, x_BLD, mode="train", draws=draws))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("factor", [0.75, None])
-def test_bf16_routes_in_fp32_and_counts_in_int64(factor: float | None) -> None:
-    """Logits of 256 and 257 are the same number in bf16; 300 tokens are more than it can count."""
-    layer = build(SWITCH, 2, capacity_factor=factor).bfloat16()
-    with torch.no_grad():
-        layer.router.weight.zero_()
-        layer.router.weight[:, 0] = torch.tensor([256, 256])
-        layer.router.weight[1, 1] = 1
-    x_BLD = torch.ones(1, 301, DIM, dtype=torch.bfloat16, requires_grad=True)
-    y_BLD, stats = layer(x_BLD, torch.ones(1, 301, dtype=torch.bool), "train")
-    assert stats.ledger.outcome_EKO[:, 0].sum(-1).tolist() == [0, 301]
-    assert all(count.dtype == torch.int64 for count in stats.ledger)
-    assert layer.router(x_BLD.flatten(0, 1)).dtype == torch.float32
-    assert stats.balance_sum.dtype == stats.z_sum.dtype == torch.float32
-    assert y_BLD.dtype == torch.bfloat16
-    (y_BLD.sum() + stats.balance_sum).backward()
-    for name, parameter in layer.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.dtype == torch.bfloat16
-        assert parameter.grad.isfinite().all(), name
-
-
-# ---- nothing there: experts without tokens, padding, poison --------------------------------------
-
-
-@pytest.mark.parametrize("factor", [1.0, None])
-def test_an_expert_without_tokens_has_gradient_zero_not_none(factor: float | None) -> None:
-    layer = build(SWITCH, 4, capacity_factor=factor)
-    torch.nn.init.zeros_(layer.router.weight)
-    grads = run(layer, random_x(2, 6)).grads
-    for name in ("experts.w_gate_up", "experts.w_down"):
-        grad = grads[name]
-        assert grad is not None
-        assert grad[0].abs().sum() > 0
-        assert (grad[1:] == 0).all()
-
-
-@pytest.mark.parametrize("factor", [1.0, None])
-@pytest.mark.parametrize("router", [SWITCH, TOP2, GSHARD])
-def test_a_batch_of_padding_gives_zero_everywhere(
-    router: oracle.Router, factor: float | None
-) -> None:
-    outcome = run(build(router, 4, capacity_factor=factor), random_x(2, 6), (False,) * 12)
-    assert (outcome.y == 0).all()
-    assert outcome.stats.balance_sum == outcome.stats.z_sum == 0
-    book = outcome.stats.ledger
-    assert book.outcome_EKO.sum() == book.tokens == book.lost_tokens == 0
-    for name, grad in outcome.grads.items():
-        assert grad is not None, name
-        assert (grad == 0).all(), name
-
-
-POISONS = [float("nan"), float("inf"), -float("inf"), 1e300]
-
-
-@pytest.mark.parametrize("poison", POISONS)
-@pytest.mark.parametrize("factor", [0.75, None])
-@pytest.mark.parametrize("router", [SWITCH, TOP2, GSHARD])
-def test_poison_in_padding_reaches_nothing(
-    router: oracle.Router, factor: float | None, poison: float
-) -> None:
-    """Whatever a padded row holds: the same outputs, losses, counts and gradients, to the bit."""
-    valid = (True, False, True, True, True, False) + (False,) * 6 + (True,) * 3 + (False,) * 3
-    layer = build(router, 4, capacity_factor=factor)
-    x_BLD = random_x(3, 6)
-    bad_BLD = x_BLD.clone()
-    bad_BLD.view(-1, DIM)[~torch.tensor(valid)] = poison
-    draws = draws_for(18)
-    clean, poisoned = (run(layer, x, valid, "train", draws) for x in (x_BLD, bad_BLD))
-    same(clean, poisoned)
-    padded_y = poisoned.y.view(-1, DIM)[~torch.tensor(valid)]
-    assert (padded_y == 0).all()
-
-
-@pytest.mark.parametrize("factor", [1.0, None])
-def test_padding_is_invisible(factor: float | None) -> None:
-    """Cut at the first padded token, a sequence gives what it gives with the padding (same C)."""
-    layer = build(TOP2, 4, capacity_factor=None if factor is None else 1.0)
-    padded = run(layer, random_x(1, 8), (True,) * 5 + (False,) * 3)
-    layer.factors = dict.fromkeys(layer.factors, None if factor is None else 1.6)
-    cut = run(layer, random_x(1, 8)[:, :5])
-    book, cut_book = padded.stats.ledger, cut.stats.ledger
-    assert torch.equal(book.outcome_EKO, cut_book.outcome_EKO)
-    close(padded.y[:, :5], cut.y)
-    close(padded.stats.balance_sum, cut.stats.balance_sum)
-    close(padded.stats.z_sum, cut.stats.z_sum)
-
-
-# ---- the grouped product -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0, 9], [9, 0, 0, 0], [0, 4, 5, 0]])
-def test_the_grouped_product_equals_the_loop(counts: list[int]) -> None:
-    """Forward and both gradients, with experts that have no row."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(9, 8, generator=generator, requires_grad=True)
-    weight = torch.randn(4, 8, 16, generator=generator, requires_grad=True)
-    cotangent = torch.randn(9, 16, generator=generator)
-    results = []
-    for product in (_looped, _grouped):
-        y = product(rows, weight, counts)
-        results.append((y, *torch.autograd.grad(y, (rows, weight), cotangent)))
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-
-
-def test_experts_apply_their_own_weights_to_their_own_rows() -> None:
-    """Both layouts of rows against one row at a time."""
-    layer = build(SWITCH, 3)
-    rows_eRD = random_x(3, 4)
-    expected = [
-        [oracle.run_expert(expert, row) for row in rows]
-        for expert, rows in zip(experts_of(layer), rows_eRD, strict=True)
-    ]
-    expected_eRD = torch.stack([torch.stack(rows) for rows in expected])
-    close(layer.experts(rows_eRD, None), expected_eRD)
-    ragged = torch.cat([rows_eRD[0, :1], rows_eRD[2]])
-    close(layer.experts(ragged, [1, 0, 4]), torch.cat([expected_eRD[0, :1], expected_eRD[2]]))
