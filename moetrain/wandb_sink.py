@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -87,9 +88,10 @@ class WandbSink:
 
     def close(self) -> None:
         """Let wandb finish; returns after about `close_s` seconds at the latest."""
+        deadline = time.monotonic() + self._close_s + 1
         with contextlib.suppress(queue.Full):
-            self._queue.put_nowait(None)
-        self._thread.join(self._close_s + 1)
+            self._queue.put(None, timeout=self._close_s)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             self._fail(f"it did not finish within {self._close_s:g} s")
             self._thread.join(1)
@@ -115,7 +117,13 @@ class WandbSink:
             self._failed = True
         _log.warning("wandb is off for the rest of this run: %s", reason)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._child.pid, signal.SIGKILL)
+            if self._child.poll() is None:
+                os.killpg(self._child.pid, signal.SIGKILL)
+        # The thread may yet pass lines to the dying child: what waits must end for it to end.
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
+        self._queue.put_nowait(None)
 
 
 def flatten(line: Mapping[str, Any]) -> dict[str, Any]:

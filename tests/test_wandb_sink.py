@@ -22,6 +22,7 @@ def act(when):
     if action == "exit": sys.exit("leaving")
     if action == "die": os.kill(os.getpid(), signal.SIGKILL)
     if action == "block": time.sleep(1000)
+    if action == "slow": time.sleep(1)
 class Run:
     def define_metric(self, *args, **kwargs): self.record("define", [args, kwargs])
     def log(self, values): act("LOG"); self.record("log", values)
@@ -117,6 +118,20 @@ def test_a_wandb_that_lags_behind_is_given_up(tmp_path, fake, monkeypatch, caplo
     assert [record.getMessage().rsplit(": ")[1] for record in caplog.records] == [
         "it is 1000 lines behind"
     ]
+
+
+def test_close_waits_for_lines_that_fill_the_queue(tmp_path, fake, monkeypatch, caplog):
+    monkeypatch.setenv("FAKE_INIT", "slow")
+    target = sink(tmp_path)
+    num_lines = 0
+    while not target._queue.full():
+        num_lines += 1
+        target.write({"step": num_lines, "padding" * 100: 1})
+    target.close()
+    assert not caplog.records
+    assert [value["step"] for kind, value in fake() if kind == "log"] == list(
+        range(1, num_lines + 1)
+    )
 
 
 def test_it_continues_the_same_wandb_run_only_when_resumed(tmp_path, fake):
