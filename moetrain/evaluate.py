@@ -41,25 +41,28 @@ def forward(model: nn.Module, batch: Batch, mode: Mode, draws: Draws | None = No
 def evaluate(
     model: nn.Module, samples: Samples, sequences: int, config: Config, mesh: Mesh
 ) -> Means:
-    """Mean loss and ledgers over the first `sequences` samples, spread over the ranks.
+    """Mean loss and ledgers over `sequences` samples, evenly spaced in the text.
 
     Every rank runs the same number of batches, filled up with padding, so that none waits for
     another in a collective. With routing groups inside sequences the result depends on no layout.
     """
     micro = config.train.micro_batch
     wanted = min(sequences, len(samples))
+    chosen = [i * len(samples) // wanted for i in range(wanted)]
     parts, batches = [], []
     for first in range(0, wanted, micro * mesh.world):
         start = first + mesh.rank * micro
-        indices = [i if i < wanted else -1 for i in range(start, start + micro)]
-        batch = on_device(samples.batch(indices), mesh.device)
+        indices = chosen[start : start + micro]
+        padding = [-1] * (micro - len(indices))
+        batch = on_device(samples.batch(indices + padding), mesh.device)
         parts.append(sums(forward(model, batch, "eval")))
         batches.append(batch)
     return reduce(parts, count(batches, routing_group_tokens(config), mesh), mesh)
 
 
 def nats_per_byte(loss: float, manifest: Manifest) -> float:
-    """Held-out loss per byte of text: nats per token times the tokens per byte of that text."""
+    """Held-out loss per byte of text: nats per token (ends of documents are tokens, too) times the
+    tokens per byte of that text."""
     return loss * manifest.eval.tokens / manifest.eval.bytes
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-IGNORE = -100
-"""A target that carries no loss."""
+IGNORED = -100
+"""Target that carries no loss."""
 
 CHUNK_TOKENS = 4096
 
@@ -19,7 +19,7 @@ CHUNK_TOKENS = 4096
 def _chunk_loss(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
     logits_TV = F.linear(hidden_TD, weight_VD)
     wide = torch.promote_types(logits_TV.dtype, torch.float32)
-    return F.cross_entropy(logits_TV.to(wide), target_T, ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(logits_TV.to(wide), target_T, ignore_index=IGNORED, reduction="sum")
 
 
 def cross_entropy_sum(
@@ -27,7 +27,7 @@ def cross_entropy_sum(
 ) -> Tensor:
     """Σ over targets of −log softmax(hidden·weightᵀ)[target] in nats: fp32 (fp64 for fp64), 0-d.
 
-    Targets equal to IGNORE add nothing, so all of them ignored gives 0. Logits exist for
+    Targets equal to IGNORED add nothing, so all of them ignored gives 0. Logits exist for
     `chunk_tokens` tokens at a time, and are computed again in the backward pass.
     """
     chunks = zip(hidden_TD.split(chunk_tokens), target_T.split(chunk_tokens), strict=True)

@@ -190,7 +190,7 @@ class Transformer(nn.Module):
         draws: Draws | None = None,
         cache: KVCache | None = None,
     ) -> Output:
-        """Logits, or the summed loss when `targets_BL` (int64, IGNORE for no loss) is given.
+        """Logits, or the summed loss when `targets_BL` (int64, IGNORED for no loss) is given.
 
         `valid_BL` (bool) is False for padding, which must be on the right. `document_BL` (int64)
         keeps attention inside documents of equal number. `cache` continues earlier tokens.

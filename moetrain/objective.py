@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moetrain.data import Batch
-from moetrain.loss import IGNORE
+from moetrain.loss import IGNORED
 from moetrain.mesh import Mesh
 from moetrain.model import Output
 from moetrain.moe import Ledger
@@ -42,7 +42,7 @@ def count(batches: Iterable[Batch], group_size: int | None, mesh: Mesh) -> Count
     local = [
         torch.stack(
             [
-                (batch.targets_BL != IGNORE).sum(),
+                (batch.targets_BL != IGNORED).sum(),
                 batch.valid_BL.sum(),
                 batch.valid_BL.view(-1, group_size or batch.valid_BL.numel()).any(1).sum(),
             ]

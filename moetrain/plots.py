@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 Lines = Sequence[Mapping[str, Any]]
 
+PLOTS_FOLDER = "plots"
+"""Where a run keeps its pictures."""
+
 # Okabe and Ito's palette: told apart with any colour vision.
 _BLACK, _BLUE, _ORANGE, _GREY = "#000000", "#0072b2", "#d55e00", "#777777"
 _LAYER_COLOURS = "viridis"
@@ -75,7 +78,7 @@ def write_plots(run_dir: Path, byte_entropy: Mapping[str, float] | None = None) 
         evals=evals,
         references=per_token(byte_entropy or {}, evals),
     )
-    folder = run_dir / "plots"
+    folder = run_dir / PLOTS_FOLDER
     folder.mkdir(exist_ok=True)
     paths = []
     with matplotlib.rc_context(_STYLE):

@@ -12,13 +12,14 @@ from typing import Any, Self
 
 from moetrain import metrics, settings
 from moetrain.config import Config
-from moetrain.data import Manifest
+from moetrain.data import Prepared
 from moetrain.evaluate import nats_per_byte
 from moetrain.mesh import Mesh
 from moetrain.model import Transformer
 from moetrain.objective import Means
-from moetrain.plots import write_plots
+from moetrain.plots import PLOTS_FOLDER, write_plots
 from moetrain.progress import progress
+from moetrain.restore import TOKENIZER_FILE
 from moetrain.sinks import MetricsLog
 from moetrain.sizes import sizes, train_flops_per_token
 from moetrain.wandb_sink import WandbSink
@@ -28,10 +29,17 @@ class Report:
     """Turns the numbers of a run into lines and sends them to the run's folder and the screen."""
 
     def __init__(
-        self, config: Config, folder: Path, mesh: Mesh, model: Transformer, resume_step: int
+        self,
+        config: Config,
+        folder: Path,
+        mesh: Mesh,
+        prepared: Prepared,
+        model: Transformer,
+        resume_step: int,
     ):
         """Open the sinks (rank 0); what was logged after `resume_step` is dropped."""
         self._config, self._folder, self._mesh = config, folder, mesh
+        self._prepared = prepared
         self._flops_per_token = train_flops_per_token(
             model, config.model.dim, config.model.layers, config.data.seq_len
         )
@@ -47,6 +55,7 @@ class Report:
         config, folder = self._config, self._folder
         folder.mkdir(parents=True, exist_ok=True)
         settings.save(config, folder / "config.yaml")
+        self._prepared.tokenizer.save(folder / TOKENIZER_FILE)
         self._log = MetricsLog(folder, resume_step)
         self._closing.callback(self._log.close)
         if config.log.wandb != "off":
@@ -103,9 +112,9 @@ class Report:
         self._steps, self._seconds = 0, 0.0
         self._write(line)
 
-    def evaluation(self, step: int, means: Means, manifest: Manifest) -> None:
+    def evaluation(self, step: int, means: Means) -> None:
         """Report an evaluation on held-out text."""
-        per_byte = nats_per_byte(means.loss, manifest)
+        per_byte = nats_per_byte(means.loss, self._prepared.manifest)
         self._write(
             metrics.eval_line(
                 step=step, loss=means.loss, nats_per_byte=per_byte, ledgers=means.ledgers
@@ -117,11 +126,12 @@ class Report:
         if self._is_writer:
             self._progress.note(f"checkpoint of step {step} saved")
 
-    def finish(self, manifest: Manifest) -> None:
+    def finish(self) -> None:
         """Draw the plots and say where they are."""
         if self._is_writer:
-            pictures = write_plots(self._folder, manifest.byte_entropy)
-            self._progress.note(f"plots: {', '.join(map(str, pictures))}")
+            pictures = write_plots(self._folder, self._prepared.manifest.byte_entropy)
+            names = ", ".join(path.name for path in pictures)
+            self._progress.note(f"plots in {self._folder / PLOTS_FOLDER}: {names}")
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._is_writer:

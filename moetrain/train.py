@@ -92,7 +92,8 @@ def train(run: Run) -> None:
     """Train from the newest checkpoint, or from the start, to the last step."""
     config, steps = run.config, run.config.train.steps
     position = _resume(run)
-    with Report(config, run.folder, run.mesh, run.engine.model, position.step) as report:
+    model, start = run.engine.model, position.step
+    with Report(config, run.folder, run.mesh, run.prepared, model, start) as report:
         while position.step < steps:
             started = time.perf_counter()
             result = train_step(run, position)
@@ -102,14 +103,12 @@ def train(run: Run) -> None:
                 means = reduce(result.parts, result.counts, run.mesh)
                 report.train(position.step, position.tokens, means, result.grad_norm, result.lr)
             if _due(position.step, config.eval.every, steps):
-                means = evaluate(
-                    run.engine.model, run.held_out, config.eval.sequences, config, run.mesh
-                )
-                report.evaluation(position.step, means, run.prepared.manifest)
+                means = evaluate(model, run.held_out, config.eval.sequences, config, run.mesh)
+                report.evaluation(position.step, means)
             if _due(position.step, config.checkpoint.every, steps):
                 _save(run, position)
                 report.saved(position.step)
-        report.finish(run.prepared.manifest)
+        report.finish()
 
 
 def train_step(run: Run, position: Position) -> StepResult:

@@ -171,10 +171,10 @@ def test_of_a_single_document_the_end_is_held_out(fraction, train, held_out):
 def test_entropy_of_a_corpus_small_enough_to_count_by_hand():
     train, held_out = count_pairs(["ab", "ab"]), count_pairs(["ab"])
     entropy = byte_entropy(train, held_out)
-    # six symbols seen: a, b and end twice each, of 257 kinds
-    assert entropy["unigram"] == pytest.approx(-np.log(3 / (6 + 257)))
+    # three symbols for two bytes; six seen: a, b and end twice each, of 257 kinds
+    assert entropy["unigram"] == pytest.approx(-3 * np.log(3 / (6 + 257)) / 2)
     # end→a, a→b, b→end: each seen twice of two
-    assert entropy["bigram"] == pytest.approx(-np.log(3 / (2 + 257)))
+    assert entropy["bigram"] == pytest.approx(-3 * np.log(3 / (2 + 257)) / 2)
 
 
 def test_entropy_equals_a_literal_loop():
@@ -192,7 +192,7 @@ def test_entropy_equals_a_literal_loop():
         seen = sum(count for (first, _), count in pairs.items() if first == before)
         unigram -= np.log((singles.get(after, 0) + 1) / (sum(singles.values()) + 257))
         bigram -= np.log((pairs.get((before, after), 0) + 1) / (seen + 257))
-        total += 1
+        total += after != 256
     found = byte_entropy(count_pairs(train), count_pairs(held_out))
     assert found["unigram"] == pytest.approx(unigram / total, rel=1e-12)
     assert found["bigram"] == pytest.approx(bigram / total, rel=1e-12)

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from moetrain.config import DataConfig
-from moetrain.data import IGNORED, Samples, prepare
+from moetrain.data import Samples, prepare
 from moetrain.data.order import permute
 from moetrain.data.shards import open_offsets, open_tokens
 from moetrain.errors import UserError
+from moetrain.loss import IGNORED
 
 EOS = 256
 

@@ -2,12 +2,11 @@
 
 from moetrain.data.cache import Prepared, prepare
 from moetrain.data.corpus import open_source
-from moetrain.data.samples import IGNORED, Batch, Samples
+from moetrain.data.samples import Batch, Samples
 from moetrain.data.shards import Manifest, verify
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 __all__ = [
-    "IGNORED",
     "Batch",
     "Manifest",
     "Prepared",

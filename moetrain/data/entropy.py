@@ -33,14 +33,14 @@ def byte_entropy(train: np.ndarray, held_out: np.ndarray) -> dict[str, float]:
         held_out: pair counts of the held-out text.
 
     Returns:
-        `unigram` and `bigram`, in nats per byte, ends of documents included: what a model of raw
-        bytes must beat.
+        `unigram` and `bigram`: nats spent on the bytes and on the ends of documents, over the
+        number of bytes: what a model of raw bytes must beat.
     """
     unigram, seen = train.sum(axis=0) + 1, train + 1
     log_unigram = np.log(unigram / unigram.sum())
     log_bigram = np.log(seen / seen.sum(axis=1, keepdims=True))
-    total = held_out.sum()
+    num_bytes = held_out[:, :-1].sum()
     return {
-        "unigram": float(-(held_out.sum(axis=0) * log_unigram).sum() / total),
-        "bigram": float(-(held_out * log_bigram).sum() / total),
+        "unigram": float(-(held_out.sum(axis=0) * log_unigram).sum() / num_bytes),
+        "bigram": float(-(held_out * log_bigram).sum() / num_bytes),
     }

@@ -17,9 +17,7 @@ from moetrain.data.order import shuffled
 from moetrain.data.shards import open_offsets, open_tokens
 from moetrain.data.splits import Split
 from moetrain.errors import UserError
-
-IGNORED = -100
-"""Target that carries no loss."""
+from moetrain.loss import IGNORED
 
 
 class Batch(NamedTuple):

@@ -67,7 +67,7 @@ class Manifest(Record):
     """Of the tokens: <u2 where the vocabulary fits, else <u4."""
     byte_entropy: dict[str, float]
     """`unigram`, `bigram`: what these models, counted on the training text, score on the held-out
-    text, in nats per byte, where the end of a document counts as one more byte value."""
+    text: nats spent on its bytes and on the ends of documents, over the number of bytes."""
     train: SplitManifest
     eval: SplitManifest
 

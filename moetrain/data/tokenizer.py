@@ -47,6 +47,10 @@ class Tokenizer(Protocol):
         """Text of some ids; special tokens vanish, halves of a character become U+FFFD."""
         ...
 
+    def save(self, path: Path) -> None:
+        """Write what `load_tokenizer` needs, if anything, to a file."""
+        ...
+
 
 class ByteTokenizer:
     """One id per UTF-8 byte, and 256 for the end of a document."""
@@ -62,6 +66,9 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids; 256 vanishes, halves of a character become U+FFFD."""
         return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    def save(self, path: Path) -> None:
+        """Nothing to write."""
 
 
 class JsonTokenizer:
@@ -87,6 +94,7 @@ class JsonTokenizer:
         self.vocab_size = max(inner.get_vocab().values()) + 1  # ids may have gaps
         self.eos_id = _find_eos(inner, subject)
         self.fingerprint = hashlib.sha256(content).hexdigest()
+        self._content = content
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, uint32; a text past PIECE_LENGTH is encoded in pieces."""
@@ -97,6 +105,10 @@ class JsonTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids; special tokens vanish, halves of a character become U+FFFD."""
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def save(self, path: Path) -> None:
+        """Write the tokenizer.json as it was read."""
+        path.write_bytes(self._content)
 
     def _encode(self, pieces: Iterator[str]) -> Iterator[np.ndarray]:
         while group := list(islice(pieces, PIECES_AT_ONCE)):
