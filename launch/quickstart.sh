@@ -8,8 +8,9 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
 cd "$root"
 run=runs/quickstart
-NPROC=2 VENV="$VENV" launch/train.sh configs/quickstart.yaml "$@" --parallel.ep 2
+export VENV NPROC=2
+launch/train.sh configs/quickstart.yaml "$@" --parallel.ep 2
 python -m moetrain eval "$run"
 python -m moetrain generate "$run" --prompt "def "
 echo
-echo "The run is in $root/$run: metrics.jsonl, the plots beside it (*.png), checkpoints/."
+echo "The run is in $root/$run: metrics.jsonl, plots/*.png, checkpoints/."
