@@ -71,7 +71,7 @@ def lr_at(
         share = 0.5 * (1 + math.cos(math.pi * progress))
     else:
         decay_steps = round(decay_fraction * steps)
-        share = min(1.0, (steps - step) / max(1, decay_steps))
+        share = min(1.0, (steps - step) / decay_steps) if decay_steps else 1.0
     return peak * (min_ratio + (1 - min_ratio) * share)
 
 
