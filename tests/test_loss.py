@@ -1,0 +1,99 @@
+"""Cross-entropy in chunks against the whole, in value, gradients and memory."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moetrain.loss import IGNORE, cross_entropy_sum
+
+TOKENS, DIM, VOCAB = 12, 5, 9
+
+
+def inputs(tokens: int = TOKENS, dtype: torch.dtype = torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    hidden_TD = torch.randn(tokens, DIM, generator=generator).to(dtype).requires_grad_()
+    weight_VD = torch.randn(VOCAB, DIM, generator=generator).to(dtype).requires_grad_()
+    target_T = torch.randint(0, VOCAB, (tokens,), generator=generator)
+    return hidden_TD, weight_VD, target_T
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, TOKENS + 2), st.sets(st.integers(0, TOKENS - 1)))
+def test_any_chunk_size_gives_value_and_gradients_of_the_whole(chunk, ignored):
+    hidden_TD, weight_VD, target_T = inputs()
+    target_T[list(ignored)] = IGNORE
+    loss = cross_entropy_sum(hidden_TD, weight_VD, target_T, chunk)
+    whole = F.cross_entropy(
+        F.linear(hidden_TD, weight_VD), target_T, ignore_index=IGNORE, reduction="sum"
+    )
+    close(loss, whole)
+    leaves = [hidden_TD, weight_VD]
+    for ours, theirs in zip(
+        torch.autograd.grad(3 * loss, leaves), torch.autograd.grad(3 * whole, leaves), strict=True
+    ):
+        close(ours, theirs)
+
+
+def test_a_loss_by_hand():
+    # Logits (0, ln 3) say 1/4 and 3/4; (0, 0) says 1/2 each. The third token has no target.
+    hidden_TD = torch.tensor([[1.0], [0.0], [7.0]], dtype=torch.float64)
+    weight_VD = torch.tensor([[0.0], [math.log(3)]], dtype=torch.float64)
+    loss = cross_entropy_sum(hidden_TD, weight_VD, torch.tensor([1, 0, IGNORE]))
+    close(loss, math.log(8 / 3))
+
+
+@pytest.mark.parametrize("chunk", [5, TOKENS])
+def test_all_ignored_is_zero_with_zero_gradients(chunk):
+    hidden_TD, weight_VD, target_T = inputs()
+    loss = cross_entropy_sum(hidden_TD, weight_VD, target_T.fill_(IGNORE), chunk)
+    loss.backward()
+    assert loss == 0
+    assert hidden_TD.grad.eq(0).all()
+    assert weight_VD.grad.eq(0).all()
+
+
+def test_the_softmax_of_bf16_logits_is_taken_in_fp32():
+    hidden_TD, weight_VD, target_T = inputs(dtype=torch.bfloat16)
+    loss = cross_entropy_sum(hidden_TD, weight_VD, target_T)
+    assert loss.dtype == torch.float32
+    logits_TV = F.linear(hidden_TD, weight_VD).double()
+    torch.testing.assert_close(
+        loss.double(), F.cross_entropy(logits_TV, target_T, reduction="sum"), rtol=1e-6, atol=0
+    )
+
+
+class Largest(TorchDispatchMode):
+    """Watches the size of every tensor that an operation makes, in the backward pass too."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return made
+
+
+def test_logits_of_all_tokens_never_exist():
+    tokens, chunk = 64 * TOKENS, 8
+    hidden_TD, weight_VD, target_T = inputs(tokens)
+    saved: list[int] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor
+    )
+    with Largest() as watch, hooks:
+        cross_entropy_sum(hidden_TD, weight_VD, target_T, chunk).backward()
+    assert watch.numel == tokens * DIM < tokens * VOCAB
+    assert max(saved) <= max(chunk, VOCAB) * VOCAB
+    with Largest() as watch:
+        cross_entropy_sum(hidden_TD, weight_VD, target_T, tokens).backward()
+    assert watch.numel == tokens * VOCAB  # the watch sees logits where there are some
