@@ -64,7 +64,9 @@ class Case:
 
     def route(self, logits_TE: Tensor) -> Routing:
         """The routing of the code under test."""
-        uniform_T = None if self.uniforms is None else torch.tensor(self.uniforms).double()
+        uniform_T = (
+            None if self.uniforms is None else torch.tensor(self.uniforms, dtype=torch.float64)
+        )
         return route(self.router, logits_TE, self.mask(), uniform_T)
 
     def plan(self, record: Routing) -> Plan:
