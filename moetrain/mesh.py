@@ -45,7 +45,12 @@ def process_group():
     rank, world = rank_and_world()
     alone = None if "RANK" in os.environ else dist.HashStore()
     dist.init_process_group(
-        backend, rank=rank, world_size=world, store=alone, timeout=timedelta(minutes=10)
+        backend,
+        rank=rank,
+        world_size=world,
+        store=alone,
+        timeout=timedelta(minutes=10),
+        device_id=device if device.type == "cuda" else None,
     )
     try:
         yield device

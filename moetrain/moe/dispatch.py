@@ -186,8 +186,9 @@ class AllToAll:
         receive_Pe = torch.empty_like(send_Pe)
         dist.all_to_all_single(receive_Pe, send_Pe, group=self.group)
         # The one host synchronisation: the collective below wants its sizes as Python ints.
-        sent, received = torch.stack([send_Pe.sum(1), receive_Pe.sum(1)]).tolist()
-        counts = receive_Pe.sum(0).tolist()
+        sizes = torch.cat([send_Pe.sum(1), receive_Pe.sum(1), receive_Pe.sum(0)]).tolist()
+        sent, received = sizes[: self.size], sizes[self.size : 2 * self.size]
+        counts = sizes[2 * self.size :]
         arrived_RD = all_to_all_single_autograd(rows_RD[: sum(sent)], received, sent, self.group)
         # Rows arrive by (rank, expert); the experts want them by (expert, rank).
         expert_Pe = torch.arange(len(counts), device=rows_RD.device).repeat(self.size)

@@ -1,0 +1,63 @@
+"""What every result is kept with: the command, the machine, the versions, the date."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+
+
+def setting() -> dict[str, Any]:
+    """The command as it was given, and what it ran on."""
+    return {
+        "command": " ".join(["python", str(Path(sys.argv[0])), *sys.argv[1:]]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def write(name: str, data: dict[str, Any], text: str) -> None:
+    """Write results/NAME.json (`data` beside its setting) and results/NAME.md (`text` above it)."""
+    kept = setting()
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({"setting": kept, **data}, indent=1) + "\n")
+    lines = [f"- {key}: `{value}`" for key, value in kept.items()]
+    (RESULTS / f"{name}.md").write_text("\n".join([text, "", "## Setting", "", *lines]) + "\n")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _commit() -> str:
+    """The commit that ran, with a plus where files had changed since."""
+    git = ("git", "-C", str(ROOT))
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def _processor() -> str:
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":")[1] for line in cpuinfo.splitlines() if line.startswith("model name")]
+    return names[0].strip() if names else platform.machine()
