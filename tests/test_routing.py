@@ -188,6 +188,19 @@ def test_every_part_of_the_key_matters() -> None:
     assert apart.abs().max() < 5 / math.sqrt(n), streams.keys()
 
 
+def test_the_hash_is_splitmix64() -> None:
+    """The published first outputs for seed 1234567; a draw must not change between versions."""
+    published = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    outputs = keyed.fold(torch.tensor(1234567), torch.arange(5))
+    assert [value % (1 << 64) for value in outputs.tolist()] == published
+
+
 def test_seed_and_step_do_not_trade_places() -> None:
     assert keyed.step_key(3, 5) != keyed.step_key(5, 3)
 
