@@ -38,7 +38,9 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A MoE against a dense model of the same active size.")
+    parser = argparse.ArgumentParser(
+        description="A MoE against a dense model of the same active size."
+    )
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each model")
     options = parser.parse_args()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -48,18 +49,26 @@ def _mesh(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _layers(model: Transformer) -> Iterator[str]:
-    yield "layers     block  feed-forward                    parameters      active"
-    for index, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
-        total = sum(p.numel() for p in block.parameters())
-        active, kind = total, "dense"
-        if block.moe is not None:
-            experts, top_k = block.moe.num_experts, block.moe.top_k
-            of_one = sum(p.numel() for p in block.moe.experts.parameters()) // experts
-            active -= of_one * (experts - top_k)
-            kind = f"{block.moe.router_name}, {top_k} of {experts} experts"
-            kind += " + shared" if block.feed_forward is not None else ""
-        yield f"           {index:5d}  {kind:28s} {total:13,} {active:11,}"
+    """One line for every run of equal blocks."""
+    yield "layers     blocks   feed-forward                       parameters      active  of each"
+    first = 0
+    for row, alike in groupby(_layer(block) for block in model.blocks):  # type: ignore[arg-type]
+        last = first + len(list(alike)) - 1
+        blocks = f"{first}" if first == last else f"{first}-{last}"
+        yield f"           {blocks:7s}  {row}"
+        first = last + 1
+
+
+def _layer(block: Block) -> str:
+    total = sum(p.numel() for p in block.parameters())
+    active, kind = total, "dense"
+    if block.moe is not None:
+        experts, top_k = block.moe.num_experts, block.moe.top_k
+        of_one = sum(p.numel() for p in block.moe.experts.parameters()) // experts
+        active -= of_one * (experts - top_k)
+        kind = f"{block.moe.router_name}, {top_k} of {experts} experts"
+        kind += " + shared" if block.feed_forward is not None else ""
+    return f"{kind:30s} {total:14,} {active:11,}"
 
 
 def _routing(config: Config) -> Iterator[str]:

@@ -142,6 +142,23 @@ def _mesh_problems(config: Config, world_size: int) -> Iterator[str]:
             f"parallel.dp_replicate {replicas}); try {_nearest(legal, ep)}, "
             f"or a world size of {_multiples(world_size, ep * replicas)}"
         )
+    elif config.moe.experts:
+        yield from _sharding_problems(config, dp_shard)
+
+
+def _sharding_problems(config: Config, dp_shard: int) -> Iterator[str]:
+    """Ranks that hold the same experts share every matrix by equal numbers of rows."""
+    ep, rows = config.parallel.ep, math.gcd(config.model.dim, config.expert_ffn_dim)
+    if rows % (dp_shard // ep) == 0:
+        return
+    sizes = _divisors(math.gcd(dp_shard, config.moe.experts))
+    legal = [size for size in sizes if rows % (dp_shard // size) == 0]
+    yield (
+        f"model.dim ({config.model.dim}) and the width of an expert ({config.expert_ffn_dim}) must "
+        f"be divisible by the number of ranks that hold the same experts ({dp_shard // ep} = "
+        f"dp_shard {dp_shard} / parallel.ep {ep}); try another world size"
+        + (f", or parallel.ep {_nearest(legal, ep)}" if legal else "")
+    )
 
 
 def _batch_problems(config: Config, world_size: int) -> Iterator[str]:

@@ -196,7 +196,7 @@ WORLDS = {
         ],
     ),
     "batch over world": (
-        {},
+        {"model": {"dim": 96}},
         3,
         ["train.global_batch (32) must be divisible by the world size (3); try 30 or 33"],
     ),
@@ -214,6 +214,15 @@ WORLDS = {
         [
             "train.global_batch (4) must be train.micro_batch (8) × world size (1) × a whole "
             "number of accumulation steps; try train.micro_batch 1, 2 or 4"
+        ],
+    ),
+    "experts' rows over the ranks that share them": (
+        {"model": {"dim": 264}, "moe": {"expert_ffn_dim": 60}, "train": {"micro_batch": 4}},
+        8,
+        [
+            "model.dim (264) and the width of an expert (60) must be divisible by the number of "
+            "ranks that hold the same experts (8 = dp_shard 8 / parallel.ep 1); try another world "
+            "size, or parallel.ep 2, 4 or 8"
         ],
     ),
     "two at once": (
@@ -240,11 +249,14 @@ def test_a_world_that_does_not_fit_is_refused(values, world_size, lines):
 @settings(max_examples=100, deadline=None)
 def test_a_world_is_accepted_exactly_when_every_product_comes_out(world, ep, replicas, micro):
     config = Config(
-        moe=MoEConfig(experts=840),
+        model=ModelConfig(dim=840, heads=4),
+        moe=MoEConfig(experts=840, expert_ffn_dim=1260),
         parallel=ParallelConfig(ep=ep, dp_replicate=replicas),
         train=TrainConfig(global_batch=96, micro_batch=micro),
     )
-    fits = any(replicas * edp * ep == world for edp in range(1, 65))
+    fits = any(
+        replicas * edp * ep == world and 840 % edp == 0 and 1260 % edp == 0 for edp in range(1, 65)
+    )
     fits &= any(micro * world * steps == 96 for steps in range(1, 97))
     if not fits:
         with pytest.raises(UserError):

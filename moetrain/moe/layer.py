@@ -90,13 +90,13 @@ class MoE(nn.Module):
         """Output (B, L, D) and the layer's losses and ledger.
 
         `valid_BL` (bool) is False for padding: its output is zero, and whatever it holds reaches
-        nothing. `draws` are needed in mode "train" by a gate that draws at random, and used in no
-        other mode.
+        nothing. `draws` are used in mode "train" alone; ValueError where a gate that draws at
+        random lacks them.
         """
         valid_T = valid_BL.flatten()
         x_TD = x_BLD.flatten(0, 1).where(valid_T[:, None], 0)
         group_size = self._group_size(x_BLD, mode)
-        record = self._route(x_TD, valid_T, draws if mode == "train" else None)
+        record = self._route(x_TD, valid_T, self._own_draws(draws) if mode == "train" else None)
         plan = self._plan(record, group_size, self.factors[mode])
         arrived = self.dispatcher.dispatch(x_TD, plan)
         rows = self.experts(arrived.rows, arrived.counts)
@@ -117,7 +117,15 @@ class MoE(nn.Module):
             return self.group
         return length if self.group == "sequence" else batch * length
 
+    def _own_draws(self, draws: Draws | None) -> Draws | None:
+        """The draws if this layer's gate makes any."""
+        is_random = self.jitter > 0 or (self.router_name == "gshard" and self.random_second)
+        if is_random and draws is None:
+            raise ValueError(f"a {self.router_name} gate that draws at random needs `draws`")
+        return draws if is_random else None
+
     def _route(self, x_TD: Tensor, valid_T: Tensor, draws: Draws | None) -> Routing:
+        """Logits and gate; `draws` only where this pass draws."""
         if draws is not None and self.jitter > 0:
             noise_TD = keyed.uniform(draws, self.layer, "jitter", x_TD.shape[1])
             x_TD = x_TD * (1 + self.jitter * (2 * noise_TD - 1))
@@ -126,8 +134,9 @@ class MoE(nn.Module):
             return routing.switch(logits_TE, valid_T)
         if self.router_name == "topk":
             return routing.topk(logits_TE, valid_T, self.top_k, self.renormalize)
-        samples = draws is not None and self.random_second
-        uniform_T = keyed.uniform(draws, self.layer, "second expert") if samples else None  # type: ignore[arg-type]
+        uniform_T = None
+        if draws is not None and self.random_second:
+            uniform_T = keyed.uniform(draws, self.layer, "second expert")
         return routing.gshard(logits_TE, valid_T, uniform_T)
 
     def _plan(self, record: Routing, group_size: int, factor: float | None) -> Plan:

@@ -33,7 +33,10 @@ def choose(score_TE: Tensor, k: int) -> Tensor:
     """The k best experts of every token, best first: int64 (T, k).
 
     Ties go to the lowest index (`torch.topk` leaves them open; `argmax` does not).
+    Raises ValueError when there are fewer than k experts.
     """
+    if k > score_TE.shape[1]:
+        raise ValueError(f"top-k ({k}) must not exceed the number of experts ({score_TE.shape[1]})")
     remaining_TE = score_TE.detach().clone()
     chosen = []
     for _ in range(k):
