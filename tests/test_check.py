@@ -1,0 +1,201 @@
+"""The report before a run: its numbers by hand, and against the model and a pass that are real."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from models import SMALL
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
+
+from moetrain import check, settings
+from moetrain.build import build_model
+from moetrain.config import Config
+from moetrain.mesh import Mesh
+from moetrain.moe import Draws
+from moetrain.moe.keyed import step_key
+from moetrain.parallel import parallelize
+from moetrain.sizes import sizes
+from moetrain.testing import simulate_ranks
+
+VOCAB = 257  # of the bytes tokenizer
+
+
+def config(**sections) -> Config:
+    merged = {
+        name: {**SMALL.get(name, {}), **sections.get(name, {})}
+        for name in SMALL.keys() | sections.keys()
+    }
+    merged["train"] = {"global_batch": 16, "micro_batch": 2, **merged.get("train", {})}
+    return settings.resolve(None, merged)
+
+
+def rows(text: str) -> dict[str, str]:
+    """The words of every line by its first column, blanks taken together."""
+    lines = [re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in text.splitlines()]
+    return {line[0]: line[-1] for line in lines}
+
+
+def gib(text: str) -> dict[str, float]:
+    names = ("weights", "gradients", "Adam moments", "gathered weights", "activations", "together")
+    found = rows(text.split("memory", 1)[1])
+    return {name: float(found[name]) for name in names}
+
+
+# ---------------------------------------------------------------- text
+
+
+def test_mesh_and_step_by_hand():
+    made = config(parallel={"ep": 2, "dp_replicate": 2}, data={"seq_len": 32})
+    text = check.report(made, 8)
+    assert "8 ranks = dp_replicate 2 × dp_shard 4" in text
+    assert "dp_shard 4 = edp 2 × ep 2: 2 of 4 experts per rank" in text
+    assert "512 tokens = 8 ranks × 1 micro-batches × 2 sequences × 32 tokens" in text
+    assert "200 steps, 102,400 tokens in the run" in text
+
+
+def test_parameters_by_hand():
+    # Attention 4·16², a dense layer 3·16·24, an expert 3·16·12; two norms, a router 4·16.
+    outside = 4 * 256 + 32
+    dense, sparse = outside + 1152, outside + 64 + 4 * 576
+    active = sparse - 2 * 576
+    text = check.report(config(moe={"first_dense": 1}), 1)
+    assert re.search(rf"0  dense +{dense:,} +{dense:,}\n", text)
+    assert re.search(rf"1  topk, 2 of 4 experts +{sparse:,} +{active:,}\n", text)
+    total = dense + sparse + 16 + 257 * 16
+    assert f"{total:,} in total, {total - 2 * 576:,} active per token" in text
+    flops = 6 * (total - 2 * 576) + 12 * 2 * 16 * 8
+    assert f"{flops / 1e9:.4g} GFLOP per token" in text
+
+
+def test_shared_experts_are_named_and_counted():
+    text = check.report(config(moe={"shared_experts": 2}), 1)
+    sparse = 4 * 256 + 32 + 64 + 6 * 576
+    assert re.search(rf"topk, 2 of 4 experts \+ shared +{sparse:,} +{sparse - 2 * 576:,}\n", text)
+
+
+@pytest.mark.parametrize(
+    ("moe", "lines"),
+    [
+        # 1.25·2·8/4 = 5 slots and 2·2·8/4 = 8; rounded up, 1.1 becomes 5·4/(2·8).
+        ({"capacity_factor": 1.25}, ["training: 5 slots", "factor 1.25 (effective 1.25)"]),
+        ({"capacity_factor": 1.1}, ["training: 5 slots", "factor 1.1 (effective 1.25)"]),
+        ({"eval_capacity_factor": 2.0}, ["evaluation: 8 slots", "factor 2.0 (effective 2)"]),
+        ({"capacity_factor": 9.0}, ["training: 8 slots", "factor 9.0 (effective 2)"]),
+        ({"group": 4}, ["groups of 4 tokens", "training: 3 slots", "(effective 1.5)"]),
+        ({"group": "microbatch"}, ["groups of 16 tokens", "training: 10 slots"]),
+        ({"capacity_factor": None}, ["training: dropless"]),
+        ({"eval_capacity_factor": None}, ["evaluation: dropless"]),
+    ],
+)
+def test_slots_by_hand(moe, lines):
+    text = check.report(config(moe=moe), 1)
+    for line in lines:
+        assert line in text
+
+
+def test_a_dense_model_has_no_routing():
+    text = check.report(config(moe={"experts": 0}), 1)
+    assert "routing" not in text
+    assert "experts" not in text
+    counted = sizes(build_model(config(moe={"experts": 0}), VOCAB))
+    assert f"{counted.total:,} in total, {counted.total:,} active" in text
+
+
+def test_the_vocabulary_is_the_tokenizers():
+    with pytest.raises(ValueError, match="there is no file"):
+        check.report(config(data={"tokenizer": "./missing/tokenizer.json"}), 1)
+
+
+# ---------------------------------------------------------------- memory
+
+LARGE = {"dim": 1024, "layers": 3, "heads": 8, "tie_embeddings": False}
+
+
+@pytest.mark.parametrize(("precision", "master", "compute"), [("fp32", 4, 4), ("bf16", 4, 2)])
+@pytest.mark.parametrize(("world", "ep", "dp_replicate"), [(1, 1, 1), (8, 4, 1), (8, 2, 2)])
+def test_memory_by_hand(precision, master, compute, world, ep, dp_replicate):
+    made = config(
+        model=LARGE,
+        moe={"experts": 8, "expert_ffn_dim": 2048, "first_dense": 1},
+        parallel={"ep": ep, "dp_replicate": dp_replicate},
+        engine={"precision": precision},
+    )
+    expert, router, outside = 3 * 1024 * 2048, 8 * 1024, 4 * 1024**2 + 2 * 1024
+    dense = outside + 3 * 1024 * 24
+    sparse = outside + router + 8 * expert
+    ends = 2 * 257 * 1024 + 1024
+    shard = (dense + 2 * sparse + ends) * master / (world // dp_replicate) / 2**30
+    gathered = (ends + outside + router + 8 // ep * expert) * compute / 2**30
+    found = gib(check.report(made, world))
+    assert found["weights"] == found["gradients"] == pytest.approx(shard, abs=6e-4)
+    assert found["Adam moments"] == pytest.approx(2 * shard, abs=6e-4)
+    assert found["gathered weights"] == pytest.approx(gathered, abs=6e-4)
+    parts = sum(number for name, number in found.items() if name != "together")
+    assert found["together"] == pytest.approx(parts, abs=3e-3)
+
+
+def storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    """The memory under a tensor, a sharded one or one that still arrives."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
+    if isinstance(tensor, AsyncCollectiveTensor):
+        tensor = tensor.wait()
+    return tensor.untyped_storage()
+
+
+def saved_bytes(made: Config) -> int:
+    """What a real forward pass of one rank keeps besides the weights."""
+    mesh = Mesh(torch.device("cpu"), made.parallel.ep)
+    model = build_model(made, VOCAB)
+    parallelize(model, mesh, made.engine.precision, seed=0)
+    tokens_BL = torch.randint(
+        0,
+        VOCAB,
+        (made.train.micro_batch, made.data.seq_len),
+        generator=torch.Generator().manual_seed(mesh.rank),
+    )
+    draws = Draws(step_key(0, 1), torch.arange(tokens_BL.numel()))
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        memory = storage(tensor)
+        kept[memory.data_ptr()] = memory  # holds it, so that no other gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tokens_BL, targets_BL=tokens_BL, mode="train", draws=draws)
+    weights = {storage(weight).data_ptr() for weight in model.parameters()}
+    return sum(memory.nbytes() for at, memory in kept.items() if at not in weights)
+
+
+ROOM = {"dim": 64, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 96}
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"moe": {"experts": 0}},
+        {"moe": {"capacity_factor": 1.25}},
+        {"moe": {"capacity_factor": None}},
+        {"moe": {"router": "gshard", "shared_experts": 1, "every": 2}, "model": {"qk_norm": True}},
+        {"moe": {"router": "switch", "top_k": 1, "jitter": 0.01}},
+        {"engine": {"precision": "bf16"}},
+        {"parallel": {"ep": 4}},
+    ],
+)
+def test_the_estimate_of_activations_is_what_a_real_pass_keeps(sections):
+    moe = {"experts": 8, "expert_ffn_dim": 48, **sections.get("moe", {})}
+    made = config(
+        model={**ROOM, **sections.get("model", {})},
+        moe=moe,
+        engine=sections.get("engine", {}),
+        parallel=sections.get("parallel", {}),
+        data={"seq_len": 64},
+    )
+    compute = torch.bfloat16 if made.engine.precision == "bf16" else torch.float32
+    estimate = check._activations(made, build_model(made, VOCAB), compute)
+    for real in simulate_ranks(made.parallel.ep, saved_bytes, made):
+        assert estimate == pytest.approx(real, rel=0.01)

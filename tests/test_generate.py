@@ -1,0 +1,162 @@
+"""Generation against plain forward passes, and samplers against the distributions they promise."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from models import initialised, random_tokens, small_config
+from torch import Tensor
+
+from moetrain.generate import continuations, greedy, sampler
+from moetrain.model import Transformer
+
+LOGITS_V = torch.log(torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2]))
+DRAWS = 20_000
+
+
+def drawn(temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> list[float]:
+    """How often every token of `LOGITS_V` comes."""
+    draw = sampler(temperature, top_k, top_p, torch.Generator().manual_seed(0))
+    token_B = draw(LOGITS_V.expand(DRAWS, -1))
+    assert token_B.dtype == torch.int64
+    return (token_B.bincount(minlength=5) / DRAWS).tolist()
+
+
+def assert_drawn(found: list[float], weights: list[float]) -> None:
+    """Frequencies within five standard errors, and never what has no weight."""
+    for frequency, weight in zip(found, weights, strict=True):
+        share = weight / sum(weights)
+        assert abs(frequency - share) <= 5 * math.sqrt(share * (1 - share) / DRAWS)
+
+
+def test_the_softmax_itself():
+    assert_drawn(drawn(), [0.1, 0.4, 0.05, 0.25, 0.2])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_temperature_is_an_exponent_of_the_probabilities(temperature):
+    weights = [p ** (1 / temperature) for p in (0.1, 0.4, 0.05, 0.25, 0.2)]
+    assert_drawn(drawn(temperature), weights)
+
+
+def test_a_low_temperature_is_greedy():
+    assert drawn(temperature=1e-4) == [0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("top_k", "weights"),
+    [
+        (1, [0, 1, 0, 0, 0]),
+        (2, [0, 0.4, 0, 0.25, 0]),
+        (3, [0, 0.4, 0, 0.25, 0.2]),
+        (9, [0.1, 0.4, 0.05, 0.25, 0.2]),  # more than there are
+    ],
+)
+def test_top_k_keeps_the_likeliest(top_k, weights):
+    assert_drawn(drawn(top_k=top_k), weights)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "weights"),
+    [
+        (1e-6, [0, 1, 0, 0, 0]),  # never fewer than one
+        (0.39, [0, 1, 0, 0, 0]),
+        (0.41, [0, 0.4, 0, 0.25, 0]),  # the token that crosses the border is in
+        (0.64, [0, 0.4, 0, 0.25, 0]),
+        (0.66, [0, 0.4, 0, 0.25, 0.2]),
+        (0.97, [0.1, 0.4, 0.05, 0.25, 0.2]),
+        (1.0, [0.1, 0.4, 0.05, 0.25, 0.2]),
+    ],
+)
+def test_top_p_keeps_the_fewest_that_reach_it(top_p, weights):
+    assert_drawn(drawn(top_p=top_p), weights)
+
+
+def test_top_p_counts_after_top_k():
+    # Of the two likeliest, 0.4 and 0.25, the first has 0.615 of what is left.
+    assert_drawn(drawn(top_k=2, top_p=0.6), [0, 1, 0, 0, 0])
+    assert_drawn(drawn(top_k=2, top_p=0.63), [0, 0.4, 0, 0.25, 0])
+
+
+def test_a_seed_repeats_and_another_does_not():
+    def tokens(seed: int) -> list[int]:
+        draw = sampler(1.0, None, 1.0, torch.Generator().manual_seed(seed))
+        return torch.cat([draw(LOGITS_V[None]) for _ in range(30)]).tolist()
+
+    assert tokens(1) == tokens(1)
+    assert tokens(1) != tokens(2)
+
+
+def test_sequences_are_drawn_each_from_its_own_logits():
+    logits_BV = torch.full((3, 5), -100.0)
+    logits_BV[[0, 1, 2], [4, 0, 2]] = 0
+    draw = sampler(1.0, None, 1.0, torch.Generator().manual_seed(0))
+    assert draw(logits_BV).tolist() == greedy(logits_BV).tolist() == [4, 0, 2]
+
+
+# ---------------------------------------------------------------- with and without a cache
+
+
+def with_cache(model: Transformer, prompt_BL: Tensor, count: int) -> Tensor:
+    return torch.stack(list(continuations(model, prompt_BL, count, greedy)), dim=1)
+
+
+@torch.no_grad()
+def without_cache(model: Transformer, prompt_BL: Tensor, count: int) -> Tensor:
+    """Everything from the start for each token."""
+    tokens_BL = prompt_BL
+    for _ in range(count):
+        logits_BLV = model(tokens_BL, mode="generate").logits_BLV
+        assert logits_BLV is not None
+        tokens_BL = torch.cat([tokens_BL, logits_BLV[:, -1].argmax(-1, keepdim=True)], dim=1)
+    return tokens_BL[:, prompt_BL.shape[1] :]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"model": {"kv_heads": 2, "qk_norm": True}},
+        {"moe": {"router": "gshard", "shared_experts": 1, "every": 2}},
+        {"moe": {"experts": 0}},
+    ],
+)
+@pytest.mark.parametrize("prompt_length", [1, 7])
+def test_greedy_with_a_cache_is_greedy_without(sections, prompt_length):
+    model = initialised(small_config(**sections))
+    with torch.no_grad():  # weights that do not fall into repeating one token
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    prompt_BL = random_tokens(3, prompt_length)
+    text_BL = with_cache(model, prompt_BL, 20)
+    assert torch.equal(text_BL, without_cache(model, prompt_BL, 20))
+    assert len(set(text_BL.flatten().tolist())) > 5
+
+
+@torch.no_grad()
+def test_generation_never_drops():
+    moe = {"capacity_factor": 0.1, "eval_capacity_factor": 0.1}
+    model = initialised(small_config(moe=moe))
+    roomy = initialised(small_config(moe=dict.fromkeys(moe)))
+    tokens_BL = random_tokens(2, 8)
+    dropping = model(tokens_BL)
+    assert any(stats.ledger.outcome_EKO[..., 2].sum() > 0 for stats in dropping.layers)
+    generating = model(tokens_BL, mode="generate")
+    for stats in generating.layers:
+        assert stats.ledger.outcome_EKO[..., 0].sum() == 2 * 2 * 8
+    assert torch.equal(generating.logits_BLV, roomy(tokens_BL).logits_BLV)
+    assert torch.equal(with_cache(model, tokens_BL, 5), with_cache(roomy, tokens_BL, 5))
+
+
+def test_a_prompt_may_be_longer_than_a_training_sequence():
+    model = initialised(small_config(moe={"group": 4}))
+    assert with_cache(model, random_tokens(1, 13), 4).shape == (1, 4)
+
+
+def test_tokens_come_one_by_one():
+    model = initialised(small_config())
+    stream = continuations(model, random_tokens(1, 3), 1_000, greedy)
+    first = list(itertools.islice(stream, 3))
+    assert [token.shape for token in first] == [(1,)] * 3
