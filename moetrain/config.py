@@ -212,8 +212,8 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     """What the run tells while it goes."""
 
-    every: PositiveInt = 10
-    """Steps between lines of metrics.jsonl."""
+    every: NonNegativeInt = 10
+    """Steps between training lines of metrics.jsonl; the last step has one too. 0: never."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases, from rank 0."""
     wandb_project: str = "moetrain"

@@ -74,7 +74,7 @@ class Report:
         self._progress.note(
             f"{folder}: {counted.total:,} parameters, {counted.active:,} active, on "
             f"{self._mesh.world} ranks ({self._mesh.device.type}), "
-            + (f"from step {resume_step}" if resume_step else "from the start")
+            + _start(resume_step, config.train.steps)
         )
 
     def __enter__(self) -> Self:
@@ -130,8 +130,8 @@ class Report:
         """Draw the plots and say where they are."""
         if self._is_writer:
             pictures = write_plots(self._folder, self._prepared.manifest.byte_entropy)
-            names = ", ".join(path.name for path in pictures)
-            self._progress.note(f"plots in {self._folder / PLOTS_FOLDER}: {names}")
+            if names := ", ".join(path.name for path in pictures):
+                self._progress.note(f"plots in {self._folder / PLOTS_FOLDER}: {names}")
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._is_writer:
@@ -139,3 +139,9 @@ class Report:
             self._progress.update(line)
             if self._wandb is not None:
                 self._wandb.write(line)
+
+
+def _start(resume_step: int, steps: int) -> str:
+    if resume_step >= steps:
+        return f"already at step {resume_step} of {steps}: nothing to train"
+    return f"from step {resume_step}" if resume_step else "from the start"
