@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moetrain.loss import IGNORE, cross_entropy_sum
+from moetrain.loss import IGNORED, cross_entropy_sum
 
 TOKENS, DIM, VOCAB = 12, 5, 9
 
@@ -29,10 +29,10 @@ def inputs(tokens: int = TOKENS, dtype: torch.dtype = torch.float64):
 @given(st.integers(1, TOKENS + 2), st.sets(st.integers(0, TOKENS - 1)))
 def test_any_chunk_size_gives_value_and_gradients_of_the_whole(chunk, ignored):
     hidden_TD, weight_VD, target_T = inputs()
-    target_T[list(ignored)] = IGNORE
+    target_T[list(ignored)] = IGNORED
     loss = cross_entropy_sum(hidden_TD, weight_VD, target_T, chunk)
     whole = F.cross_entropy(
-        F.linear(hidden_TD, weight_VD), target_T, ignore_index=IGNORE, reduction="sum"
+        F.linear(hidden_TD, weight_VD), target_T, ignore_index=IGNORED, reduction="sum"
     )
     close(loss, whole)
     leaves = [hidden_TD, weight_VD]
@@ -46,14 +46,14 @@ def test_a_loss_by_hand():
     # Logits (0, ln 3) say 1/4 and 3/4; (0, 0) says 1/2 each. The third token has no target.
     hidden_TD = torch.tensor([[1.0], [0.0], [7.0]], dtype=torch.float64)
     weight_VD = torch.tensor([[0.0], [math.log(3)]], dtype=torch.float64)
-    loss = cross_entropy_sum(hidden_TD, weight_VD, torch.tensor([1, 0, IGNORE]))
+    loss = cross_entropy_sum(hidden_TD, weight_VD, torch.tensor([1, 0, IGNORED]))
     close(loss, math.log(8 / 3))
 
 
 @pytest.mark.parametrize("chunk", [5, TOKENS])
 def test_all_ignored_is_zero_with_zero_gradients(chunk):
     hidden_TD, weight_VD, target_T = inputs()
-    loss = cross_entropy_sum(hidden_TD, weight_VD, target_T.fill_(IGNORE), chunk)
+    loss = cross_entropy_sum(hidden_TD, weight_VD, target_T.fill_(IGNORED), chunk)
     loss.backward()
     assert loss == 0
     assert hidden_TD.grad.eq(0).all()

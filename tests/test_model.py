@@ -15,7 +15,7 @@ from strategies import close
 from torch import Tensor
 
 from moetrain.build import build_model
-from moetrain.loss import IGNORE
+from moetrain.loss import IGNORED
 from moetrain.model import Attention, FeedForward, KVCache, RMSNorm, initial_value, rotate
 from moetrain.moe import Experts
 
@@ -237,7 +237,7 @@ def test_documents_are_each_sequences_own():
 def loss_and_grads(model, tokens_BL, valid_BL):
     """One backward pass of everything that training minimises; padding carries no target."""
     model.zero_grad()
-    targets_BL = ((3 * tokens_BL + 1) % VOCAB).masked_fill(~valid_BL, IGNORE)
+    targets_BL = ((3 * tokens_BL + 1) % VOCAB).masked_fill(~valid_BL, IGNORED)
     output = model(tokens_BL, valid_BL=valid_BL, targets_BL=targets_BL)
     auxiliary = sum(stats.balance_sum + stats.z_sum for stats in output.layers)
     (output.loss_sum + auxiliary).backward()

@@ -7,7 +7,7 @@ import torch
 from strategies import close
 
 from moetrain.data import Batch
-from moetrain.loss import IGNORE
+from moetrain.loss import IGNORED
 from moetrain.mesh import Mesh
 from moetrain.model import Output
 from moetrain.moe import Ledger
@@ -40,7 +40,7 @@ def batch(valid: list[list[int]], targets: list[list[int]]) -> Batch:
     valid_BL, targets_BL = torch.tensor(valid).bool(), torch.tensor(targets)
     tokens_BL = torch.zeros_like(targets_BL)
     return Batch(
-        tokens_BL, targets_BL.masked_fill(targets_BL < 0, IGNORE), valid_BL, tokens_BL, None
+        tokens_BL, targets_BL.masked_fill(targets_BL < 0, IGNORED), valid_BL, tokens_BL, None
     )
 
 

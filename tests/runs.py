@@ -1,0 +1,84 @@
+"""Whole runs on a small local text, through the command line."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from moetrain import checkpoint, cli
+from moetrain.mesh import process_group
+from moetrain.sinks import read_metrics
+
+SMALL_RUN: dict[str, dict[str, Any]] = {
+    "model": {"dim": 16, "layers": 2, "heads": 2, "kv_heads": 1},
+    "moe": {"experts": 4, "expert_ffn_dim": 16, "capacity_factor": 1.0, "first_dense": 1},
+    "data": {"seq_len": 32, "eval_fraction": 0.1},
+    "train": {"steps": 8, "global_batch": 8, "micro_batch": 2, "warmup_steps": 2, "lr": 3e-3},
+    "eval": {"every": 3, "sequences": 6},
+    "checkpoint": {"every": 3},
+    "log": {"every": 1},
+}
+TIMINGS = ("tokens_per_s", "tflops_per_device", "step_time_s", "mfu", "memory_gib")
+
+
+def write_text(folder: Path) -> None:
+    """30 documents of 200 words out of 50: something to learn."""
+    folder.mkdir()
+    chance = random.Random(0)
+    words = ["".join(chance.choices("etaoinshr", k=chance.randint(2, 8))) for _ in range(50)]
+    for number in range(30):
+        (folder / f"{number:02d}.txt").write_text(" ".join(chance.choices(words, k=200)))
+
+
+def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
+    """`SMALL_RUN` with other values over it, as YAML, next to a text of its own."""
+    if not (folder / "text").exists():
+        write_text(folder / "text")
+    values = {
+        name: {**SMALL_RUN.get(name, {}), **sections.get(name, {})}
+        for name in SMALL_RUN.keys() | sections.keys()
+    }
+    values["data"] |= {"source": str(folder / "text"), "cache": str(folder / "cache")}
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({"out": str(folder / "runs"), **values}))
+    return path
+
+
+def train(config: Path, *flags: object) -> int:
+    """`moetrain train` in this process; returns its exit code."""
+    return cli.main(["train", str(config), *map(str, flags)])
+
+
+def lines_without_timings(run: Path) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in line.items() if key not in TIMINGS}
+        for line in read_metrics(run)
+    ]
+
+
+def saved_tensors(path: Path) -> dict[str, Tensor]:
+    """Weights, moments and step counts of a checkpoint, in full."""
+    entries = checkpoint.read_manifest(path).tensors
+    tensors = {
+        name: torch.full(entry.shape, float("nan"), dtype=getattr(torch, entry.dtype))
+        for name, entry in entries.items()
+    }
+    with process_group():
+        checkpoint.load(path, tensors)
+    return tensors
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    """Two checkpoints hold the same tensors."""
+    ours, theirs = saved_tensors(one), saved_tensors(other)
+    assert ours.keys() == theirs.keys()
+    assert any(name.startswith("model.") for name in ours)
+    assert any(name.endswith(".exp_avg_sq") for name in ours)
+    for name, tensor in ours.items():
+        assert tensor.isfinite().all(), name
+        assert torch.equal(tensor, theirs[name]), name

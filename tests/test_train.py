@@ -1,0 +1,274 @@
+"""Training from the command line to the files it leaves, and every way of continuing it."""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+import typing
+from pathlib import Path
+
+import pytest
+from runs import (
+    assert_same_bits,
+    lines_without_timings,
+    saved_tensors,
+    train,
+    write_config,
+    write_text,
+)
+
+from moetrain import checkpoint, settings
+from moetrain.metrics import EvalLine, LayerLine, TrainLine
+from moetrain.optim import lr_at
+from moetrain.sinks import read_metrics
+from moetrain.train import sample_indices
+
+STEPS, EXPERTS, TOP_K, STEP_TOKENS = 8, 4, 2, 8 * 32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_rank():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    return write_config(tmp_path_factory.mktemp("train"))
+
+
+@pytest.fixture(scope="module")
+def run(config) -> Path:
+    """The folder of a finished run; tests leave it as it is."""
+    assert train(config) == 0
+    return config.parent / "runs" / "run"
+
+
+@pytest.fixture
+def _no_plots(monkeypatch):
+    """Drawing takes longer than the training here."""
+    monkeypatch.setattr("moetrain.report.write_plots", lambda *_: [])
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+def has_type(value: object, hint: object) -> bool:
+    """Whether a value read from JSON has exactly the type a line promises."""
+    if isinstance(hint, types.UnionType):
+        return any(has_type(value, option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        (item,) = typing.get_args(hint)
+        return type(value) is list and all(has_type(element, item) for element in value)
+    if isinstance(hint, type) and hasattr(hint, "__required_keys__"):
+        return (
+            type(value) is dict
+            and all(has_type(value[name], of) for name, of in typing.get_type_hints(hint).items())
+            and value.keys() == typing.get_type_hints(hint).keys()
+        )
+    return value is None if hint is type(None) else type(value) is hint
+
+
+def test_every_line_has_every_field_in_its_exact_type(run):
+    lines = read_metrics(run)
+    training = [line for line in lines if "loss" in line]
+    evaluation = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in training] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in evaluation] == [3, 6, 8]
+    assert len(training) + len(evaluation) == len(lines)
+    for line in training:
+        assert has_type(line, TrainLine), line
+    for line in evaluation:
+        assert has_type(line, EvalLine), line
+    named_in_the_docs = {
+        "step", "tokens", "loss", "balance_loss", "z_loss", "grad_norm", "lr", "drop_rate",
+        "token_drop_rate", "max_vio", "tokens_per_s", "tflops_per_device", "mfu", "step_time_s",
+        "memory_gib", "layers",
+    }  # fmt: skip
+    assert named_in_the_docs <= training[0].keys()
+    assert {"assigned", "kept", "dropped", "spilled", "not_sampled", "load"} <= set(
+        typing.get_type_hints(LayerLine)
+    )
+
+
+def test_the_ledger_is_conserved_in_every_line(run):
+    for line in (line for line in read_metrics(run) if "loss" in line):
+        (layer,) = line["layers"]  # the first of two blocks is dense
+        assert layer["assigned"] == TOP_K * STEP_TOKENS == sum(layer["load"])
+        outcomes = (layer[name] for name in ("kept", "spilled", "dropped", "not_sampled"))
+        assert layer["assigned"] == sum(outcomes)
+        assert layer["slots"] == layer["assigned"]  # capacity factor 1
+        assert len(layer["load"]) == len(layer["kept_load"]) == EXPERTS
+        assert sum(layer["dropped_by_choice"]) == layer["dropped"]
+        assert line["drop_rate"] == layer["dropped"] / layer["assigned"]
+        assert line["token_drop_rate"] == layer["lost_tokens"] / STEP_TOKENS
+        assert line["max_vio"] == pytest.approx(
+            max(layer["load"]) * EXPERTS / layer["assigned"] - 1
+        )
+    assert layer["dropped"] > 0
+
+
+def test_numbers_of_a_run_are_what_they_should_be(run):
+    lines = [line for line in read_metrics(run) if "loss" in line]
+    assert [line["tokens"] for line in lines] == [n * STEP_TOKENS for n in range(1, STEPS + 1)]
+    assert [line["lr"] for line in lines] == [
+        lr_at(step, steps=STEPS, peak=3e-3, min_ratio=0.1, warmup_steps=2, schedule="cosine",
+              decay_fraction=0.2)
+        for step in range(1, STEPS + 1)
+    ]  # fmt: skip
+    assert abs(lines[0]["loss"] - math.log(257)) < 1
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
+    assert all(line["grad_norm"] > 0 for line in lines)
+    assert all(0.9 < line["balance_loss"] < EXPERTS for line in lines)
+
+
+def test_a_run_leaves_its_settings_checkpoints_and_plots(config, run):
+    assert settings.load(run / "config.yaml") == settings.load(config)
+    assert [path.name for path in checkpoint.committed(run)] == ["step-00000006", "step-00000008"]
+    assert (run / "plots" / "overview.png").stat().st_size > 0
+    tensors = saved_tensors(run / "checkpoints" / "step-00000008")
+    assert {float(t) for name, t in tensors.items() if name.endswith(".step")} == {STEPS}
+    experts = tensors["model.blocks.1.moe.experts.w_gate_up"]
+    assert experts.shape == (EXPERTS, 16, 2 * 16)
+    position = checkpoint.read_manifest(run / "checkpoints" / "step-00000008").extra["position"]
+    assert position == {"step": STEPS, "samples": 8 * STEPS, "tokens": STEP_TOKENS * STEPS}
+
+
+def test_samples_of_all_ranks_and_micro_batches_make_the_global_batch(config):
+    made = settings.load(config, ["--train.global-batch", "16"])
+    for world in (1, 2, 4, 8):
+        taken = [i for rank in range(world) for part in sample_indices(made, rank, world, 100)
+                 for i in part]  # fmt: skip
+        assert sorted(taken) == list(range(100, 116))
+        # Micro-steps advance through the batch together, whatever the world size.
+        first = [i for rank in range(world) for i in sample_indices(made, rank, world, 100)[0]]
+        assert first == list(range(100, 100 + 2 * world))
+
+
+# ---------------------------------------------------------------- continuing
+
+
+def snapshot(run: Path) -> dict[str, object]:
+    """The metrics, and size and time of change of everything in the checkpoints."""
+    files = {path: path.stat() for path in (run / "checkpoints").rglob("*")}
+    found = {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in files.items()}
+    return {**found, "metrics": (run / "metrics.jsonl").read_text()}
+
+
+@pytest.mark.usefixtures("_no_plots")
+def test_a_finished_run_has_nothing_to_do_and_says_so(config, run, capsys):
+    before = snapshot(run)
+    assert train(config) == 0
+    assert snapshot(run) == before
+    assert "already at step 8 of 8" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_no_plots")
+def test_a_branch_from_a_checkpoint_repeats_the_run_bit_by_bit(config, run):
+    start = run / "checkpoints" / "step-00000006"
+    assert train(config, "--name", "branch", "--checkpoint.resume", start) == 0
+    branch = run.parent / "branch"
+    assert_same_bits(*(f / "checkpoints" / "step-00000008" for f in (branch, run)))
+    assert lines_without_timings(branch) == [
+        line for line in lines_without_timings(run) if line["step"] > 6
+    ]
+
+
+@pytest.mark.usefixtures("_no_plots")
+def test_a_longer_schedule_continues_a_finished_run(config, run, capsys):
+    flags = ["--name", "longer", "--checkpoint.resume", run]
+    assert train(config, *flags, "--train.steps", 10, "--eval.every", 0) == 0
+    assert "from step 8" in capsys.readouterr().out
+    assert [line["step"] for line in read_metrics(run.parent / "longer")] == [9, 10]
+
+
+def test_without_log_evaluation_and_checkpoints_a_run_still_trains(config, capsys):
+    off = ("--log.every", 0, "--eval.every", 0, "--checkpoint.every", 0)
+    assert train(config, "--name", "silent", *off, "--train.steps", 2) == 0
+    folder = config.parent / "runs" / "silent"
+    assert read_metrics(folder) == []
+    assert not (folder / "checkpoints").exists()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith("from the start")
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def refused(capsys, config: Path, run: Path, *flags: object) -> str:
+    """Train, expect exit code 2 and an untouched run; return the message."""
+    before = snapshot(run)
+    assert train(config, *flags) == 2
+    assert snapshot(run) == before
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    assert "step 1/" not in out
+    return err
+
+
+def test_never_does_not_write_over_a_run(config, run, capsys):
+    message = refused(capsys, config, run, "--checkpoint.resume", "never")
+    assert "checkpoint.resume (never) would write over the run" in message
+    assert "step-00000008" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--seed", 1], "seed (1) was 0"),
+        (["--data.seq-len", 16], "data.seq_len (16) was 32"),
+        (["--seed", 1, "--data.seq-len", 16], "seed (1) was 0, data.seq_len (16) was 32"),
+        (["--data.max-documents", 20], "data ("),
+    ],
+)
+def test_another_order_of_samples_is_refused(config, run, capsys, flags, problem):
+    message = refused(capsys, config, run, *flags)
+    assert "cannot continue from" in message
+    assert "step-00000008" in message
+    assert problem in message
+
+
+def test_other_text_is_refused(config, run, capsys, tmp_path):
+    write_text(tmp_path / "text")
+    (tmp_path / "text" / "00.txt").write_text("another document")
+    message = refused(capsys, config, run, "--data.source", tmp_path / "text")
+    assert "cannot continue from" in message
+
+
+@pytest.mark.parametrize("name", ["step-00000007", "no-such-run"])
+def test_a_checkpoint_that_is_not_there_is_no_fresh_start(config, run, capsys, name):
+    path = run / "checkpoints" / name if name.startswith("step") else run.parent / name
+    message = refused(capsys, config, run, "--checkpoint.resume", path)
+    assert str(path) in message
+    if name.startswith("step"):
+        assert "step-00000006, step-00000008" in message
+
+
+def test_a_checkpoint_of_another_model_lists_what_differs(config, run, capsys):
+    message = refused(capsys, config, run, "--moe.experts", 8, "--moe.shared-experts", 1)
+    assert "is of another model" in message
+    lines = [line.strip() for line in message.splitlines()]
+    wanted = "model.blocks.1.moe.experts.w_down: [4, 16, 16] float32 saved, [8, 16, 16]"
+    assert any(line.startswith(wanted) for line in lines)
+    assert any(
+        line.startswith("model.blocks.1.feed_forward.w_down.weight: absent saved") for line in lines
+    )
+    assert not any("attention.wq" in line for line in lines)
+
+
+def test_too_little_text_is_named(tmp_path, capsys):
+    config = write_config(tmp_path, data={"seq_len": 4096})
+    for path in sorted((tmp_path / "text").iterdir())[2:]:
+        path.unlink()
+    assert train(config, "--model.dim", 8) == 2
+    assert "data.seq_len (4096) needs 4097 tokens" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_metrics_are_one_json_object_a_line(run):
+    text = (run / "metrics.jsonl").read_text()
+    assert text.endswith("\n")
+    assert all(isinstance(json.loads(line), dict) for line in text.splitlines())
