@@ -59,14 +59,14 @@ def main() -> None:
 
 def train(folder: Path, model: str, seed: int, steps: int) -> dict[str, Any]:
     """Train one model; returns its parameters and its evaluations."""
-    name = f"run-{len(list(folder.iterdir()))}"
+    name = f"{list(MODELS).index(model)}-{seed}"
     config = {
         **COMMON,
         "name": name,
         "out": str(folder),
         "seed": seed,
         "moe": MODELS[model],
-        "eval": {"every": max(1, steps // 10), "sequences": 256},
+        "eval": {"every": max(1, steps // 5), "sequences": 128},
     }
     config["train"] = {**COMMON["train"], "steps": steps}
     path = folder / f"{name}.yaml"
