@@ -1,0 +1,156 @@
+"""What the documentation says can be typed, followed and run."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moetrain import cli, settings
+from moetrain.cli import Check, Train
+from moetrain.config import Config
+from moetrain.constraints import check_world
+from moetrain.metrics import EvalLine, LayerLine, TrainLine
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*sorted(ROOT.glob("docs/*.md")), *ROOT.glob("README.md")]
+TEXT = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
+IN_PAGES = pytest.mark.parametrize("page", TEXT)
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+SECTIONS = [name for name in Config.model_fields if hasattr(getattr(Config(), name), "model_dump")]
+SETTING = re.compile(rf"(?<![\w./])(?:{'|'.join(SECTIONS)})\.[a-z_][\w-]*")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return [body for name, body in FENCE.findall(text) if name == language]
+
+
+def spans(text: str) -> list[str]:
+    """What stands between single backticks, outside code blocks."""
+    return INLINE.findall(FENCE.sub("", text))
+
+
+def arguments(line: str) -> list[str] | None:
+    """The arguments that a shell line gives to `moetrain`, or None where it starts nothing."""
+    words = [word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)]
+    if words[:1] == ["launch/train.sh"]:
+        return ["train", *words[1:]]
+    if words[:1] == ["launch/quickstart.sh"]:
+        return ["train", "configs/quickstart.yaml", *words[1:]]
+    starts = [["moetrain"], ["-m", "moetrain"]]
+    for place in range(len(words)):
+        for start in starts:
+            if words[place : place + len(start)] == start and (place == 0 or len(start) == 2):
+                return words[place + len(start) :]
+    return None
+
+
+COMMANDS = [
+    (page, line)
+    for page, text in TEXT.items()
+    for body in blocks(text, "sh")
+    for line in body.replace("\\\n", " ").splitlines()
+    if arguments(line)
+]
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("moetrain eval runs/x  # newest", ["eval", "runs/x"]),
+        (
+            "NPROC=2 launch/train.sh a.yaml --moe.experts 4",
+            ["train", "a.yaml", "--moe.experts", "4"],
+        ),
+        ("torchrun --nproc-per-node=2 -m moetrain eval x", ["eval", "x"]),
+        ("python -m moetrain.torchrun -m moetrain eval x", ["eval", "x"]),
+        ("python -m pytest tests", None),
+        ("pip install moetrain", None),
+        ("", None),
+    ],
+)
+def test_commands_are_recognised(line: str, found: list[str] | None) -> None:
+    assert arguments(line) == found
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(TEXT) >= 5
+    assert len(COMMANDS) > 10
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS)
+def test_commands_parse_and_their_settings_hold(page: str, line: str) -> None:
+    command = cli.parse(arguments(line) or [])
+    if isinstance(command, Train | Check):
+        config = settings.resolve(ROOT / command.config, command.flags)
+        if isinstance(command, Check):
+            check_world(config, command.world_size)
+
+
+@IN_PAGES
+def test_commands_named_in_the_text_exist(page: str) -> None:
+    for span in spans(TEXT[page]):
+        match = re.match(r"moetrain((?: [a-z]+)+)", span)
+        if match:
+            with pytest.raises(SystemExit) as stop:
+                cli.parse([*match[1].split(), "--help"])
+            assert stop.value.code == 0, span
+
+
+@IN_PAGES
+def test_settings_named_in_the_text_exist(page: str) -> None:
+    for setting in {name for span in spans(TEXT[page]) for name in SETTING.findall(span)}:
+        section, field = setting.replace("-", "_").split(".")
+        assert field in type(getattr(Config(), section)).model_fields, setting
+
+
+@IN_PAGES
+def test_links_resolve(page: str) -> None:
+    for target in LINK.findall(FENCE.sub("", TEXT[page])):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        path = ((ROOT / page).parent / file).resolve() if file else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path.read_text(encoding="utf-8")), target
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that a code host gives to headings."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_page_of_settings_is_in_step_with_the_config() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "generate.py"))["page"]()
+    assert TEXT["docs/configuration.md"] == page, "run: python docs/generate.py"
+
+
+def test_every_metric_is_described() -> None:
+    described = TEXT["docs/running.md"]
+    fields = {*TrainLine.__annotations__, *EvalLine.__annotations__, *LayerLine.__annotations__}
+    assert {name for name in fields if f"`{name}`" not in described} == set()
+
+
+def test_python_blocks_run(tmp_path: Path) -> None:
+    bodies = [body for text in TEXT.values() for body in blocks(text, "python")]
+    assert len(bodies) >= 2
+    for number, body in enumerate(bodies):
+        (tmp_path / f"test_block_{number}.py").write_text(body, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}"]
+        + [str(path) for path in sorted(tmp_path.glob("*.py"))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
