@@ -26,9 +26,11 @@ def small_config(**sections: Any) -> Config:
     return Config.model_validate({**merged, **fields})
 
 
-def initialised(config: Config, dtype: torch.dtype = torch.float64) -> Transformer:
+def initialised(
+    config: Config, dtype: torch.dtype = torch.float64, vocab_size: int = VOCAB
+) -> Transformer:
     """The model of a configuration with its initial values, on one device."""
-    model = build_model(config, VOCAB).to_empty(device="cpu").to(dtype)
+    model = build_model(config, vocab_size).to_empty(device="cpu").to(dtype)
     experts = range(config.moe.experts)
     with torch.no_grad():
         for prefix, module in model.named_modules():

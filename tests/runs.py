@@ -11,7 +11,9 @@ import yaml
 from torch import Tensor
 
 from moetrain import checkpoint, cli
+from moetrain.config import Config
 from moetrain.mesh import process_group
+from moetrain.model import Transformer
 from moetrain.sinks import read_metrics
 
 SMALL_RUN: dict[str, dict[str, Any]] = {
@@ -35,23 +37,35 @@ def write_text(folder: Path) -> None:
         (folder / f"{number:02d}.txt").write_text(" ".join(chance.choices(words, k=200)))
 
 
-def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
+def write_config(folder: Path, name: str = "run", **sections: dict[str, Any]) -> Path:
     """`SMALL_RUN` with other values over it, as YAML, next to a text of its own."""
     if not (folder / "text").exists():
         write_text(folder / "text")
     values = {
-        name: {**SMALL_RUN.get(name, {}), **sections.get(name, {})}
-        for name in SMALL_RUN.keys() | sections.keys()
+        section: {**SMALL_RUN.get(section, {}), **sections.get(section, {})}
+        for section in SMALL_RUN.keys() | sections.keys()
     }
     values["data"] |= {"source": str(folder / "text"), "cache": str(folder / "cache")}
     path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump({"out": str(folder / "runs"), **values}))
+    path.write_text(yaml.safe_dump({"name": name, "out": str(folder / "runs"), **values}))
     return path
 
 
 def train(config: Path, *flags: object) -> int:
     """`moetrain train` in this process; returns its exit code."""
     return cli.main(["train", str(config), *map(str, flags)])
+
+
+def save_model(run: Path, config: Config, model: Transformer) -> Path:
+    """A checkpoint of step 1 that holds a model alone, for the bytes tokenizer."""
+    extra = {
+        "config": config.model_dump(mode="json"),
+        "vocab_size": model.embedding.num_embeddings,
+        "tokenizer": "bytes",
+    }
+    tensors = {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
+    with process_group():
+        return checkpoint.save(run, 1, tensors, extra)
 
 
 def lines_without_timings(run: Path) -> list[dict[str, Any]]:

@@ -8,8 +8,11 @@ import math
 import pytest
 import torch
 from models import initialised, random_tokens, small_config
+from runs import save_model
 from torch import Tensor
 
+from moetrain import cli
+from moetrain.config import Config
 from moetrain.generate import continuations, greedy, sampler
 from moetrain.model import Transformer
 
@@ -160,3 +163,73 @@ def test_tokens_come_one_by_one():
     stream = continuations(model, random_tokens(1, 3), 1_000, greedy)
     first = list(itertools.islice(stream, 3))
     assert [token.shape for token in first] == [(1,)] * 3
+
+
+# ---------------------------------------------------------------- from a checkpoint
+
+END = 256
+
+
+@torch.no_grad()
+def follower(successor: dict[int, int]) -> tuple[Config, Transformer]:
+    """A model that says after each byte the one that follows it here, and else the end of text."""
+    config = small_config(
+        model={"dim": 258, "layers": 1, "heads": 1, "tie_embeddings": False}, moe={"experts": 0}
+    )
+    model = initialised(config, torch.float32, vocab_size=257)
+    model.blocks[0].attention.wo.weight.zero_()  # type: ignore[union-attr]
+    model.blocks[0].feed_forward.w_down.weight.zero_()  # type: ignore[union-attr]
+    model.embedding.weight.copy_(torch.eye(257, 258))
+    assert model.head is not None
+    model.head.weight.zero_()
+    for byte in range(256):
+        model.head.weight[successor.get(byte, END), byte] = 1
+    return config, model
+
+
+@pytest.fixture(scope="module")
+def checkpointed(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            patch.delenv(name, raising=False)
+        run = tmp_path_factory.mktemp("run")
+        save_model(run, *follower({ord(a): ord(b) for a, b in ("ab", "bc", "xy", "yx")}))
+        yield run
+
+
+def generate(*args: object) -> int:
+    return cli.main(["generate", *map(str, args)])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("a", "abc"),  # and then the end of text
+        ("b", "bc"),
+        ("c", "c"),
+        ("x", "xyxyx"),  # four tokens and no end
+    ],
+)
+def test_text_ends_at_the_end_token_or_after_max_tokens(checkpointed, capsys, prompt, text):
+    args = ("--prompt", prompt, "--max-tokens", 4)
+    assert generate(checkpointed, *args, "--greedy") == 0
+    assert capsys.readouterr().out == text + "\n"
+    assert generate(checkpointed / "checkpoints" / "step-00000001", *args, "--top-k", 1) == 0
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_a_seed_repeats_the_text_and_another_does_not(checkpointed, capsys):
+    texts = []
+    for seed in (0, 0, 1):
+        # So hot that every byte is about as likely.
+        flags = ("--max-tokens", 20, "--temperature", 1e9, "--seed", seed)
+        assert generate(checkpointed, "--prompt", "a", *flags) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_an_empty_prompt_and_a_missing_run_are_refused(checkpointed, capsys, tmp_path):
+    assert generate(checkpointed, "--prompt", "") == 2
+    assert "prompt ('') must hold some text" in capsys.readouterr().err
+    assert generate(tmp_path, "--prompt", "a") == 2
+    assert str(tmp_path) in capsys.readouterr().err

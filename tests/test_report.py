@@ -1,0 +1,171 @@
+"""What a run writes while it goes: lines by hand, by one rank, and whole whatever happens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from models import VOCAB, small_config
+
+from moetrain import report as module
+from moetrain import settings
+from moetrain.build import build_model
+from moetrain.mesh import Mesh
+from moetrain.moe import Ledger
+from moetrain.objective import Means
+from moetrain.report import Report
+from moetrain.sinks import read_metrics
+from moetrain.sizes import train_flops_per_token
+from moetrain.testing import simulate_ranks
+
+CONFIG = small_config(train={"steps": 4, "global_batch": 16})
+STEP_TOKENS = 16 * 8
+# 4 experts, 2 choices of 128 tokens: expert 0 is asked by all and keeps 60 of them.
+OUTCOME_EKO = torch.zeros(4, 2, 4, dtype=torch.int64)
+OUTCOME_EKO[0, 0, 0], OUTCOME_EKO[0, 0, 2] = 60, 68
+OUTCOME_EKO[1, 1, 0] = 128
+LEDGER = Ledger(OUTCOME_EKO, *map(torch.tensor, (STEP_TOKENS, 0, 240)))
+MEANS = Means(2.5, 1.5, 0.5, (LEDGER, LEDGER))
+
+
+class Saved:
+    """A tokenizer that notes where it was written."""
+
+    def save(self, path: Path) -> None:
+        path.write_text("tokenizer")
+
+
+PREPARED: Any = SimpleNamespace(
+    tokenizer=Saved(),
+    manifest=SimpleNamespace(
+        eval=SimpleNamespace(tokens=300, bytes=100), byte_entropy={"unigram": 2.0, "bigram": 1.0}
+    ),
+)
+
+
+@pytest.fixture(autouse=True)
+def plotted(monkeypatch) -> list[tuple]:
+    """Calls of the plots, which have tests of their own."""
+    calls: list[tuple] = []
+    monkeypatch.setattr(module, "write_plots", lambda *args: calls.append(args) or [])
+    return calls
+
+
+def opened(folder: Path, resume_step: int = 0, config=CONFIG) -> Report:
+    model = build_model(config, VOCAB)
+    return Report(config, folder, Mesh(torch.device("cpu")), PREPARED, model, resume_step)
+
+
+def alone(work) -> Any:
+    return simulate_ranks(1, work)[0]
+
+
+def test_lines_by_hand(tmp_path):
+    def work():
+        with opened(tmp_path) as report:
+            for seconds in (0.5, 1.5):
+                report.step_took(seconds)
+            report.train(2, 256, MEANS, grad_norm=3.0, lr=0.25)
+            report.step_took(4.0)
+            report.train(3, 384, MEANS, grad_norm=3.0, lr=0.25)
+            report.evaluation(3, MEANS)
+
+    alone(work)
+    first, second, evaluation = read_metrics(tmp_path)
+    given = {"step": 2, "tokens": 256, "loss": 2.5, "balance_loss": 1.5, "z_loss": 0.5}
+    given |= {"grad_norm": 3.0, "lr": 0.25, "mfu": None, "token_drop_rate": 0.0}
+    assert given.items() <= first.items()
+    assert first["drop_rate"] == 68 / 256
+    assert first["layers"][0]["load"] == [128, 128, 0, 0]
+    assert first["layers"][0]["kept_load"] == [60, 128, 0, 0]
+    assert first["layers"][0]["effective_capacity_factor"] == 240 / 256
+    # The mean of 0.5 s and 1.5 s, and after a line the count starts afresh.
+    assert (first["step_time_s"], second["step_time_s"]) == (1.0, 4.0)
+    assert (first["tokens_per_s"], second["tokens_per_s"]) == (128, 32)
+    flops = train_flops_per_token(build_model(CONFIG, VOCAB), dim=16, layers=2, seq_len=8)
+    assert first["tflops_per_device"] == pytest.approx(flops * 128 / 1e12)
+    assert evaluation == {
+        "step": 3, "eval_loss": 2.5, "eval_nats_per_byte": 7.5, "eval_drop_rate": 68 / 256,
+    }  # fmt: skip
+
+
+def test_one_rank_writes_and_speed_is_that_of_all(tmp_path, capsys):
+    def work():
+        rank = torch.distributed.get_rank()
+        with opened(tmp_path / str(rank)) as report:
+            report.step_took(1.0)
+            report.train(1, 128, MEANS, 3.0, 0.25)
+            report.evaluation(1, MEANS)
+            report.saved(1)
+            report.finish()
+
+    simulate_ranks(3, work)
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+    assert len(read_metrics(tmp_path / "0")) == 2
+    line = read_metrics(tmp_path / "0")[0]
+    assert line["tokens_per_s"] == 128
+    flops = train_flops_per_token(build_model(CONFIG, VOCAB), dim=16, layers=2, seq_len=8)
+    assert line["tflops_per_device"] == pytest.approx(flops * 128 / 3 / 1e12)
+    out = capsys.readouterr().out
+    assert out.count("on 3 ranks (cpu), from the start") == 1
+    assert out.count("checkpoint of step 1 saved") == 1
+
+
+def test_the_folder_holds_what_it_takes_to_repeat_the_run(tmp_path, plotted):
+    def work():
+        with opened(tmp_path) as report:
+            report.finish()
+
+    alone(work)
+    assert settings.load(tmp_path / "config.yaml") == CONFIG
+    assert (tmp_path / "tokenizer.json").read_text() == "tokenizer"
+    assert plotted == [(tmp_path, {"unigram": 2.0, "bigram": 1.0})]
+
+
+@pytest.mark.parametrize(
+    ("resume_step", "words"),
+    [(0, "from the start"), (2, "from step 2"), (4, "already at step 4 of 4: nothing to train")],
+)
+def test_where_a_run_begins_and_what_it_keeps(tmp_path, capsys, resume_step, words):
+    def work():
+        with opened(tmp_path) as report:
+            for step in range(1, 5):
+                report.step_took(1.0)
+                report.train(step, 128 * step, MEANS, 3.0, 0.25)
+        capsys.readouterr()
+        opened(tmp_path, resume_step).__exit__()
+
+    alone(work)
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, resume_step + 1))
+    (line,) = capsys.readouterr().out.splitlines()
+    counted = sum(p.numel() for p in build_model(CONFIG, VOCAB).parameters())
+    assert line.startswith(f"{tmp_path}: {counted:,} parameters, ")
+    assert line.endswith(words)
+
+
+def test_lines_are_on_disk_at_once_and_stay_when_the_run_fails(tmp_path):
+    def work():
+        with opened(tmp_path) as report:
+            report.step_took(1.0)
+            report.train(1, 128, MEANS, 3.0, 0.25)
+            assert len(read_metrics(tmp_path)) == 1
+            raise RuntimeError("the run fails")
+
+    with pytest.raises(RuntimeError, match="the run fails"):
+        alone(work)
+    assert len(read_metrics(tmp_path)) == 1
+
+
+def test_a_dense_run_has_lines_without_layers(tmp_path):
+    def work():
+        with opened(tmp_path, config=small_config(moe={"experts": 0})) as report:
+            report.step_took(1.0)
+            report.train(1, 128, Means(2.5, 0.0, 0.0, ()), 3.0, 0.25)
+
+    alone(work)
+    (line,) = read_metrics(tmp_path)
+    assert line["layers"] == []
+    assert (line["drop_rate"], line["token_drop_rate"], line["max_vio"]) == (0, 0, 0)
