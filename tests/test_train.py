@@ -9,6 +9,7 @@ import typing
 from pathlib import Path
 
 import pytest
+import torch
 from runs import (
     assert_same_bits,
     lines_without_timings,
@@ -19,10 +20,13 @@ from runs import (
 )
 
 from moetrain import checkpoint, settings
+from moetrain.mesh import Mesh
 from moetrain.metrics import EvalLine, LayerLine, TrainLine
 from moetrain.optim import lr_at
 from moetrain.sinks import read_metrics
-from moetrain.train import sample_indices
+from moetrain.testing import simulate_ranks
+from moetrain.train import sample_indices, set_up
+from moetrain.train import train as train_run
 
 STEPS, EXPERTS, TOP_K, STEP_TOKENS = 8, 4, 2, 8 * 32
 
@@ -193,6 +197,47 @@ def test_without_log_evaluation_and_checkpoints_a_run_still_trains(config, capsy
     assert not (folder / "checkpoints").exists()
     (line,) = capsys.readouterr().out.splitlines()
     assert line.endswith("from the start")
+
+
+def train_on(world: int, config: Path, *flags: object) -> Path:
+    """Train on simulated ranks; returns the folder of the run."""
+    made = settings.load(config, [str(flag) for flag in flags])
+
+    def of_rank() -> None:
+        mesh = Mesh(torch.device("cpu"), made.parallel.ep, made.parallel.dp_replicate)
+        train_run(set_up(made, made.out / made.name, mesh))
+
+    simulate_ranks(world, of_rank)
+    return made.out / made.name
+
+
+@pytest.mark.usefixtures("_no_plots")
+def test_a_run_that_changes_its_layout_on_the_way_trains_the_same(tmp_path):
+    config = write_config(
+        tmp_path,
+        name="whole",
+        engine={"precision": "fp64"},
+        moe={"router": "gshard", "shared_experts": 1, "capacity_factor": 0.75},
+        data={"mask_documents": True},
+        train={"steps": 6, "micro_batch": 1},
+        checkpoint={"every": 2, "keep": 3},
+    )
+    whole = train_on(1, config)
+    start = whole
+    for step, world, flags in (
+        (2, 4, ["--parallel.ep", 4, "--train.micro-batch", 2]),
+        (4, 4, ["--parallel.ep", 2, "--parallel.dp-replicate", 2]),
+    ):
+        flags += ["--checkpoint.resume", start / "checkpoints" / f"step-{step:08d}"]
+        start = train_on(world, config, "--name", f"from-{step}", *flags)
+        last = (run / "checkpoints" / "step-00000006" for run in (start, whole))
+        ours, theirs = map(saved_tensors, last)
+        for name, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=1e-9, atol=1e-11, msg=name)
+        expected = [line for line in lines_without_timings(whole) if line["step"] > step]
+        for line, other in zip(lines_without_timings(start), expected, strict=True):
+            assert line.pop("layers", None) == other.pop("layers", None)
+            assert line == pytest.approx(other, rel=1e-9)
 
 
 # ---------------------------------------------------------------- refusals
