@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +69,18 @@ def test_parameters_by_hand():
     assert f"{total:,} in total, {total - 2 * 576:,} active per token" in text
     flops = 6 * (total - 2 * 576) + 12 * 2 * 16 * 8
     assert f"{flops / 1e9:.4g} GFLOP per token" in text
+
+
+def test_the_quickstart_by_hand():
+    made = settings.load(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
+    text = check.report(made, 2)
+    attention, norms, router, expert = 4 * 192**2, 2 * 192, 8 * 192, 3 * 192 * 384
+    outside = 4 * (attention + norms + router) + 192 + 257 * 192
+    total, active = outside + 4 * 8 * expert, outside + 4 * 2 * expert
+    assert f"{total:,} in total, {active:,} active per token" in text
+    assert "dp_shard 2 = edp 1 × ep 2: 4 of 8 experts per rank" in text
+    assert "training: 80 slots per expert and group" in text  # 1.25·2·256/8
+    assert "4,096 tokens = 2 ranks × 1 micro-batches × 8 sequences × 256 tokens" in text
 
 
 def test_shared_experts_are_named_and_counted():
