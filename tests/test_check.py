@@ -63,12 +63,22 @@ def test_parameters_by_hand():
     dense, sparse = outside + 1152, outside + 64 + 4 * 576
     active = sparse - 2 * 576
     text = check.report(config(moe={"first_dense": 1}), 1)
-    assert re.search(rf"0  dense +{dense:,} +{dense:,}\n", text)
-    assert re.search(rf"1  topk, 2 of 4 experts +{sparse:,} +{active:,}\n", text)
+    assert re.search(rf" 0 +dense +{dense:,} +{dense:,}\n", text)
+    assert re.search(rf" 1 +topk, 2 of 4 experts +{sparse:,} +{active:,}\n", text)
     total = dense + sparse + 16 + 257 * 16
     assert f"{total:,} in total, {total - 2 * 576:,} active per token" in text
     flops = 6 * (total - 2 * 576) + 12 * 2 * 16 * 8
     assert f"{flops / 1e9:.4g} GFLOP per token" in text
+
+
+def test_equal_blocks_that_follow_each_other_share_a_line():
+    def blocks(**moe) -> list[tuple[str, str]]:
+        text = check.report(config(model={"layers": 5}, moe=moe), 1)
+        return re.findall(r"^ {11}(\d\S*) +(dense|topk)", text, re.MULTILINE)
+
+    assert blocks() == [("0-4", "topk")]
+    assert blocks(first_dense=2) == [("0-1", "dense"), ("2-4", "topk")]
+    assert blocks(first_dense=3, every=2) == [("0-2", "dense"), ("3", "topk"), ("4", "dense")]
 
 
 def test_the_quickstart_by_hand():
