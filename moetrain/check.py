@@ -111,15 +111,21 @@ def _step(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _memory(config: Config, model: Transformer, world_size: int) -> Iterator[str]:
-    """Bytes of the largest rank: its shards, the block that is gathered, the activations."""
+    """Bytes of the largest rank: its shards, what is gathered beside them, the activations.
+
+    One block at a time is gathered, with all that lies outside the blocks. Between micro-batches a
+    rank keeps whole gradients.
+    """
     compute = _DTYPES[config.engine.precision]
     master = 8 if config.engine.precision == "fp64" else 4
     shard = -(-sizes(model).total // config.dp_shard(world_size)) * master
+    outside, blocks = _computed(config, model)
+    whole = outside + sum(blocks) if config.accumulation(world_size) > 1 else 0
     rows = (
         ("weights", shard),
-        ("gradients", shard),
+        ("gradients", shard + whole * master),
         ("Adam moments", 2 * shard),
-        ("gathered weights", _gathered(config, model) * compute.itemsize),
+        ("gathered weights", (outside + max(blocks)) * compute.itemsize),
         ("activations", _activations(config, model, compute)),
     )
     yield "memory     per device, in GiB"
@@ -127,19 +133,19 @@ def _memory(config: Config, model: Transformer, world_size: int) -> Iterator[str
         yield f"           {name:18s} {num_bytes / 2**30:9.3f}"
 
 
-def _gathered(config: Config, model: Transformer) -> int:
-    """Parameters whole at one time: those outside the blocks, and one block with its experts."""
-    outside = sum(p.numel() for p in model.parameters())
-    largest = 0
+def _computed(config: Config, model: Transformer) -> tuple[int, list[int]]:
+    """Parameters a rank computes with: those outside the blocks, and those of each block."""
+    blocks = []
     for block in model.blocks:
         assert isinstance(block, Block)
-        whole = sum(p.numel() for p in block.parameters())
-        outside -= whole
+        elsewhere = 0
         if block.moe is not None:
             of_experts = sum(p.numel() for p in block.moe.experts.parameters())
-            whole -= of_experts - of_experts // config.parallel.ep
-        largest = max(largest, whole)
-    return outside + largest
+            elsewhere = of_experts - of_experts // config.parallel.ep
+        blocks.append(sum(p.numel() for p in block.parameters()) - elsewhere)
+    outside = sum(p.numel() for p in model.parameters())
+    outside -= sum(p.numel() for p in model.blocks.parameters())
+    return outside, blocks
 
 
 def _activations(config: Config, model: Transformer, compute: torch.dtype) -> int:

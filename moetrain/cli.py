@@ -1,8 +1,8 @@
 """The commands of `moetrain`: what each takes, and the one function it calls.
 
 A command imports that function when it runs, so `moetrain --help` loads neither torch nor datasets.
-Exit codes: 0 done; 2 bad configuration or input; 75 stopped by a signal after saving; anything else
-is a failure.
+Exit codes: 0 done; 2 bad configuration or input; anything else is a failure. (torchrun turns every
+rank's code but 0 into 1; `launch/train.sh` checks the configuration before it starts any.)
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Train:
     flags: Flags
 
     def run(self) -> int:
-        """Train; 75 after a signal."""
+        """Train to the last step."""
         config = settings.resolve(self.config, self.flags)
         check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
         _warn(cautions(config))

@@ -91,7 +91,7 @@ class MoEConfig(Section):
     """Fewest slots an expert has in a group."""
     group: Literal["sequence", "microbatch"] | PositiveInt = "sequence"
     """Tokens among which capacity is enforced; an integer must divide data.seq_len. With
-    `microbatch` the tokens dropped depend on train.micro_batch and on the world size."""
+    `microbatch` (a rank's tokens in one pass) what is dropped depends on train.micro_batch."""
     drop_policy: Literal["position"] = "position"
     """Who loses when an expert is full: lower choice first, then earlier token, keeps its slot."""
     balance_coef: NonNegativeFloat = 0.01

@@ -78,6 +78,7 @@ def run(path: Path | str, split: Literal["train", "eval"], sequences: int | None
     with process_group() as device:
         mesh = Mesh(device, ep)
         prepared = on_first_local_rank(lambda: prepare(config.data))
+        restore.check_tokenizer(found, prepared.tokenizer)
         samples = Samples(
             prepared, split, config.data.seq_len, config.seed, config.data.mask_documents
         )

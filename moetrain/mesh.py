@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -99,11 +99,14 @@ class Mesh:
         return total
 
 
-def on_first_local_rank(work: Callable[[], T]) -> T:
-    """Run repeatable, cached work on one rank of every node before the others.
+def on_first_local_rank(work: Callable[[], T], within: timedelta = timedelta(days=1)) -> T:
+    """Run repeatable, cached work on one rank of every node while the others wait, then on them.
 
     A UserError of any rank becomes the same UserError on all of them.
     """
+    # A group of its own: the default one's time limit is that of a collective.
+    waiting = dist.new_group(timeout=within)
+    assert isinstance(waiting, dist.ProcessGroup)
     result, error = None, None
     for first in (True, False):
         if (int(os.environ.get("LOCAL_RANK", "0")) == 0) == first:
@@ -111,9 +114,22 @@ def on_first_local_rank(work: Callable[[], T]) -> T:
                 result = work()
             except UserError as problem:
                 error = str(problem)
-        errors: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-        for message in errors:
+        for message in _gather(error, waiting):
             if message is not None:
                 raise UserError(message)
+    dist.destroy_process_group(waiting)
     return result  # type: ignore[return-value]
+
+
+def require_same(what: str, value: str, fix: str) -> None:
+    """Raise UserError, on every rank, unless all ranks have the same value."""
+    values = _gather(value)
+    other = next((rank for rank, theirs in enumerate(values) if theirs != values[0]), None)
+    if other is not None:
+        raise UserError(f"{what} of rank {other} is not that of rank 0; {fix}")
+
+
+def _gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group)
+    return values

@@ -70,11 +70,15 @@ def tokenizer(found: Checkpoint) -> Tokenizer:
     Raises UserError when it is another one by now.
     """
     copy = found.path.parent.parent / TOKENIZER_FILE
-    name = str(copy) if copy.exists() else found.config.data.tokenizer
-    loaded = load_tokenizer(name)
+    loaded = load_tokenizer(str(copy) if copy.exists() else found.config.data.tokenizer)
+    check_tokenizer(found, loaded)
+    return loaded
+
+
+def check_tokenizer(found: Checkpoint, loaded: Tokenizer) -> None:
+    """Raise UserError unless it is the tokenizer that the checkpoint was trained with."""
     if loaded.fingerprint != found.tokenizer_fingerprint:
         raise UserError(
-            f"{name} is not the tokenizer that {found.path} was trained with; put the run's "
-            f"{TOKENIZER_FILE} back into {copy.parent}"
+            f"data.tokenizer ({found.config.data.tokenizer}) is no longer the one that "
+            f"{found.path} was trained with; put it back (a run keeps a copy as {TOKENIZER_FILE})"
         )
-    return loaded

@@ -20,14 +20,17 @@ class MetricsLog:
     """Appends lines to RUN/metrics.jsonl, each written out at once.
 
     A resumed run takes up the file after `resume_step`: later lines and a line torn by a kill are
-    dropped. `resume_step` 0 starts an empty file. NaN and infinity are written as null.
+    dropped. `resume_step` 0 starts an empty file and keeps the lines of an earlier run of the name
+    in metrics.jsonl.old. NaN and infinity are written as null.
     """
 
     def __init__(self, run_dir: Path, resume_step: int) -> None:
         path = run_dir / METRICS_FILE
         run_dir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+        if path.exists() and resume_step:
             _truncate(path, resume_step)
+        elif path.exists():
+            path.replace(path.with_name(f"{METRICS_FILE}.old"))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from moetrain.engines import Engine
 from moetrain.engines.torch import TorchEngine
 from moetrain.errors import UserError
 from moetrain.evaluate import evaluate, forward, on_device
-from moetrain.mesh import Mesh, on_first_local_rank, process_group, rank_and_world
+from moetrain.mesh import Mesh, on_first_local_rank, process_group, rank_and_world, require_same
 from moetrain.moe import Draws
 from moetrain.moe.keyed import step_key
 from moetrain.objective import Counts, Sums, count, objective, reduce, sums
@@ -79,6 +79,11 @@ def run(config: Config) -> int:
 def set_up(config: Config, folder: Path, mesh: Mesh) -> Run:
     """Prepare the data and build the sharded model; a collective."""
     prepared = on_first_local_rank(lambda: prepare(config.data))
+    require_same(
+        f"the text of data.source ({config.data.source})",
+        prepared.manifest.fingerprint,
+        "give every node the same files (and for stdlib the same Python)",
+    )
     model = build_model(config, prepared.manifest.vocab_size)
     engine = TorchEngine(model, mesh, config.engine.precision, config.seed, config.train)
     samples, held_out = (

@@ -50,9 +50,6 @@ class Ledger(NamedTuple):
     slots: Tensor
     """0-d: expert slots provided, filled or not; dropless provides just those it fills."""
 
-    def __add__(self, other: Ledger) -> Ledger:  # type: ignore[override]
-        return Ledger(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
-
 
 def capacity(group_size: int, experts: int, k: int, factor: float, min_capacity: int) -> int:
     """Slots per expert in one routing group: max(min_capacity, ⌈factor·K·S/E⌉), at most S.
