@@ -57,7 +57,8 @@ class Router:
 @dataclass
 class Ledger:
     """Counts: `outcomes[expert, choice rank, outcome]`, valid tokens, tokens left with nothing,
-    and the slots that experts provide: without a capacity, just those that are filled."""
+    and the slots that experts provide to groups with a valid token: without a capacity, just those
+    that are filled."""
 
     outcomes: Counter[tuple[int, int, str]] = field(default_factory=Counter)
     tokens: int = 0
@@ -228,10 +229,10 @@ def route(
         asked = [token for token in choices if token is not None]
         if asked:
             answer.balance = answer.balance + balance(router, probs, asked)
+            answer.ledger.slots += len(probs[0]) * slots if slots is not None else filled(verdicts)
         for token, told in zip(choices, verdicts, strict=True):
             if token is not None and told is not None:
                 count(answer.ledger, token, told)
-        answer.ledger.slots += len(logits[start]) * slots if slots is not None else filled(verdicts)
         answer.choices += choices
         answer.verdicts += verdicts
     return answer

@@ -36,6 +36,9 @@ class Plan(NamedTuple):
     """int64: rows filled per expert."""
     rows_per_expert: int | None
     """G·C with a capacity; None when dropless."""
+    slots: Tensor
+    """int64, 0-d: slots of all experts in the groups that hold a valid token; dropless, just those
+    that are filled. (Groups of padding alone are there to fill up a batch, at some layouts.)"""
 
 
 class Ledger(NamedTuple):
@@ -48,7 +51,7 @@ class Ledger(NamedTuple):
     lost_tokens: Tensor
     """0-d: valid tokens with no expert left."""
     slots: Tensor
-    """0-d: expert slots provided, filled or not; dropless provides just those it fills."""
+    """0-d: expert slots provided, filled or not; see `Plan.slots`."""
 
 
 def capacity(group_size: int, experts: int, k: int, factor: float, min_capacity: int) -> int:
@@ -134,6 +137,7 @@ def plan_capacity(routing: Routing, group_size: int, slots: int) -> Plan:
         source_R=source_GEC.transpose(0, 1).flatten(),
         count_E=queues.count_GE.clamp(max=slots).sum(0),
         rows_per_expert=num_groups * slots,
+        slots=num_experts * slots * routing.valid_T.view(-1, group_size).any(1).sum(),
     )
 
 
@@ -150,6 +154,7 @@ def plan_dropless(routing: Routing) -> Plan:
         source_R=torch.where(asks_GN, source_GN, num_rows).flatten(),
         count_E=queues.count_GE[0],
         rows_per_expert=None,
+        slots=queues.count_GE.sum(),
     )
 
 
@@ -164,11 +169,9 @@ def ledger(routing: Routing, plan: Plan) -> Ledger:
     valid_TK = routing.valid_T[:, None].expand(-1, k).to(torch.int64)
     outcome_EKO = cell_TK.new_zeros(num_experts * k * len(OUTCOMES))
     outcome_EKO.scatter_add_(0, cell_TK.flatten(), valid_TK.flatten())
-    rows = plan.rows_per_expert
-    slots = plan.count_E.sum() if rows is None else plan.count_E.new_tensor(rows * num_experts)
     return Ledger(
         outcome_EKO=outcome_EKO.view(num_experts, k, len(OUTCOMES)),
         tokens=routing.valid_T.sum(),
         lost_tokens=(routing.valid_T & ~kept_TK.any(dim=1)).sum(),
-        slots=slots,
+        slots=plan.slots,
     )
