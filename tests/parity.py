@@ -300,19 +300,20 @@ def on_rank(
 
 
 def agree(ranks: list[Outcome], expected: Outcome) -> None:
-    """Every rank against the reference; the message says what differs, and how."""
+    """Every rank against the reference, step by step; the message says what differs, and how."""
     for number, rank in enumerate(ranks):
         for name, value in expected.initial.items():
             assert torch.equal(rank.initial[name], value), f"rank {number}: {name} starts otherwise"
-    for layer, table in enumerate(expected.fates):
-        mine = torch.cat([rank.fates[layer] for rank in ranks])
-        _same_fates(mine, table, f"MoE layer {layer}")
+    for step, theirs in enumerate(expected.steps, 1):
+        for layer, table in enumerate(expected.fates):
+            mine = torch.cat([rank.fates[layer] for rank in ranks])
+            where = f"step {step}, MoE layer {layer}"
+            _same_fates(_of_step(mine, step), _of_step(table, step), where)
+        for number, rank in enumerate(ranks):
+            agree_on_step(rank.steps[step - 1], theirs, f"rank {number}, step {step}")
     for number, rank in enumerate(ranks):
-        where = f"rank {number}"
-        for step, (mine, theirs) in enumerate(zip(rank.steps, expected.steps, strict=True), 1):
-            agree_on_step(mine, theirs, f"{where}, step {step}")
         for name, value in expected.weights.items():
-            close(rank.weights[name], value, f"{where}: {name} ends up")
+            close(rank.weights[name], value, f"rank {number}: {name} ends up")
 
 
 def agree_on_step(mine: Step, theirs: Step, where: str) -> None:
@@ -346,8 +347,13 @@ def close(actual: Tensor | float, expected: Tensor | float, what: str) -> None:
     )
 
 
+def _of_step(fates: Tensor, step: int) -> Tensor:
+    """The rows of a step's tokens, in the order of their ids."""
+    mine = fates[fates[:, 0] // (BATCH * LENGTH) == step - 1]
+    return mine[mine[:, 0].argsort()]
+
+
 def _same_fates(mine: Tensor, theirs: Tensor, where: str) -> None:
-    mine, theirs = mine[mine[:, 0].argsort()], theirs[theirs[:, 0].argsort()]
     assert torch.equal(mine[:, 0], theirs[:, 0]), f"{where}: other tokens than in the reference"
     differing = mine[(mine != theirs).any(1), 0].tolist()
     assert not differing, f"{where}: other experts kept the tokens {differing}"
