@@ -111,14 +111,17 @@ def test_twice_is_the_same_and_nothing_is_drawn_at_random(data, prepared):
     assert first.ledgers[0].outcome_EKO[..., 3].sum() == 0
 
 
-def test_no_gradient_is_left_and_none_could_be(data, prepared):
+def test_nothing_is_kept_for_a_backward_pass(data, prepared):
     def work() -> None:
         config = configured(data)
         mesh = Mesh(torch.device("cpu"))
         model = parallelize(build_model(config, VOCAB), mesh, "fp64", seed=0)
         samples = Samples(prepared, "eval", 32, seed=0, mask_documents=False)
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+        saved: list[torch.Size] = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: saved.append(tensor.shape) or tensor, lambda tensor: tensor
+        )
+        with hooks:
             evaluate(model, samples, 4, config, mesh)
         assert saved == []
 

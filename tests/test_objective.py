@@ -158,6 +158,15 @@ def test_counts_beyond_what_floats_hold_stay_exact():
     assert simulate_ranks(2, of_rank) == [2 * odd, 2 * odd]
 
 
+def test_sums_of_fp32_losses_are_not_rounded_to_fp32():
+    def of_rank() -> float:
+        parts = [part(loss, [], []) for loss in (2.0**24, 1.0)]
+        rounded = [p._replace(loss=p.loss.float()) for p in parts]
+        return reduce(rounded, counts(1, 1, 1), Mesh(torch.device("cpu"))).loss
+
+    assert simulate_ranks(1, of_rank) == [2**24 + 1]
+
+
 def test_means_of_nothing_are_zero():
     def of_rank():
         return reduce([part(0, [], [])], counts(0, 0, 0), Mesh(torch.device("cpu")))
