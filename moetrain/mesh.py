@@ -104,7 +104,8 @@ def on_first_local_rank(work: Callable[[], T], within: timedelta = timedelta(day
 
     A UserError of any rank becomes the same UserError on all of them.
     """
-    # A group of its own: the default one's time limit is that of a collective.
+    # A group of its own: the default one's time limit is that of a collective. It ends with the
+    # default group, not here, because simulated ranks cannot end one group alone.
     waiting = dist.new_group(timeout=within)
     assert isinstance(waiting, dist.ProcessGroup)
     result, error = None, None
@@ -117,7 +118,6 @@ def on_first_local_rank(work: Callable[[], T], within: timedelta = timedelta(day
         for message in _gather(error, waiting):
             if message is not None:
                 raise UserError(message)
-    dist.destroy_process_group(waiting)
     return result  # type: ignore[return-value]
 
 
