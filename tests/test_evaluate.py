@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from functools import partial
 
 import pytest
@@ -10,12 +11,12 @@ import torch
 from models import initialised, small_config
 from runs import save_model, write_text
 
-from moetrain import cli
+from moetrain import checkpoint, cli, settings
 from moetrain.build import build_model
 from moetrain.config import Config, DataConfig
 from moetrain.data import Prepared, Samples, prepare
 from moetrain.evaluate import evaluate, nats_per_byte
-from moetrain.mesh import Mesh
+from moetrain.mesh import Mesh, process_group
 from moetrain.objective import Means
 from moetrain.parallel import parallelize
 from moetrain.testing import simulate_ranks
@@ -191,3 +192,18 @@ def test_dropless_and_dense_models_say_so(data, tmp_path, capsys, monkeypatch, m
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path, capsys):
     assert cli.main(["eval", str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_another_tokenizer_than_the_models_is_refused(uniform_run, tmp_path, capsys):
+    shutil.copytree(uniform_run, tmp_path / "run")
+    path = checkpoint.latest(tmp_path / "run")
+    assert path is not None
+    manifest = checkpoint.read_manifest(path)
+    model = initialised(settings.resolve(None, manifest.extra["config"]), torch.float32, VOCAB)
+    tensors = {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
+    with process_group():
+        checkpoint.save(tmp_path / "run", 2, tensors, {**manifest.extra, "tokenizer": "other"})
+    assert cli.main(["eval", str(tmp_path / "run")]) == 2
+    message = capsys.readouterr().err
+    assert "data.tokenizer (bytes) is no longer the one that" in message
+    assert "step-00000002" in message

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import time
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from moetrain.errors import UserError
-from moetrain.mesh import Mesh, on_first_local_rank, process_group, rank_and_world
+from moetrain.mesh import Mesh, on_first_local_rank, process_group, rank_and_world, require_same
 from moetrain.testing import run_ranks, simulate_ranks
 
 
@@ -143,3 +145,36 @@ def stumble() -> None:
 def test_any_other_error_is_raised_as_it_is():
     with pytest.raises(RuntimeError, match="not the user's fault"):
         run_ranks(2, stumble, timeout=20)
+
+
+def wait_for_a_slow_rank() -> str:
+    rank = dist.get_rank()
+    os.environ["LOCAL_RANK"] = str(rank)
+    try:
+        on_first_local_rank(lambda: time.sleep(2.5 * (1 - rank)), within=timedelta(seconds=1))
+    except RuntimeError as error:
+        return str(error)
+    return "done"
+
+
+def test_the_others_wait_as_long_as_they_are_told():
+    slow, waiting = run_ranks(2, wait_for_a_slow_rank, timeout=20)
+    assert "imed out" in waiting
+    assert slow != "done"
+
+
+@pytest.mark.parametrize("odd", [0, 1, 3])
+def test_a_rank_that_differs_is_named_to_all(odd):
+    def of_rank() -> str:
+        try:
+            require_same("the text", "theirs" if dist.get_rank() == odd else "ours", "copy it")
+        except UserError as error:
+            return str(error)
+        return "same"
+
+    answers = simulate_ranks(4, of_rank)
+    assert answers == [f"the text of rank {odd or 1} is not that of rank 0; copy it"] * 4
+
+
+def test_ranks_that_agree_go_on():
+    assert simulate_ranks(3, require_same, "the text", "ours", "copy it") == [None] * 3
