@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moetrain.build import build_model, routing_group_tokens
 from moetrain.config import Config
 from moetrain.data import load_tokenizer
+from moetrain.loss import CHUNK_TOKENS
 from moetrain.model import Block, Transformer
 from moetrain.moe import Draws, MoE, Router, capacity
 from moetrain.sizes import sizes, train_flops_per_token
@@ -127,6 +128,7 @@ def _memory(config: Config, model: Transformer, world_size: int) -> Iterator[str
         ("Adam moments", 2 * shard),
         ("gathered weights", (outside + max(blocks)) * compute.itemsize),
         ("activations", _activations(config, model, compute)),
+        ("logits", _logits(config, model, compute)),
     )
     yield "memory     per device, in GiB"
     for name, num_bytes in (*rows, ("together", sum(n for _, n in rows))):
@@ -146,6 +148,14 @@ def _computed(config: Config, model: Transformer) -> tuple[int, list[int]]:
     outside = sum(p.numel() for p in model.parameters())
     outside -= sum(p.numel() for p in model.blocks.parameters())
     return outside, blocks
+
+
+def _logits(config: Config, model: Transformer, compute: torch.dtype) -> int:
+    """Bytes of the logits that exist at one time: as computed, and their softmax and its gradient
+    in fp32 at least."""
+    wide = torch.promote_types(compute, torch.float32).itemsize
+    tokens = min(CHUNK_TOKENS, config.train.micro_batch * config.data.seq_len)
+    return tokens * model.embedding.num_embeddings * (compute.itemsize + 2 * wide)
 
 
 def _activations(config: Config, model: Transformer, compute: torch.dtype) -> int:

@@ -41,7 +41,7 @@ def check_world(config: Config, world_size: int) -> None:
     """Raise `UserError`, with one line per problem, if the config cannot run on so many ranks."""
     if world_size < 1:
         raise UserError(f"world size ({world_size}) must be at least 1")
-    if found := [*_mesh_problems(config, world_size), *_batch_problems(config, world_size)]:
+    if found := [*mesh_problems(config, world_size), *_batch_problems(config, world_size)]:
         raise UserError("\n".join(found))
 
 
@@ -126,7 +126,8 @@ def _placement_problems(config: Config) -> Iterator[str]:
         )
 
 
-def _mesh_problems(config: Config, world_size: int) -> Iterator[str]:
+def mesh_problems(config: Config, world_size: int) -> Iterator[str]:
+    """What keeps a number of ranks from sharing the model as configured."""
     replicas, ep = config.parallel.dp_replicate, config.parallel.ep
     if world_size % replicas:
         yield (

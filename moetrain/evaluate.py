@@ -10,8 +10,10 @@ from torch import nn
 
 from moetrain import restore
 from moetrain.build import routing_group_tokens
-from moetrain.config import Config
+from moetrain.config import Config, ParallelConfig
+from moetrain.constraints import mesh_problems
 from moetrain.data import Batch, Manifest, Samples, prepare
+from moetrain.errors import UserError
 from moetrain.mesh import Mesh, on_first_local_rank, process_group, rank_and_world
 from moetrain.metrics import drop_rate
 from moetrain.model import Output
@@ -72,9 +74,11 @@ def run(path: Path | str, split: Literal["train", "eval"], sequences: int | None
     Experts are spread as in the run where the number of ranks allows it.
     """
     found = restore.find(path)
-    config = found.config
-    world = rank_and_world()[1]
+    config, world = found.config, rank_and_world()[1]
     ep = config.parallel.ep if world % config.parallel.ep == 0 else 1
+    spread = config.model_copy(update={"parallel": ParallelConfig(ep=ep)})
+    if problems := list(mesh_problems(spread, world)):
+        raise UserError("\n".join(problems))
     with process_group() as device:
         mesh = Mesh(device, ep)
         prepared = on_first_local_rank(lambda: prepare(config.data))

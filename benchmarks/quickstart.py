@@ -1,0 +1,69 @@
+"""Run launch/quickstart.sh and keep what it shows: the README's numbers and picture.
+
+    python benchmarks/quickstart.py
+
+Writes results/quickstart.{json,md} and docs/images/quickstart.png.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from typing import Any
+
+import record
+
+from moetrain.data import prepare
+from moetrain.plots import PLOTS_FOLDER
+from moetrain.restore import find
+
+RUN = record.ROOT / "runs" / "quickstart"
+
+
+def main() -> None:
+    if RUN.exists():
+        raise SystemExit(f"{RUN} exists and would be continued; remove it first")
+    script = str(record.ROOT / "launch" / "quickstart.sh")
+    output = subprocess.run([script], check=True, stdout=subprocess.PIPE, text=True).stdout
+    print(output)
+    lines = [json.loads(line) for line in (RUN / "metrics.jsonl").open()]
+    picture = record.ROOT / "docs" / "images" / "quickstart.png"
+    shutil.copy(RUN / PLOTS_FOLDER / "overview.png", picture)
+    record.write("quickstart", {"output": output, "metrics": lines}, report(lines, output))
+
+
+def report(lines: list[dict[str, Any]], output: str) -> str:
+    training = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "eval_loss" in line]
+    entropy = prepare(find(RUN).config.data).manifest.byte_entropy
+    rows = [
+        ["held-out loss, nats per byte", f"{evaluations[-1]['eval_nats_per_byte']:.4f}"],
+        ["bigram model of the same text", f"{entropy['bigram']:.4f}"],
+        ["unigram model", f"{entropy['unigram']:.4f}"],
+        ["tokens trained on", f"{training[-1]['tokens']:,}"],
+    ]
+    for when, line in (("first", training[0]), ("last", training[-1])):
+        rows += [
+            [f"assignments dropped, {when} logged step", f"{100 * line['drop_rate']:.1f} %"],
+            [f"largest expert load over the mean, {when}", f"{1 + line['max_vio']:.2f}"],
+        ]
+    return "\n".join(
+        [
+            "# The quickstart",
+            "",
+            record.table(["", "value"], rows),
+            "",
+            "![Loss, drops, throughput and load by expert](../../docs/images/quickstart.png)",
+            "",
+            "What it printed:",
+            "",
+            "```",
+            output.strip(),
+            "```",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
