@@ -11,6 +11,6 @@ run=runs/quickstart
 export VENV NPROC=2
 launch/train.sh configs/quickstart.yaml "$@" --parallel.ep 2
 python -m moetrain eval "$run"
-python -m moetrain generate "$run" --prompt "def "
+python -m moetrain generate "$run" --prompt "def " --temperature 0.8
 echo
 echo "The run is in $root/$run: metrics.jsonl, plots/*.png, checkpoints/."
