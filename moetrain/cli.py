@@ -24,7 +24,7 @@ from moetrain.constraints import cautions, check_world
 from moetrain.errors import UserError
 
 BAD_INPUT = 2
-LINGER_S = 5.0
+LINGER_S = 15.0
 """Longer than ranks started together need, one after the other, to reach the same error."""
 
 Flags = Annotated[dict[str, Any], arg(constructor=settings.flags_of(Config), name="")]

@@ -49,7 +49,7 @@ def runs(config, ranks2) -> Path:
     saved = checkpoint.latest(killed)
     assert saved is not None
     resumed = launch(config)
-    output = resumed.communicate(timeout=120)[0]
+    output = resumed.communicate(timeout=240)[0]
     assert resumed.returncode == 0, output
     assert re.search(rf"on 2 ranks \(\w+\), from step {int(saved.name[5:])}\n", output), output
     ranks2.run(train_uninterrupted, config)
@@ -75,7 +75,7 @@ def launch(config: Path) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(condition, process: subprocess.Popen[str], seconds: float = 90) -> None:
+def wait_for(condition, process: subprocess.Popen[str], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0]
