@@ -28,9 +28,10 @@ def main() -> None:
     output = subprocess.run([script], check=True, stdout=subprocess.PIPE, text=True).stdout
     print(output)
     lines = [json.loads(line) for line in (RUN / "metrics.jsonl").open()]
-    picture = record.ROOT / "docs" / "images" / "quickstart.png"
-    shutil.copy(RUN / PLOTS_FOLDER / "overview.png", picture)
     record.write("quickstart", {"output": output, "metrics": lines}, report(lines, output))
+    pictures = record.ROOT / "docs" / "images"
+    pictures.mkdir(exist_ok=True)
+    shutil.copy(RUN / PLOTS_FOLDER / "overview.png", pictures / "quickstart.png")
 
 
 def report(lines: list[dict[str, Any]], output: str) -> str:

@@ -9,7 +9,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
 run=runs/quickstart
 export VENV NPROC=2
-launch/train.sh configs/quickstart.yaml "$@" --parallel.ep 2
+launch/train.sh configs/quickstart.yaml "$@" --name quickstart --out runs --parallel.ep 2
 python -m moetrain eval "$run"
 python -m moetrain generate "$run" --prompt "def " --temperature 0.8
 echo

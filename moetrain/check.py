@@ -95,8 +95,7 @@ def _routing(config: Config) -> Iterator[str]:
 
 def _parameters(config: Config, model: Transformer) -> Iterator[str]:
     counted = sizes(model)
-    seq_len = config.data.seq_len
-    flops = train_flops_per_token(model, config.model.dim, config.model.layers, seq_len)
+    flops = train_flops_per_token(model, config.data.seq_len)
     yield f"parameters {counted.total:,} in total, {counted.active:,} active per token"
     yield f"           {flops / 1e9:.4g} GFLOP per token, forward and backward"
 
@@ -127,7 +126,7 @@ def _memory(config: Config, model: Transformer, world_size: int) -> Iterator[str
         ("gradients", shard + whole * master),
         ("Adam moments", 2 * shard),
         ("gathered weights", (outside + max(blocks)) * compute.itemsize),
-        ("activations", _activations(config, model, compute)),
+        ("activations", _activations(config, model.embedding.num_embeddings, compute)),
         ("logits", _logits(config, model, compute)),
     )
     yield "memory     per device, in GiB"
@@ -158,13 +157,14 @@ def _logits(config: Config, model: Transformer, compute: torch.dtype) -> int:
     return tokens * model.embedding.num_embeddings * (compute.itemsize + 2 * wide)
 
 
-def _activations(config: Config, model: Transformer, compute: torch.dtype) -> int:
+def _activations(config: Config, vocab_size: int, compute: torch.dtype) -> int:
     """Bytes that one micro-batch's forward pass keeps for its backward pass.
 
     Found by running it on tensors without memory and adding up what autograd saves. Expert
     parallelism does not change it: a rank receives as many rows as it sends.
     """
     saved: dict[int, torch.UntypedStorage] = {}
+    model = build_model(config, vocab_size)  # one to change
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()

@@ -14,12 +14,12 @@ from moetrain.config import Config, ParallelConfig
 from moetrain.constraints import mesh_problems
 from moetrain.data import Batch, Manifest, Samples, prepare
 from moetrain.errors import UserError
-from moetrain.mesh import Mesh, on_first_local_rank, process_group, rank_and_world
+from moetrain.mesh import Mesh, on_first_local_rank, process_group, rank_and_world, require_same
 from moetrain.metrics import drop_rate
 from moetrain.model import Output
 from moetrain.moe import Draws
 from moetrain.moe.layer import Mode
-from moetrain.objective import Means, count, reduce, sums
+from moetrain.objective import Means, count, count_all, reduce, sums
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
@@ -51,15 +51,15 @@ def evaluate(
     micro = config.train.micro_batch
     wanted = min(sequences, len(samples))
     chosen = [i * len(samples) // wanted for i in range(wanted)]
-    parts, batches = [], []
+    parts, counts = [], []
     for first in range(0, wanted, micro * mesh.world):
         start = first + mesh.rank * micro
         indices = chosen[start : start + micro]
         padding = [-1] * (micro - len(indices))
         batch = on_device(samples.batch(indices + padding), mesh.device)
         parts.append(sums(forward(model, batch, "eval")))
-        batches.append(batch)
-    return reduce(parts, count(batches, routing_group_tokens(config), mesh), mesh)
+        counts.append(count(batch, routing_group_tokens(config)))
+    return reduce(parts, count_all(counts, mesh), mesh)
 
 
 def nats_per_byte(loss: float, manifest: Manifest) -> float:
@@ -83,6 +83,7 @@ def run(path: Path | str, split: Literal["train", "eval"], sequences: int | None
         mesh = Mesh(device, ep)
         prepared = on_first_local_rank(lambda: prepare(config.data))
         restore.check_tokenizer(found, prepared.tokenizer)
+        _check_text(found, prepared.manifest)
         samples = Samples(
             prepared, split, config.data.seq_len, config.seed, config.data.mask_documents
         )
@@ -90,6 +91,19 @@ def run(path: Path | str, split: Literal["train", "eval"], sequences: int | None
         means = evaluate(model, samples, sequences or config.eval.sequences, config, mesh)
         if mesh.rank == 0:
             print(_summary(found, split, means, prepared.manifest))
+
+
+def _check_text(found: restore.Checkpoint, manifest: Manifest) -> None:
+    """Raise UserError, on every rank, unless this is the text that was trained on.
+
+    Of another text, what is held out now may have been trained on then.
+    """
+    require_same("the text of data.source", manifest.fingerprint, "give every node the same files")
+    if manifest.fingerprint != found.data_fingerprint:
+        raise UserError(
+            f"data.source ({found.config.data.source}) is no longer the text that {found.path} was "
+            "trained on; put the files back (for stdlib: use the same Python)"
+        )
 
 
 def _summary(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moetrain import restore
 from moetrain.errors import UserError
-from moetrain.mesh import process_group
+from moetrain.mesh import process_group, rank_and_world
 from moetrain.model import KVCache, Transformer
 
 Sampler = Callable[[Tensor], Tensor]
@@ -75,8 +75,10 @@ def run(
 ) -> None:
     """Print a prompt and its continuation by the model of a run or checkpoint.
 
-    Ends early at the end-of-text token. Raises UserError for an empty prompt.
+    Ends early at the end-of-text token. Raises UserError for an empty prompt or several ranks.
     """
+    if rank_and_world()[1] > 1:
+        raise UserError("generate runs in one process; start it without torchrun")
     found = restore.find(path)
     tokenizer = restore.tokenizer(found)
     prompt_ids = tokenizer.encode_batch([prompt])[0].tolist()

@@ -32,7 +32,9 @@ def cross_entropy_sum(
     """
     chunks = zip(hidden_TD.split(chunk_tokens), target_T.split(chunk_tokens), strict=True)
     losses = [
-        checkpoint(_chunk_loss, hidden, weight_VD, target, use_reentrant=False)
+        checkpoint(
+            _chunk_loss, hidden, weight_VD, target, use_reentrant=False, preserve_rng_state=False
+        )
         for hidden, target in chunks
     ]
     return torch.stack(losses).sum()  # type: ignore[arg-type]

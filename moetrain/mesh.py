@@ -35,13 +35,10 @@ def process_group():
     The backend is NCCL with a GPU for every rank (and Gloo for CPU tensors), Gloo otherwise. Yields
     the device of this rank.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+    device, backend = _device(), "gloo"
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    else:
-        device, backend = torch.device("cpu"), "gloo"
     rank, world = rank_and_world()
     alone = None if "RANK" in os.environ else dist.HashStore()
     dist.init_process_group(
@@ -50,12 +47,30 @@ def process_group():
         world_size=world,
         store=alone,
         timeout=timedelta(minutes=10),
-        device_id=device if device.type == "cuda" else None,
     )
     try:
         yield device
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # NCCL would wait here for ranks that are inside a collective, and hide the error.
+        if device.type == "cpu":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    """This rank's GPU, or the CPU where torch sees none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if visible == 1:  # launchers that show every rank its own GPU, and it alone
+        return torch.device("cuda", 0)
+    if local_rank >= visible:
+        raise UserError(
+            f"LOCAL_RANK ({local_rank}) needs a GPU of its own, but only {visible} are visible; "
+            "start fewer ranks per node, or set CUDA_VISIBLE_DEVICES to '' to train on the CPU"
+        )
+    return torch.device("cuda", local_rank)
 
 
 class Mesh:

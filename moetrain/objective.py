@@ -10,7 +10,7 @@ Shape suffixes: B sequences, L tokens of a sequence, N MoE layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from moetrain.moe import Ledger
 
 
 class Counts(NamedTuple):
-    """What the means are over: int64, 0-d, over all ranks and micro-batches of a step."""
+    """What the means are over: int64, 0-d."""
 
     targets: Tensor
     """Tokens that carry a loss."""
@@ -34,22 +34,18 @@ class Counts(NamedTuple):
     """Routing groups with a token that is not padding."""
 
 
-def count(batches: Iterable[Batch], group_size: int | None, mesh: Mesh) -> Counts:
-    """Count the batches of a step over all ranks; a collective.
+def count(batch: Batch, group_size: int | None) -> Counts:
+    """Count one batch; `group_size` is the tokens of a routing group, None for the whole batch."""
+    return Counts(
+        targets=(batch.targets_BL != IGNORED).sum(),
+        tokens=batch.valid_BL.sum(),
+        groups=batch.valid_BL.view(-1, group_size or batch.valid_BL.numel()).any(1).sum(),
+    )
 
-    `group_size` is the number of tokens of a routing group, None for a whole micro-batch.
-    """
-    local = [
-        torch.stack(
-            [
-                (batch.targets_BL != IGNORED).sum(),
-                batch.valid_BL.sum(),
-                batch.valid_BL.view(-1, group_size or batch.valid_BL.numel()).any(1).sum(),
-            ]
-        )
-        for batch in batches
-    ]
-    return Counts(*mesh.sum(torch.stack(local).sum(0)))
+
+def count_all(parts: Sequence[Counts], mesh: Mesh) -> Counts:
+    """The counts of all batches on all ranks; a collective."""
+    return Counts(*mesh.sum(torch.stack([torch.stack(part) for part in parts]).sum(0)))
 
 
 class Sums(NamedTuple):

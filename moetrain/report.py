@@ -40,9 +40,7 @@ class Report:
         """Open the sinks (rank 0); what was logged after `resume_step` is dropped."""
         self._config, self._folder, self._mesh = config, folder, mesh
         self._prepared = prepared
-        self._flops_per_token = train_flops_per_token(
-            model, config.model.dim, config.model.layers, config.data.seq_len
-        )
+        self._flops_per_token = train_flops_per_token(model, config.data.seq_len)
         self._peak_flops = metrics.device_peak_flops(mesh.device, config.engine.precision)
         self._steps, self._seconds = 0, 0.0
         self._is_writer = mesh.rank == 0
@@ -55,6 +53,7 @@ class Report:
         config, folder = self._config, self._folder
         folder.mkdir(parents=True, exist_ok=True)
         settings.save(config, folder / "config.yaml")
+        (folder / TOKENIZER_FILE).unlink(missing_ok=True)  # an earlier run's of this name
         self._prepared.tokenizer.save(folder / TOKENIZER_FILE)
         self._log = MetricsLog(folder, resume_step)
         self._closing.callback(self._log.close)

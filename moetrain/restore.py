@@ -27,6 +27,7 @@ class Checkpoint(NamedTuple):
     config: Config
     vocab_size: int
     tokenizer_fingerprint: str
+    data_fingerprint: str
 
 
 def find(path: Path | str) -> Checkpoint:
@@ -38,7 +39,14 @@ def find(path: Path | str) -> Checkpoint:
     manifest = checkpoint.read_manifest(found)
     extra: dict[str, Any] = manifest.extra
     config = settings.resolve(None, extra["config"])
-    return Checkpoint(found, manifest.step, config, extra["vocab_size"], extra["tokenizer"])
+    return Checkpoint(
+        found,
+        manifest.step,
+        config,
+        vocab_size=extra["vocab_size"],
+        tokenizer_fingerprint=extra["tokenizer"],
+        data_fingerprint=extra["order"]["data"],
+    )
 
 
 def model_on_mesh(found: Checkpoint, mesh: Mesh) -> Transformer:

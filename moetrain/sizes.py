@@ -30,7 +30,7 @@ def sizes(model: Transformer) -> Sizes:
     return Sizes(total, total - idle, model.embedding.weight.numel())
 
 
-def train_flops_per_token(model: Transformer, dim: int, layers: int, seq_len: int) -> float:
+def train_flops_per_token(model: Transformer, seq_len: int) -> int:
     """Model FLOPs of forward and backward per token: 6·N + 12·layers·dim·seq_len.
 
     N counts the active parameters that are multiplied (the output projection, not the look-up);
@@ -39,4 +39,4 @@ def train_flops_per_token(model: Transformer, dim: int, layers: int, seq_len: in
     """
     counted = sizes(model)
     multiplied = counted.active - (0 if model.head is None else counted.embedding)
-    return 6 * multiplied + 12 * layers * dim * seq_len
+    return 6 * multiplied + 12 * len(model.blocks) * model.embedding.embedding_dim * seq_len

@@ -19,7 +19,7 @@ from moetrain.evaluate import evaluate, forward, on_device
 from moetrain.mesh import Mesh, on_first_local_rank, process_group, rank_and_world, require_same
 from moetrain.moe import Draws
 from moetrain.moe.keyed import step_key
-from moetrain.objective import Counts, Sums, count, objective, reduce, sums
+from moetrain.objective import Counts, Sums, count, count_all, objective, reduce, sums
 from moetrain.optim import lr_at
 from moetrain.report import Report
 
@@ -124,7 +124,8 @@ def train_step(run: Run, position: Position) -> StepResult:
         on_device(run.samples.batch(indices), mesh.device)
         for indices in sample_indices(config, mesh.rank, mesh.world, position.samples)
     ]
-    counts = count(batches, routing_group_tokens(config), mesh)
+    group_size = routing_group_tokens(config)
+    counts = count_all([count(batch, group_size) for batch in batches], mesh)
     key = step_key(config.seed, step, mesh.device)
     parts = []
     for number, batch in enumerate(batches, start=1):

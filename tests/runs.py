@@ -56,12 +56,16 @@ def train(config: Path, *flags: object) -> int:
     return cli.main(["train", str(config), *map(str, flags)])
 
 
-def save_model(run: Path, config: Config, model: Transformer) -> Path:
-    """A checkpoint of step 1 that holds a model alone, for the bytes tokenizer."""
+def save_model(run: Path, config: Config, model: Transformer, text: str = "") -> Path:
+    """A checkpoint of step 1 that holds a model alone, for the bytes tokenizer.
+
+    `text` is the fingerprint of what it was trained on.
+    """
     extra = {
         "config": config.model_dump(mode="json"),
         "vocab_size": model.embedding.num_embeddings,
         "tokenizer": "bytes",
+        "order": {"data": text},
     }
     tensors = {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
     with process_group():

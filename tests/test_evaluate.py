@@ -155,7 +155,7 @@ def uniform_run(data, tmp_path_factory):
         assert model.head is not None
         torch.nn.init.zeros_(model.head.weight)
         run = tmp_path_factory.mktemp("run")
-        save_model(run, config, model)
+        save_model(run, config, model, prepare(data).manifest.fingerprint)
         yield run
 
 
@@ -182,7 +182,8 @@ def test_dropless_and_dense_models_say_so(data, tmp_path, capsys, monkeypatch, m
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     config = small_config(data=data.model_dump(), moe=moe)
-    save_model(tmp_path, config, initialised(config, torch.float32, vocab_size=VOCAB))
+    model = initialised(config, torch.float32, vocab_size=VOCAB)
+    save_model(tmp_path, config, model, prepare(data).manifest.fingerprint)
     assert cli.main(["eval", str(tmp_path), "--sequences", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].endswith(ending)
@@ -194,7 +195,16 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path, capsys):
     assert str(tmp_path) in capsys.readouterr().err
 
 
-def test_another_tokenizer_than_the_models_is_refused(uniform_run, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"tokenizer": "other"}, "data.tokenizer (bytes) is no longer the one that"),
+        ({"order": {"data": "other"}}, "is no longer the text that"),
+    ],
+)
+def test_another_tokenizer_or_text_than_the_models_is_refused(
+    uniform_run, tmp_path, capsys, changed, message
+):
     shutil.copytree(uniform_run, tmp_path / "run")
     path = checkpoint.latest(tmp_path / "run")
     assert path is not None
@@ -202,8 +212,8 @@ def test_another_tokenizer_than_the_models_is_refused(uniform_run, tmp_path, cap
     model = initialised(settings.resolve(None, manifest.extra["config"]), torch.float32, VOCAB)
     tensors = {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
     with process_group():
-        checkpoint.save(tmp_path / "run", 2, tensors, {**manifest.extra, "tokenizer": "other"})
+        checkpoint.save(tmp_path / "run", 2, tensors, {**manifest.extra, **changed})
     assert cli.main(["eval", str(tmp_path / "run")]) == 2
-    message = capsys.readouterr().err
-    assert "data.tokenizer (bytes) is no longer the one that" in message
-    assert "step-00000002" in message
+    complaint = capsys.readouterr().err
+    assert message in complaint
+    assert "step-00000002" in complaint

@@ -12,7 +12,7 @@ from moetrain.mesh import Mesh
 from moetrain.model import Output
 from moetrain.moe import Ledger
 from moetrain.moe.layer import LayerStats
-from moetrain.objective import Counts, Sums, count, objective, reduce, sums
+from moetrain.objective import Counts, Sums, count, count_all, objective, reduce, sums
 from moetrain.testing import simulate_ranks
 
 
@@ -109,7 +109,12 @@ def test_counts_by_hand(group_size, groups, world):
         rank = torch.distributed.get_rank()
         padding = batch([[0] * 4], [[-1] * 4])
         mine = [padding] if rank == 2 else MINE * (rank + 1)
-        return [int(n) for n in count(mine, group_size, Mesh(torch.device("cpu")))]
+        return [
+            int(n)
+            for n in count_all(
+                [count(batch, group_size) for batch in mine], Mesh(torch.device("cpu"))
+            )
+        ]
 
     times = 1 if world == 1 else 1 + 2
     expected = [6 * times, 7 * times, groups * times]

@@ -85,7 +85,7 @@ def test_lines_by_hand(tmp_path):
     # The mean of 0.5 s and 1.5 s, and after a line the count starts afresh.
     assert (first["step_time_s"], second["step_time_s"]) == (1.0, 4.0)
     assert (first["tokens_per_s"], second["tokens_per_s"]) == (128, 32)
-    flops = train_flops_per_token(build_model(CONFIG, VOCAB), dim=16, layers=2, seq_len=8)
+    flops = train_flops_per_token(build_model(CONFIG, VOCAB), seq_len=8)
     assert first["tflops_per_device"] == pytest.approx(flops * 128 / 1e12)
     assert evaluation == {
         "step": 3, "eval_loss": 2.5, "eval_nats_per_byte": 7.5, "eval_drop_rate": 68 / 256,
@@ -107,7 +107,7 @@ def test_one_rank_writes_and_speed_is_that_of_all(tmp_path, capsys):
     assert len(read_metrics(tmp_path / "0")) == 2
     line = read_metrics(tmp_path / "0")[0]
     assert line["tokens_per_s"] == 128
-    flops = train_flops_per_token(build_model(CONFIG, VOCAB), dim=16, layers=2, seq_len=8)
+    flops = train_flops_per_token(build_model(CONFIG, VOCAB), seq_len=8)
     assert line["tflops_per_device"] == pytest.approx(flops * 128 / 3 / 1e12)
     out = capsys.readouterr().out
     assert out.count("on 3 ranks (cpu), from the start") == 1

@@ -81,5 +81,5 @@ def test_flops_by_hand(tie):
     model = build_model(small_config(model={**MODEL, "tie_embeddings": tie}), 50)
     # The output projection multiplies, the look-up does not: tied or not, 50·16 counts once.
     multiplied = 2 * (ATTENTION + NORMS + ROUTER + 2 * EXPERT) + 16 + 50 * 16
-    flops = train_flops_per_token(model, dim=16, layers=2, seq_len=8)
+    flops = train_flops_per_token(model, seq_len=8)
     assert flops == 6 * multiplied + 12 * 2 * 16 * 8

@@ -35,7 +35,12 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor):  # type: ignore[override]
         (row_TK,) = ctx.saved_tensors
-        return sum(_rows_at(grad_RD, row_T) for row_T in row_TK.unbind(1)), None, None
+        first_T, *other = row_TK.unbind(1)
+        wide = torch.promote_types(grad_RD.dtype, torch.float32)
+        grad_TD = _rows_at(grad_RD, first_T).to(wide)
+        for row_T in other:
+            grad_TD = grad_TD + _rows_at(grad_RD, row_T)
+        return grad_TD.to(grad_RD.dtype), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -46,11 +51,11 @@ class _Combine(torch.autograd.Function):
         ctx: Any, rows_RD: Tensor, gate_TK: Tensor, source_R: Tensor, row_TK: Tensor
     ) -> Tensor:
         ctx.save_for_backward(rows_RD, gate_TK, source_R, row_TK)
-        y_TD = sum(
-            gate_T[:, None] * _rows_at(rows_RD, row_T)
-            for gate_T, row_T in zip(gate_TK.unbind(1), row_TK.unbind(1), strict=True)
-        )
-        return y_TD.to(rows_RD.dtype)  # type: ignore[union-attr]
+        y_TD = gate_TK[:, :1] * _rows_at(rows_RD, row_TK[:, 0])
+        for choice in range(1, row_TK.shape[1]):
+            gate_T1 = gate_TK[:, choice : choice + 1]
+            y_TD = y_TD + gate_T1 * _rows_at(rows_RD, row_TK[:, choice])
+        return y_TD.to(rows_RD.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor):  # type: ignore[override]

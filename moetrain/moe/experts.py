@@ -42,8 +42,17 @@ class Experts(nn.Module):
         w_gate_up, w_down = _local(self.w_gate_up), _local(self.w_down)
         if counts is None:
             return torch.bmm(swiglu(torch.bmm(rows, w_gate_up)), w_down)
-        product = _grouped if rows.is_cuda and rows.dtype == torch.bfloat16 else _looped
+        product = _grouped if _can_group(rows, w_gate_up, counts) else _looped
         return product(swiglu(product(rows, w_gate_up, counts)), w_down, counts)
+
+
+def _can_group(rows_RD: Tensor, w_gate_up: Tensor, counts: list[int]) -> bool:
+    """Whether the grouped kernel takes these rows: bf16 on a GPU, rows of whole 16 bytes.
+
+    And no expert without rows: its gradient may come back as garbage (pytorch #172439).
+    """
+    is_aligned = rows_RD.shape[-1] % 8 == 0 and w_gate_up.shape[-1] % 16 == 0
+    return rows_RD.is_cuda and rows_RD.dtype == torch.bfloat16 and is_aligned and min(counts) > 0
 
 
 def _looped(rows_RD: Tensor, weight_eDF: Tensor, counts: list[int]) -> Tensor:
