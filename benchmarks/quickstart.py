@@ -27,6 +27,7 @@ def main() -> None:
     script = str(record.ROOT / "launch" / "quickstart.sh")
     output = subprocess.run([script], check=True, stdout=subprocess.PIPE, text=True).stdout
     print(output)
+    output = output.replace(str(record.ROOT), ".")
     lines = [json.loads(line) for line in (RUN / "metrics.jsonl").open()]
     record.write("quickstart", {"output": output, "metrics": lines}, report(lines, output))
     pictures = record.ROOT / "docs" / "images"
