@@ -1,8 +1,9 @@
 """The commands of `moetrain`: what each takes, and the one function it calls.
 
 A command imports that function when it runs, so `moetrain --help` loads neither torch nor datasets.
-Exit codes: 0 done; 2 bad configuration or input; anything else is a failure. (torchrun turns every
-rank's code but 0 into 1; `launch/train.sh` checks the configuration before it starts any.)
+Exit codes: 0 done; 2 bad configuration or input; 130 Ctrl-C; anything else is a failure. (torchrun
+turns every rank's code but 0 into 1; `launch/train.sh` checks the configuration before it starts
+any rank.)
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ from moetrain.constraints import cautions, check_world
 from moetrain.errors import UserError
 
 BAD_INPUT = 2
+INTERRUPTED = 130
+"""As shells count an end by SIGINT."""
 LINGER_S = 15.0
 """Longer than ranks started together need, one after the other, to reach the same error."""
 
@@ -214,10 +218,19 @@ app.command(tokenizer_app, name="tokenizer", help="Make a tokenizer.")
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line and return the exit code; what the user can mend is one message."""
+    warnings.showwarning = _show_warning
     try:
         return parse(sys.argv[1:] if args is None else args).run()
     except UserError as error:
         return _refuse(error)
+    except KeyboardInterrupt:
+        print("moetrain: interrupted; what a run last saved is there", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning in the words of whoever raised it, without the line of code that did."""
+    _warn([str(message)])
 
 
 def parse(args: Sequence[str]) -> Command:

@@ -14,8 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moetrain.constraints import problems
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+# Strict: "8", 8.0 and true are not the number 8, and "on" is not true.
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+Bool = Annotated[bool, Field(strict=True)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -41,9 +43,9 @@ class ModelConfig(Section):
     """Key and value heads (grouped-query attention); null: as many as query heads."""
     ffn_dim: PositiveInt | None = None
     """Hidden width of the dense feed-forward layers; null: 4·dim."""
-    qk_norm: bool = False
+    qk_norm: Bool = False
     """RMS-normalise queries and keys per head."""
-    tie_embeddings: bool = True
+    tie_embeddings: Bool = True
     """Use the input embedding as the output projection."""
     rope_theta: PositiveFloat = 10_000.0
     """Base of the rotary position frequencies."""
@@ -75,11 +77,11 @@ class MoEConfig(Section):
     """Experts per token (switch needs 1, gshard needs 2)."""
     router: Literal["switch", "gshard", "topk"] = "topk"
     """Gate: switch (2101.03961), gshard (2006.16668 Algorithm 1), topk (softmax, then top-k)."""
-    renormalize: bool = True
+    renormalize: Bool = True
     """topk only: divide the chosen gates by their sum (Mixtral: true, OLMoE: false)."""
     jitter: BelowOne = 0.0
     """switch only: multiply router inputs by U[1-jitter, 1+jitter] in training (paper: 0.01)."""
-    random_second: bool = True
+    random_second: Bool = True
     """gshard only: keep the second expert with probability min(1, 2·gate) in training."""
     expert_ffn_dim: PositiveInt | None = None
     """Hidden width of one expert; null: as the dense feed-forward layers."""
@@ -140,7 +142,7 @@ class DataConfig(Section):
     """Hub: the dataset's configuration name."""
     split: str = "train"
     """Hub: the split."""
-    streaming: bool = False
+    streaming: Bool = False
     """Hub: read over the network instead of downloading first."""
     field: str = "text"
     """JSONL, parquet and hub: the column that holds the text."""
@@ -150,7 +152,7 @@ class DataConfig(Section):
     """`bytes`; the path of a tokenizer.json; or a model name on the hub."""
     seq_len: PositiveInt = 256
     """Tokens per training sequence."""
-    mask_documents: bool = False
+    mask_documents: Bool = False
     """Keep attention from crossing document boundaries inside a packed sequence."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Share of the documents held out for evaluation, chosen by a hash of their content."""

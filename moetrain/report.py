@@ -51,7 +51,6 @@ class Report:
 
     def _open(self, model: Transformer, resume_step: int) -> None:
         config, folder = self._config, self._folder
-        folder.mkdir(parents=True, exist_ok=True)
         settings.save(config, folder / "config.yaml")
         (folder / TOKENIZER_FILE).unlink(missing_ok=True)  # an earlier run's of this name
         self._prepared.tokenizer.save(folder / TOKENIZER_FILE)

@@ -33,12 +33,17 @@ class Checkpoint(NamedTuple):
 def find(path: Path | str) -> Checkpoint:
     """The checkpoint that a run's folder or a checkpoint's own stands for, and what it says.
 
-    Raises UserError where there is none.
+    Its tokenizer is the run's own copy, where there is one. Raises UserError where there is no
+    checkpoint.
     """
     found = checkpoint.resolve(path)
     manifest = checkpoint.read_manifest(found)
     extra: dict[str, Any] = manifest.extra
     config = settings.resolve(None, extra["config"])
+    copy = found.parent.parent / TOKENIZER_FILE
+    if copy.exists():
+        data = config.data.model_copy(update={"tokenizer": str(copy)})
+        config = config.model_copy(update={"data": data})
     return Checkpoint(
         found,
         manifest.step,
@@ -73,12 +78,8 @@ def _load(found: Checkpoint, model: Transformer) -> None:
 
 
 def tokenizer(found: Checkpoint) -> Tokenizer:
-    """The tokenizer the model was trained with: the run's own copy, else where it came from.
-
-    Raises UserError when it is another one by now.
-    """
-    copy = found.path.parent.parent / TOKENIZER_FILE
-    loaded = load_tokenizer(str(copy) if copy.exists() else found.config.data.tokenizer)
+    """The tokenizer the model was trained with; UserError when it is another one by now."""
+    loaded = load_tokenizer(found.config.data.tokenizer)
     check_tokenizer(found, loaded)
     return loaded
 

@@ -70,10 +70,19 @@ def run(config: Config) -> int:
     """
     check_world(config, rank_and_world()[1])
     folder = settings.run_directory(config.out, config.name)
+    _make(folder, config.out)
     with process_group() as device:
         mesh = Mesh(device, config.parallel.ep, config.parallel.dp_replicate)
         train(set_up(config, folder, mesh))
     return 0
+
+
+def _make(folder: Path, out: Path) -> None:
+    """Make the run's folder before anything that takes time."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out ({out}) cannot hold {folder}: {error.strerror}") from None
 
 
 def set_up(config: Config, folder: Path, mesh: Mesh) -> Run:
@@ -202,10 +211,19 @@ def _resume(run: Run) -> Position:
             return Position()
         path, extra = loaded
     else:
-        path = checkpoint.resolve(resume)
+        path = _named_checkpoint(resume)
         extra = checkpoint.load(path, state)
     _check_same_order(path, extra["order"], _order(run))
     return Position(**extra["position"])
+
+
+def _named_checkpoint(resume: str) -> Path:
+    try:
+        return checkpoint.resolve(resume)
+    except UserError as error:
+        raise UserError(
+            f"checkpoint.resume ({resume}) is not auto, never or a path: {error}"
+        ) from None
 
 
 def _order(run: Run) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -390,3 +391,26 @@ def test_shell_completion_knows_commands_settings_and_choices():
     assert done.returncode == 0
     for word in ("tokenizer", "--moe.capacity-factor", "microbatch"):
         assert word in done.stdout
+
+
+def test_an_interrupt_is_one_line(calls, yaml_file, monkeypatch, capsys):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["moetrain.train"], "run", interrupted)
+    assert cli.main(["train", yaml_file]) == 130
+    assert capsys.readouterr().err == "moetrain: interrupted; what a run last saved is there\n"
+
+
+def test_a_warning_shows_its_words_alone(calls, yaml_file, monkeypatch, capsys):
+    def warned(config):
+        warnings.warn("step-00000010 is ignored", stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(sys.modules["moetrain.train"], "run", warned)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.delenv("RANK", raising=False)
+        assert cli.main(["train", yaml_file]) == 0
+    assert capsys.readouterr().err == "moetrain: warning: step-00000010 is ignored\n"

@@ -94,9 +94,15 @@ def test_off_is_a_word_and_no_boolean(yaml_file, word):
     assert load(yaml_file(f"log: {{wandb: {word}}}")).log.wandb == "off"
 
 
-@pytest.mark.parametrize(("word", "value"), [("true", True), ("False", False), ("yes", True)])
+@pytest.mark.parametrize(("word", "value"), [("true", True), ("False", False)])
 def test_booleans(yaml_file, word, value):
     assert load(yaml_file(f"model: {{qk_norm: {word}}}")).model.qk_norm is value
+
+
+@pytest.mark.parametrize("setting", ["qk_norm: yes", "qk_norm: on", "dim: '64'", "dim: 64.0"])
+def test_values_of_another_type_are_refused(yaml_file, setting):
+    with pytest.raises(UserError, match=rf"model\.{setting.split(':')[0]} \("):
+        load(yaml_file(f"model: {{{setting}}}"))
 
 
 def test_anchors_and_merge_keys_work(yaml_file):

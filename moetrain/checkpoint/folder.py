@@ -42,7 +42,10 @@ def resolve(path: Path | str) -> Path:
     candidates = (path / FOLDER, path, path.parent)
     folder = next((c for c in candidates if c.name == FOLDER and c.is_dir()), None)
     if folder is None:
-        raise UserError(f"{path} is neither a run, nor its checkpoints directory, nor a checkpoint")
+        raise UserError(
+            f"{path} is no run with checkpoints, nor a checkpoint (a run saves some only where "
+            "checkpoint.every is above 0)"
+        )
     found = committed(folder.parent)
     if found and folder != path.parent:
         return found[-1]

@@ -65,7 +65,7 @@ def hub_documents(
     from datasets import load_dataset
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 
-    subject = f"data.source ('{name}', data.subset {subset}, data.split {split})"
+    subject = f"data.source ('{name}', data.subset {subset or 'null'}, data.split {split})"
     rows: Any = fetch(
         lambda: load_dataset(name, subset, split=split, streaming=streaming),
         subject,
