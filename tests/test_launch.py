@@ -205,7 +205,9 @@ def test_quickstart_trains_on_two_ranks_with_the_experts_spread(clone: Clone) ->
     assert done.returncode == 0, done.stderr
     train = next(call for call in clone.calls() if "moetrain train" in call)
     assert options(train) == ["--nproc-per-node=2"]
-    assert train.endswith("configs/quickstart.yaml --train.steps 3 --parallel.ep 2")
+    assert train.endswith(
+        "configs/quickstart.yaml --train.steps 3 --name quickstart --out runs --parallel.ep 2"
+    )
     assert str(clone.root / "runs/quickstart") in done.stdout
 
 
