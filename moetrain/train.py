@@ -70,7 +70,6 @@ def run(config: Config) -> int:
     """
     check_world(config, rank_and_world()[1])
     folder = settings.run_directory(config.out, config.name)
-    _make(folder, config.out)
     with process_group() as device:
         mesh = Mesh(device, config.parallel.ep, config.parallel.dp_replicate)
         train(set_up(config, folder, mesh))
@@ -78,7 +77,6 @@ def run(config: Config) -> int:
 
 
 def _make(folder: Path, out: Path) -> None:
-    """Make the run's folder before anything that takes time."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -86,7 +84,8 @@ def _make(folder: Path, out: Path) -> None:
 
 
 def set_up(config: Config, folder: Path, mesh: Mesh) -> Run:
-    """Prepare the data and build the sharded model; a collective."""
+    """Make the run's folder, prepare the data and build the sharded model; a collective."""
+    _make(folder, config.out)
     prepared = on_first_local_rank(lambda: prepare(config.data))
     require_same(
         f"the text of data.source ({config.data.source})",

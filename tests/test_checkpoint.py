@@ -414,7 +414,7 @@ def test_resolve_names_what_there_is(run, tmp_path):
         pytest.raises(UserError, match=f"step-00000400 holds no complete checkpoint; {there}"),
     ):
         checkpoint.resolve(folder / "step-00000400")
-    with pytest.raises(UserError, match="is neither a run"):
+    with pytest.raises(UserError, match="is no run with checkpoints"):
         checkpoint.resolve(tmp_path / "nothing")
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match=r"holds no complete checkpoint; .*: none$"):

@@ -87,7 +87,7 @@ def test_tries_are_bounded(monkeypatch, slept):
     with pytest.raises(UserError) as caught:
         list(hub_documents("someone/texts", None, "train", False, "text"))
     assert str(caught.value) == (
-        "data.source ('someone/texts', data.subset None, data.split train) could not be loaded "
+        "data.source ('someone/texts', data.subset null, data.split train) could not be loaded "
         "after 3 tries: Couldn't reach the hub; check the connection; there is no file or folder "
         "of that name"
     )
@@ -175,6 +175,6 @@ def test_offline_what_is_cached_works_and_the_rest_says_so(texts, tmp_path):
     cached, missing, vocab_size, no_tokenizer = json.loads(done.stdout.splitlines()[-1])
     assert cached == [f"document {i}" for i in range(4)]
     assert vocab_size == 260
-    assert missing.startswith("data.source ('someone/else', data.subset None, data.split train) co")
+    assert missing.startswith("data.source ('someone/else', data.subset null, data.split train) co")
     assert "after 2 tries" in missing
     assert no_tokenizer.startswith("data.tokenizer ('someone/else') could not be loaded after 2 tr")
