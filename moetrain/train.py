@@ -76,16 +76,8 @@ def run(config: Config) -> int:
     return 0
 
 
-def _make(folder: Path, out: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out ({out}) cannot hold {folder}: {error.strerror}") from None
-
-
 def set_up(config: Config, folder: Path, mesh: Mesh) -> Run:
-    """Make the run's folder, prepare the data and build the sharded model; a collective."""
-    _make(folder, config.out)
+    """Prepare the data and build the sharded model; a collective."""
     prepared = on_first_local_rank(lambda: prepare(config.data))
     require_same(
         f"the text of data.source ({config.data.source})",

@@ -13,6 +13,7 @@ from models import VOCAB, small_config
 from moetrain import report as module
 from moetrain import settings
 from moetrain.build import build_model
+from moetrain.errors import UserError
 from moetrain.mesh import Mesh
 from moetrain.moe import Ledger
 from moetrain.objective import Means
@@ -169,3 +170,13 @@ def test_a_dense_run_has_lines_without_layers(tmp_path):
     (line,) = read_metrics(tmp_path)
     assert line["layers"] == []
     assert (line["drop_rate"], line["token_drop_rate"], line["max_vio"]) == (0, 0, 0)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    def work():
+        opened(tmp_path / "file" / "run")
+
+    with pytest.raises(UserError, match=r"out \(.*\) cannot hold .*run: Not a directory"):
+        simulate_ranks(1, work)
