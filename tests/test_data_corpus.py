@@ -2,6 +2,7 @@ import gzip
 import json
 import os
 import shutil
+import socket
 import sysconfig
 from pathlib import Path
 
@@ -78,6 +79,24 @@ def test_folder_file_and_glob(tmp_path):
     assert documents(tmp_path / "*.txt") == ["two"]
     assert documents(tmp_path / "**" / "*.txt") == ["two", "three"]
     assert documents(tmp_path, max_documents=2) == ["one", "two"]
+
+
+def test_a_name_is_no_pattern_and_line_breaks_are_one_character(tmp_path):
+    folder = tmp_path / "__a[1]*"
+    folder.mkdir()
+    (folder / "b [2]?#%20.txt").write_bytes(b"one\r\ntwo\rthree\n")
+    (folder / "b 2x#%20.txt").write_text("four")
+    assert documents(folder) == ["four", "one\ntwo\nthree\n"]
+
+
+def test_local_text_needs_no_network(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("here")
+    write_jsonl(tmp_path / "b.jsonl", {"text": "there"})
+    write_parquet(tmp_path / "c.parquet", text=["elsewhere"])
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *where, **_: asked.append(where) or [])
+    assert documents(tmp_path) == ["here", "there", "elsewhere"]
+    assert asked == []
 
 
 def test_home_is_expanded(tmp_path, monkeypatch):
@@ -174,7 +193,7 @@ def test_an_unreadable_file_is_named(tmp_path):
     assert documents(tmp_path) == ["here"]
     source = open_source(DataConfig(source=str(tmp_path)))
     (tmp_path / "a.txt").unlink()
-    with pytest.raises(UserError, match=r"cannot read .*a\.txt: .*No such file"):
+    with pytest.raises(UserError, match=r"cannot read .*a\.txt: Unable to find"):
         list(source.documents())
 
 

@@ -7,25 +7,23 @@ file and the byte, never something silently left out.
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
 import json
 import os
 import sysconfig
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from moetrain.config import DataConfig
-from moetrain.data.hub import check_column, hub_documents
+from moetrain.data.files import JSON_SUFFIXES, file_documents, file_kind
+from moetrain.data.hub import hub_documents
 from moetrain.errors import UserError
 
 STDLIB = "stdlib"
 STDLIB_SUFFIXES = {".py", ".rst", ".txt"}
-JSON_SUFFIXES = {".jsonl", ".json"}
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages"}
 KNOWN_SUFFIXES = {*JSON_SUFFIXES, ".parquet", ".txt", ".md", ".gz"}
 
@@ -52,16 +50,17 @@ def open_source(data: DataConfig) -> Source:
         UserError: nothing is there. Bad content is reported while `documents()` is read.
     """
     if data.source == STDLIB:
-        fingerprint, texts = _hash_texts(_stdlib_texts()), _stdlib_texts
+        identity, texts = _stdlib()
     elif _is_local(data.source):
-        files = _local_files(data.source)
-        fingerprint = _hash_files(files, data.field)
-        texts = partial(_local_texts, files, data.field)
+        identity, texts = _local(_local_files(data.source), data.field)
     else:
         where = (data.source, data.subset, data.split, data.streaming, data.field)
-        fingerprint = _sha256(json.dumps(["hub", *where]).encode())
-        texts = partial(hub_documents, *where)
+        identity, texts = ["hub", *where], lambda: hub_documents(*where)
+    fingerprint = _sha256(json.dumps(identity).encode())
     return Source(fingerprint, lambda: islice(_documents(texts(), data), data.max_documents))
+
+
+Texts = Callable[[], Iterable[str | None]]
 
 
 def _documents(texts: Iterable[str | None], data: DataConfig) -> Iterator[str]:
@@ -75,30 +74,35 @@ def _documents(texts: Iterable[str | None], data: DataConfig) -> Iterator[str]:
             yield text
 
 
-def _stdlib_texts() -> Iterator[str]:
-    """Python's own library, then its reference manual as `pydoc` carries it.
-
-    The few files that are not UTF-8 are the interpreter's own tests of other encodings: left out.
-    """
+def _stdlib() -> tuple[list[Any], Texts]:
+    """Python's own library, then its reference manual as `pydoc` carries it."""
     from pydoc_data.topics import topics
 
-    for path in _stdlib_files(Path(sysconfig.get_path("stdlib"))):
-        try:
-            yield path.read_bytes().decode()
-        except UnicodeDecodeError:
-            continue
-    yield from (topics[name] for name in sorted(topics))
+    identity, texts = _local(_stdlib_files(), "")
+    manual = [topics[name] for name in sorted(topics)]
+    identity += [_sha256(text.encode()) for text in manual]
+    return identity, lambda: chain(texts(), manual)
 
 
-def _stdlib_files(root: Path) -> list[Path]:
+def _stdlib_files() -> list[Path]:
+    """The library, without the few files that try out other encodings than UTF-8."""
     # _sysconfigdata holds the paths of this very installation; topics are read as text instead
     return [
         path
-        for path in _walk(root)
+        for path in _walk(Path(sysconfig.get_path("stdlib")))
         if path.suffix in STDLIB_SUFFIXES
         and path.name != "topics.py"
         and not path.name.startswith("_sysconfigdata")
+        and _is_utf8(path)
     ]
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        path.read_bytes().decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _is_local(source: str) -> bool:
@@ -138,105 +142,19 @@ def _walk(root: Path) -> list[Path]:
     return [named[name] for name in sorted(named)]
 
 
-def _local_texts(files: list[Path], field: str) -> Iterator[str | None]:
+def _local(files: list[Path], field: str) -> tuple[list[Any], Texts]:
+    """How each file is read and its bytes; the column counts where there are some."""
+    identity = []
     for path in files:
-        try:
-            yield from READERS[_kind(path)](path, field)
-        except (OSError, EOFError, zlib.error) as error:  # unreadable, or a damaged .gz
-            raise UserError(f"data.source: cannot read {path}: {error}") from error
-
-
-def _kind(path: Path) -> str:
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if suffix == ".parquet":
-        return "parquet"
-    return "json" if suffix in JSON_SUFFIXES else "text"
-
-
-def _text_documents(path: Path, _field: str) -> Iterator[str]:
-    with _open(path) as file:
-        yield _decode(file.read(), path, 0)
-
-
-def _json_documents(path: Path, field: str) -> Iterator[str | None]:
-    offset = 0
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _json_field(_decode(line, path, offset), field, f"{path}, line {number},")
-            offset += len(line)
-
-
-def _json_field(line: str, field: str, where: str) -> str | None:
-    try:
-        row = json.loads(line.strip())
-    except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", error)
-        raise UserError(f"data.source: {where} must be one JSON object ({reason})") from error
-    if not isinstance(row, dict):
-        raise UserError(f"data.source: {where} must be one JSON object, not {type(row).__name__}")
-    check_column(field, list(row), where)
-    text = row[field]
-    if isinstance(text, str) and not _is_encodable(text):
-        raise UserError(f"data.source: {where} holds half a surrogate pair in '{field}'")
-    return text
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _parquet_documents(path: Path, field: str) -> Iterator[str | None]:
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(path) as file:
-            check_column(field, file.schema_arrow.names, str(path))
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
-                yield from batch.column(0).to_pylist()
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"data.source: {path} is damaged: {error}") from error
-
-
-READERS = {"text": _text_documents, "json": _json_documents, "parquet": _parquet_documents}
-
-
-def _open(path: Path):
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-
-
-def _decode(content: bytes, path: Path, offset: int) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"data.source: {path} is not UTF-8 at byte {offset + error.start} ({error.reason}); "
-            "convert it, or leave it out with a glob"
-        ) from error
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _hash_texts(texts: Iterable[str]) -> str:
-    return _sha256("".join(_sha256(text.encode()) for text in texts).encode())
-
-
-def _hash_files(files: list[Path], field: str) -> str:
-    """SHA-256 over how each file is read and its bytes; the column counts where there are some."""
-    parts = []
-    for path in files:
-        kind = _kind(path)
+        kind = file_kind(path)
         try:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise UserError(f"data.source: cannot read {path}: {error}") from error
-        parts.append([kind, "" if kind == "text" else field, digest])
-    return _sha256(json.dumps(parts).encode())
+        identity.append([kind, "" if kind == "text" else field, digest])
+    return identity, lambda: file_documents(files, field)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -73,14 +73,19 @@ def hub_documents(
         (DatasetNotFoundError, DataFilesNotFoundError),
     )
     try:
-        columns = rows.column_names or list(next(iter(rows), {field: None}))
-        check_column(field, columns, subject)
-        for row in rows.select_columns([field]):
-            yield row[field]
+        yield from column(rows, field, subject)
     except UserError:
         raise
     except Exception as error:  # after the library's own retries
         raise UserError(f"{subject} broke off while being read: {_first_line(error)}") from error
+
+
+def column(rows: Any, field: str, subject: str) -> Iterator[Any]:
+    """Yield one column of a `datasets` dataset, row by row; a UserError if there is none such."""
+    columns = rows.column_names or list(next(iter(rows), {field: None}))
+    check_column(field, columns, subject)
+    for row in rows.select_columns([field]):
+        yield row[field]
 
 
 def check_column(field: str, columns: list[str], subject: str) -> None:
