@@ -203,12 +203,13 @@ class TokenizerTrain:
     """Entries of the vocabulary."""
 
     def run(self) -> int:
-        """Train and write."""
+        """Train and write; print the file."""
         _require(self.vocab_size > 256, "vocab-size", self.vocab_size, "above 256, one per byte")
         data = settings.resolve(None, {"data": {**self.data, "source": self.source}}).data
         from moetrain.data import open_source, train_bpe
 
         train_bpe(open_source(data).documents(), vocab_size=self.vocab_size, out=self.out)
+        print(self.out)
         return 0
 
 
