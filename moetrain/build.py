@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from moetrain.config import Config, MoEConfig
-from moetrain.model import Attention, Block, FeedForward, Transformer
-from moetrain.moe import MoE
+from moetrain.model import Attention, Block, FeedForward, SharedGate, Transformer
+from moetrain.moe import Gate, MoE
 
 
 def build_model(config: Config, vocab_size: int) -> Transformer:
@@ -46,8 +46,25 @@ def _block(config: Config, layer: int) -> Block:
         return Block(model.dim, model.norm_eps, attention, dense, moe=None)
     shared_dim = moe.shared_experts * config.expert_ffn_dim
     shared = FeedForward(model.dim, shared_dim) if shared_dim else None
+    shared_gate = None
+    if shared is not None and moe.shared_gate != "none":
+        shared_gate = SharedGate(moe.shared_gate, model.dim)
     experts = _moe(moe, layer, model.dim, config.expert_ffn_dim)
-    return Block(model.dim, model.norm_eps, attention, shared, experts)
+    return Block(model.dim, model.norm_eps, attention, shared, experts, shared_gate)
+
+
+def gate(moe: MoEConfig) -> Gate:
+    """The routing algorithm of a configuration."""
+    return Gate(
+        moe.router,
+        moe.top_k,
+        renormalize=moe.renormalize,
+        jitter=moe.jitter,
+        random_second=moe.random_second,
+        scale=moe.gate_scale,
+        groups=moe.expert_groups,
+        top_groups=moe.top_groups,
+    )
 
 
 def _moe(moe: MoEConfig, layer: int, dim: int, expert_dim: int) -> MoE:
@@ -56,13 +73,11 @@ def _moe(moe: MoEConfig, layer: int, dim: int, expert_dim: int) -> MoE:
         dim,
         expert_dim,
         moe.experts,
-        moe.top_k,
-        moe.router,
-        renormalize=moe.renormalize,
-        jitter=moe.jitter if moe.router == "switch" else 0.0,
-        random_second=moe.random_second,
+        gate(moe),
         capacity_factor=moe.capacity_factor,
         eval_capacity_factor=moe.eval_capacity_factor,
         min_capacity=moe.min_capacity,
         group=moe.group,
+        drop_policy=moe.drop_policy,
+        spill_depth=moe.spill_depth,
     )

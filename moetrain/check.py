@@ -64,10 +64,10 @@ def _layer(block: Block) -> str:
     total = sum(p.numel() for p in block.parameters())
     active, kind = total, "dense"
     if block.moe is not None:
-        experts, top_k = block.moe.num_experts, block.moe.top_k
+        experts, top_k = block.moe.num_experts, block.moe.gate.top_k
         of_one = sum(p.numel() for p in block.moe.experts.parameters()) // experts
         active -= of_one * (experts - top_k)
-        kind = f"{block.moe.router_name}, {top_k} of {experts} experts"
+        kind = f"{block.moe.gate.name}, {top_k} of {experts} experts"
         kind += " + shared" if block.feed_forward is not None else ""
     return f"{kind:30s} {total:14,} {active:11,}"
 

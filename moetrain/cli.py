@@ -23,8 +23,9 @@ from tyro.extras import SubcommandApp
 from moetrain import settings
 from moetrain.config import Config, DataConfig
 from moetrain.constraints import cautions, check_world
-from moetrain.errors import UserError
+from moetrain.errors import DivergedError, UserError
 
+FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 """As shells count an end by SIGINT."""
@@ -223,7 +224,9 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return parse(sys.argv[1:] if args is None else args).run()
     except UserError as error:
-        return _refuse(error)
+        return _refuse(error, BAD_INPUT)
+    except DivergedError as error:
+        return _refuse(error, FAILED)
     except KeyboardInterrupt:
         print("moetrain: interrupted; what a run last saved is there", file=sys.stderr)
         return INTERRUPTED
@@ -246,7 +249,7 @@ def parse(args: Sequence[str]) -> Command:
         )
 
 
-def _refuse(error: UserError) -> int:
+def _refuse(error: Exception, code: int) -> int:
     """Say it once for all ranks: rank 0 at once, and the agent that watches them then ends the
     others while they linger. One that outlives that has an error of its own, and says it.
     """
@@ -254,7 +257,7 @@ def _refuse(error: UserError) -> int:
     if rank:
         time.sleep(LINGER_S)
     print(f"moetrain: error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
-    return BAD_INPUT
+    return code
 
 
 def _warn(messages: Sequence[str]) -> None:

@@ -74,15 +74,40 @@ class MoEConfig(Section):
     experts: NonNegativeInt = 8
     """Experts per MoE layer; 0 makes the whole model dense."""
     top_k: PositiveInt = 2
-    """Experts per token (switch needs 1, gshard needs 2)."""
-    router: Literal["switch", "gshard", "topk"] = "topk"
-    """Gate: switch (2101.03961), gshard (2006.16668 Algorithm 1), topk (softmax, then top-k)."""
+    """Experts per token (switch needs 1, gshard 2, dense all); with expert_choice the mean."""
+    router: Literal[
+        "switch",
+        "gshard",
+        "topk",
+        "noisy_topk",
+        "sigmoid",
+        "expert_choice",
+        "hash",
+        "random",
+        "balanced",
+        "dense",
+        "hierarchical",
+    ] = "topk"
+    """Gate: switch (2101.03961), gshard (2006.16668 Algorithm 1), topk (softmax, then top-k),
+    noisy_topk (1701.06538), sigmoid (2412.19437), expert_choice (2202.09368), hierarchical
+    (1701.06538 App. B), dense (every expert), and without a router: hash (2106.04426), random,
+    balanced (round robin)."""
     renormalize: Bool = True
-    """topk only: divide the chosen gates by their sum (Mixtral: true, OLMoE: false)."""
+    """topk, hierarchical: divide the chosen gates by their sum (Mixtral: true, OLMoE: false)."""
     jitter: BelowOne = 0.0
     """switch only: multiply router inputs by U[1-jitter, 1+jitter] in training (paper: 0.01)."""
     random_second: Bool = True
     """gshard only: keep the second expert with probability min(1, 2·gate) in training."""
+    gate_scale: PositiveFloat = 1.0
+    """sigmoid only: what a token's gates add up to (DeepSeek-V3: 2.5)."""
+    bias_update_rate: NonNegativeFloat = 0.001
+    """sigmoid only: step of the balancing bias, after every optimizer step; 0 keeps it at 0."""
+    expert_groups: PositiveInt = 1
+    """sigmoid, hierarchical: equal groups of consecutive experts (nodes, say)."""
+    top_groups: PositiveInt = 1
+    """sigmoid, hierarchical: groups a token may choose from; must divide top_k."""
+    allow_noncausal: Bool = False
+    """expert_choice only: accept that a token's experts depend on later tokens."""
     expert_ffn_dim: PositiveInt | None = None
     """Hidden width of one expert; null: as the dense feed-forward layers."""
     capacity_factor: PositiveFloat | None = 1.25
@@ -94,14 +119,23 @@ class MoEConfig(Section):
     group: Literal["sequence", "microbatch"] | PositiveInt = "sequence"
     """Tokens among which capacity is enforced; an integer must divide data.seq_len. With
     `microbatch` (a rank's tokens in one pass) what is dropped depends on train.micro_batch."""
-    drop_policy: Literal["position"] = "position"
-    """Who loses when an expert is full: lower choice first, then earlier token, keeps its slot."""
+    drop_policy: Literal["position", "probability", "random", "spill"] = "position"
+    """Who keeps a slot of a full expert: lower choices, then earlier tokens (position); higher
+    gates (probability); a keyed draw (random). With spill, position, and losers move on."""
+    spill_depth: PositiveInt = 1
+    """spill only: how many further experts a losing choice may ask."""
     balance_coef: NonNegativeFloat = 0.01
     """Weight of the load-balancing loss (1 at perfect balance)."""
+    balance_scope: Literal["group", "batch"] = "group"
+    """Balance every routing group by itself, or the global batch as a whole, over all ranks and
+    micro-batches. (batch with more than one micro-batch runs the forward pass twice.)"""
     z_loss_coef: NonNegativeFloat = 0.001
     """Weight of the router z-loss (2202.08906)."""
     shared_experts: NonNegativeInt = 0
     """Experts that every token passes, beside the routed ones."""
+    shared_gate: Literal["none", "sigmoid", "softmax"] = "none"
+    """Weight of the shared experts: none adds them, sigmoid learns a share (Qwen2-MoE), softmax
+    learns a mix of both (residual MoE, 2201.05596)."""
     every: PositiveInt = 1
     """Every n-th block holds experts, the others are dense."""
     first_dense: NonNegativeInt = 0
@@ -189,6 +223,9 @@ class TrainConfig(Section):
     """AdamW: epsilon beside the root of that mean."""
     clip_norm: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+    max_bad_steps: PositiveInt = 3
+    """Give up after so many steps in a row whose loss or gradient is not finite; each is skipped,
+    with the weights left as they were."""
 
 
 class EvalConfig(Section):
@@ -251,6 +288,11 @@ class Config(Section):
     def expert_ffn_dim(self) -> int:
         """Hidden width of one expert, with null resolved."""
         return self.moe.expert_ffn_dim or self.model.dense_ffn_dim
+
+    @property
+    def balances_batch(self) -> bool:
+        """Whether the balance loss looks at the global batch as a whole."""
+        return self.moe.experts > 0 and self.moe.balance_scope == "batch"
 
     def dp_shard(self, world_size: int) -> int:
         """Ranks over which one copy of the model is sharded."""

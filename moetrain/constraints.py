@@ -17,11 +17,18 @@ from moetrain.errors import UserError
 if TYPE_CHECKING:
     from moetrain.config import Config, ModelConfig, MoEConfig
 
-_FIELDS_OF_ROUTER = {
-    "moe.jitter": "switch",
-    "moe.random_second": "gshard",
-    "moe.renormalize": "topk",
+_ROUTERS_OF_FIELD = {
+    "moe.jitter": ("switch",),
+    "moe.random_second": ("gshard",),
+    "moe.renormalize": ("topk", "hierarchical"),
+    "moe.gate_scale": ("sigmoid",),
+    "moe.bias_update_rate": ("sigmoid",),
+    "moe.expert_groups": ("sigmoid", "hierarchical"),
+    "moe.top_groups": ("sigmoid", "hierarchical"),
+    "moe.allow_noncausal": ("expert_choice",),
 }
+_WITHOUT_WEIGHTS = ("hash", "random", "balanced")
+_BALANCED_BY_DESIGN = (*_WITHOUT_WEIGHTS, "dense", "expert_choice")
 
 
 def problems(config: Config) -> list[str]:
@@ -92,7 +99,7 @@ def _head_problems(model: ModelConfig) -> Iterator[str]:
 
 def _choice_problems(moe: MoEConfig) -> Iterator[str]:
     experts, top_k, router = moe.experts, moe.top_k, moe.router
-    needed = {"switch": 1, "gshard": 2}.get(router, top_k)
+    needed = {"switch": 1, "gshard": 2, "dense": experts}.get(router, top_k)
     if top_k != needed:
         yield (
             f"moe.top_k ({top_k}) must be {needed} for moe.router {router}; "
@@ -103,6 +110,61 @@ def _choice_problems(moe: MoEConfig) -> Iterator[str]:
     elif experts < top_k:
         legal = "1" if experts == 1 else f"1 to {experts}"
         yield f"moe.top_k ({top_k}) must not exceed moe.experts ({experts}); try {legal}"
+    elif router in _ROUTERS_OF_FIELD["moe.expert_groups"]:
+        yield from _group_problems(moe)
+    yield from _expert_choice_problems(moe)
+    yield from _drop_policy_problems(moe)
+
+
+def _group_problems(moe: MoEConfig) -> Iterator[str]:
+    """Experts in equal groups, and as many choices in each of the groups a token may use."""
+    experts, top_k, groups, top_groups = moe.experts, moe.top_k, moe.expert_groups, moe.top_groups
+    legal = [n for n in _divisors(experts) if n > 1 or moe.router == "sigmoid"]
+    if groups not in legal:
+        reason = f"divide moe.experts ({experts}) into equal groups"
+        if moe.router == "hierarchical":
+            reason = f"be at least 2 for moe.router hierarchical and {reason}"
+        yield f"moe.expert_groups ({groups}) must {reason}; try {_nearest(legal, groups)}"
+        return
+    size = experts // groups
+    fitting = [n for n in _divisors(top_k) if n <= groups and top_k // n <= size]
+    if top_groups not in fitting:
+        yield (
+            f"moe.top_groups ({top_groups}) must divide moe.top_k ({top_k}) into equal shares that "
+            f"fit groups of {size} experts, and not exceed moe.expert_groups ({groups}); "
+            + (f"try {_nearest(fitting, top_groups)}" if fitting else "try another moe.top_k")
+        )
+
+
+def _expert_choice_problems(moe: MoEConfig) -> Iterator[str]:
+    if moe.router != "expert_choice":
+        return
+    if not moe.allow_noncausal:
+        yield (
+            "moe.router (expert_choice) lets a token's experts depend on later tokens, which a "
+            "causal model must not see; set moe.allow_noncausal to true to train it all the same, "
+            "or moe.router to topk"
+        )
+    for field in ("capacity_factor", "eval_capacity_factor"):
+        if getattr(moe, field) is None:
+            yield (
+                f"moe.{field} (null) cannot be dropless for moe.router expert_choice, where the "
+                "capacity is how many tokens an expert takes; try 1.0"
+            )
+
+
+def _drop_policy_problems(moe: MoEConfig) -> Iterator[str]:
+    """Policies that could never act."""
+    policy, router = moe.drop_policy, moe.router
+    reason = None
+    if policy != "position" and router == "expert_choice":
+        reason = "moe.router expert_choice drops nothing: no expert takes more than its capacity"
+    elif policy == "probability" and router in _WITHOUT_WEIGHTS:
+        reason = f"all gates of moe.router {router} are equal"
+    elif policy == "spill" and moe.top_k >= moe.experts:
+        reason = f"with moe.top_k ({moe.top_k}) every expert is chosen already"
+    if reason:
+        yield f"moe.drop_policy ({policy}) cannot act, because {reason}; set it to position"
 
 
 def _placement_problems(config: Config) -> Iterator[str]:
@@ -183,11 +245,7 @@ def _idle_settings(config: Config) -> Iterator[tuple[str, str]]:
         idle = set(type(moe).model_fields) - {"experts"}
         yield from ((f"moe.{field}", "when moe.experts is 0") for field in sorted(idle))
     else:
-        for field, router in _FIELDS_OF_ROUTER.items():
-            if moe.router != router:
-                yield field, f"with moe.router {moe.router}; only {router} reads it"
-        if moe.capacity_factor is None and moe.eval_capacity_factor is None:
-            yield "moe.min_capacity", "when both capacity factors are null (dropless)"
+        yield from _idle_moe_settings(moe)
     if source == "stdlib" or Path(source).expanduser().exists():
         for field in ("data.subset", "data.split", "data.streaming"):
             yield field, f"for the local data.source {source}"
@@ -199,6 +257,26 @@ def _idle_settings(config: Config) -> Iterator[tuple[str, str]]:
         yield "checkpoint.keep", "when checkpoint.every is 0 (never)"
     if config.log.wandb == "off":
         yield "log.wandb_project", "when log.wandb is off"
+
+
+def _idle_moe_settings(moe: MoEConfig) -> Iterator[tuple[str, str]]:
+    for field, routers in _ROUTERS_OF_FIELD.items():
+        if moe.router not in routers:
+            verb = "reads" if len(routers) == 1 else "read"
+            yield field, f"with moe.router {moe.router}; only {' and '.join(routers)} {verb} it"
+    if moe.router in _BALANCED_BY_DESIGN:
+        reason = f"with moe.router {moe.router}, which no loss can balance"
+        yield "moe.balance_coef", reason
+        yield "moe.balance_scope", reason
+    if moe.router in _WITHOUT_WEIGHTS:
+        yield "moe.z_loss_coef", f"with moe.router {moe.router}, which has no weights"
+    if moe.capacity_factor is None and moe.eval_capacity_factor is None:
+        for field in ("moe.min_capacity", "moe.drop_policy"):
+            yield field, "when both capacity factors are null (dropless)"
+    if moe.drop_policy != "spill":
+        yield "moe.spill_depth", f"with moe.drop_policy {moe.drop_policy}; only spill reads it"
+    if moe.shared_experts == 0:
+        yield "moe.shared_gate", "when moe.shared_experts is 0"
 
 
 def _doubtful(config: Config) -> Iterator[str]:

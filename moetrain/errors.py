@@ -1,5 +1,9 @@
-"""The one exception that means: the user can fix this."""
+"""The exceptions that mean: this is the message, and a traceback would add nothing."""
 
 
 class UserError(ValueError):
     """Bad configuration or input; the command line prints it alone and exits with code 2."""
+
+
+class DivergedError(RuntimeError):
+    """A run that cannot go on; the command line prints it alone and exits with code 1."""

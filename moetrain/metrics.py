@@ -8,6 +8,7 @@ Shape suffixes: E experts, K choices, O outcomes of an assignment.
 
 from __future__ import annotations
 
+import math
 import re
 import resource
 import sys
@@ -16,16 +17,18 @@ from typing import TypedDict
 
 import torch
 
-from moetrain.moe.capacity import DROPPED, KEPT, NOT_SAMPLED, SPILLED, Ledger
+from moetrain.moe.ledger import DROPPED, KEPT, NOT_SAMPLED, SPILLED, Ledger
+from moetrain.objective import LayerMeans, Means
 
 
 class LayerLine(TypedDict):
     """One MoE layer over one optimizer step. Counts are exact integers."""
 
     assigned: int
-    """(token, choice) pairs: K · tokens = kept + spilled + dropped + not_sampled."""
+    """(token, choice) pairs = kept + spilled + dropped + not_sampled."""
     kept: int
     spilled: int
+    """Lost by the expert chosen, and taken by another."""
     dropped: int
     """Lost because the expert was full."""
     not_sampled: int
@@ -36,16 +39,32 @@ class LayerLine(TypedDict):
     """Expert slots provided, filled or not."""
     drop_rate: float
     """dropped / assigned."""
-    max_vio: float
-    """(max load − mean load) / mean load, before drops (2408.15664, eq. 4)."""
+    drop_rate_by_choice: list[float]
+    """[K] the same of each choice, the best first."""
+    token_drop_rate: float
+    """lost_tokens / tokens."""
+    dropped_gate_mass: float
+    """Share of the gate weight that was dropped for lack of capacity."""
+    padding_waste: float
+    """Share of the slots that stayed empty."""
     effective_capacity_factor: float
     """slots / assigned: the configured factor after rounding and min_capacity."""
-    dropped_by_choice: list[int]
-    """[K] dropped assignments by choice, the best choice first."""
+    max_vio: float
+    """(max load − mean load) / mean load, before drops (2408.15664, eq. 4)."""
+    load_cv: float
+    """Standard deviation of the load over its mean."""
+    load_entropy: float
+    """exp(entropy of the load's distribution) / E: 1 when even, 1/E when one expert has all."""
+    dead_experts: int
+    """Experts that nobody chose."""
     load: list[int]
-    """[E] assignments by expert before drops; sums to assigned."""
+    """[E] assignments by the expert chosen, before drops; sums to assigned."""
     kept_load: list[int]
     """[E] assignments kept by the expert they chose; sums to kept."""
+    row_load: list[int]
+    """[E] assignments each expert computed, with those spilled to it; sums to kept + spilled."""
+    outcomes_by_rank: list[list[int]]
+    """[ranks] kept, spilled, dropped and not_sampled assignments of each rank's own tokens."""
 
 
 class Speed(TypedDict):
@@ -80,8 +99,17 @@ class TrainLine(Speed):
     """Σ dropped / Σ assigned over the MoE layers; 0 in a dense model."""
     token_drop_rate: float
     """Σ lost tokens / Σ tokens over the MoE layers; 0 in a dense model."""
+    dropped_gate_mass: float
+    """Mean over the MoE layers, as the four that follow; 0 in a dense model."""
+    padding_waste: float
+    effective_capacity_factor: float
     max_vio: float
-    """Mean over the MoE layers of each layer's max_vio; 0 in a dense model."""
+    load_cv: float
+    load_entropy: float
+    dead_experts: int
+    """Σ over the MoE layers."""
+    bad_steps: int
+    """Steps skipped so far because loss or gradient was not finite."""
     memory_gib: float
     layers: list[LayerLine]
     """One entry per MoE layer, first to last."""
@@ -101,57 +129,62 @@ def train_line(
     *,
     step: int,
     tokens: int,
-    loss: float,
-    balance_loss: float,
-    z_loss: float,
+    bad_steps: int,
+    means: Means,
     grad_norm: float,
     lr: float,
-    ledgers: Sequence[Ledger],
     speed: Speed,
     memory_gib: float,
 ) -> TrainLine:
-    """The line of one optimizer step; `ledgers` are summed over ranks, one per MoE layer.
+    """The line of one optimizer step.
 
     Raises AssertionError when a ledger does not conserve its assignments.
     """
+    layers = [layer_line(layer) for layer in means.layers]
     return TrainLine(
         step=step,
         tokens=tokens,
-        loss=loss,
-        balance_loss=balance_loss,
-        z_loss=z_loss,
+        loss=means.loss,
+        balance_loss=means.balance_loss,
+        z_loss=means.z_loss,
         grad_norm=grad_norm,
         lr=lr,
-        drop_rate=drop_rate(ledgers),
-        token_drop_rate=token_drop_rate(ledgers),
-        max_vio=_mean([_max_vio(_load(ledger)) for ledger in ledgers]),
+        drop_rate=drop_rate(means.ledgers),
+        token_drop_rate=token_drop_rate(means.ledgers),
+        dropped_gate_mass=_mean([layer["dropped_gate_mass"] for layer in layers]),
+        padding_waste=_mean([layer["padding_waste"] for layer in layers]),
+        effective_capacity_factor=_mean([layer["effective_capacity_factor"] for layer in layers]),
+        max_vio=_mean([layer["max_vio"] for layer in layers]),
+        load_cv=_mean([layer["load_cv"] for layer in layers]),
+        load_entropy=_mean([layer["load_entropy"] for layer in layers]),
+        dead_experts=sum(layer["dead_experts"] for layer in layers),
+        bad_steps=bad_steps,
         **speed,
         memory_gib=memory_gib,
-        layers=[layer_line(ledger) for ledger in ledgers],
+        layers=layers,
     )
 
 
-def eval_line(
-    *, step: int, loss: float, nats_per_byte: float, ledgers: Sequence[Ledger]
-) -> EvalLine:
-    """The line of one evaluation; `ledgers` are summed over the whole held-out set."""
+def eval_line(*, step: int, means: Means, nats_per_byte: float) -> EvalLine:
+    """The line of one evaluation over the whole held-out set."""
     return EvalLine(
         step=step,
-        eval_loss=loss,
+        eval_loss=means.loss,
         eval_nats_per_byte=nats_per_byte,
-        eval_drop_rate=drop_rate(ledgers),
+        eval_drop_rate=drop_rate(means.ledgers),
     )
 
 
-def layer_line(ledger: Ledger) -> LayerLine:
-    """The exact counts of one MoE layer.
+def layer_line(layer: LayerMeans) -> LayerLine:
+    """The exact counts of one MoE layer, and what follows from them.
 
     Raises AssertionError when the ledger does not conserve its assignments.
     """
+    ledger = layer.ledger
     outcome_EKO = ledger.outcome_EKO
-    assert (outcome_EKO >= 0).all(), f"negative counts in {outcome_EKO.tolist()}"
-    outcome = outcome_EKO.sum((0, 1)).tolist()
-    assigned, slots, load = sum(outcome), int(ledger.slots), _load(ledger)
+    outcome, slots = outcome_EKO.sum((0, 1)).tolist(), int(ledger.slots)
+    assigned, load = int(ledger.assigned), outcome_EKO.sum((1, 2)).tolist()
+    by_choice = outcome_EKO.sum(0)
     line = LayerLine(
         assigned=assigned,
         kept=outcome[KEPT],
@@ -161,13 +194,21 @@ def layer_line(ledger: Ledger) -> LayerLine:
         lost_tokens=int(ledger.lost_tokens),
         slots=slots,
         drop_rate=_ratio(outcome[DROPPED], assigned),
-        max_vio=_max_vio(load),
+        drop_rate_by_choice=[_ratio(int(of[DROPPED]), int(of.sum())) for of in by_choice],
+        token_drop_rate=_ratio(int(ledger.lost_tokens), int(ledger.tokens)),
+        dropped_gate_mass=layer.dropped_gate_mass,
+        padding_waste=_ratio(slots - outcome[KEPT] - outcome[SPILLED], slots),
         effective_capacity_factor=_ratio(slots, assigned),
-        dropped_by_choice=outcome_EKO[:, :, DROPPED].sum(0).tolist(),
+        max_vio=_ratio(max(load) * len(load) - sum(load), sum(load)),
+        load_cv=_variation(load),
+        load_entropy=_evenness(load),
+        dead_experts=load.count(0),
         load=load,
         kept_load=outcome_EKO[:, :, KEPT].sum(1).tolist(),
+        row_load=ledger.row_E.tolist(),
+        outcomes_by_rank=[list(rank) for rank in layer.outcomes_by_rank],
     )
-    _assert_conserved(line, k=outcome_EKO.shape[1], tokens=int(ledger.tokens))
+    _assert_conserved(line, tokens=int(ledger.tokens))
     return line
 
 
@@ -262,15 +303,20 @@ def device_peak_flops(device: torch.device, precision: str) -> float | None:
     return peak_flops(torch.cuda.get_device_name(device), arithmetic)
 
 
-def _load(ledger: Ledger) -> list[int]:
-    return ledger.outcome_EKO.sum((1, 2)).tolist()
+def _variation(load: list[int]) -> float:
+    mean = sum(load) / len(load)
+    return _ratio(math.sqrt(sum((count - mean) ** 2 for count in load) / len(load)), mean)
 
 
-def _max_vio(load: list[int]) -> float:
-    return _ratio(max(load) * len(load) - sum(load), sum(load))
+def _evenness(load: list[int]) -> float:
+    """exp(H)/E, H in nats; 0 without any load."""
+    shares = [count / sum(load) for count in load if count]
+    if not shares:
+        return 0.0
+    return math.exp(-sum(share * math.log(share) for share in shares)) / len(load)
 
 
-def _ratio(numerator: int, denominator: int) -> float:
+def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else 0.0
 
 
@@ -278,10 +324,14 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _assert_conserved(line: LayerLine, k: int, tokens: int) -> None:
+def _assert_conserved(line: LayerLine, tokens: int) -> None:
     outcomes = [line["kept"], line["spilled"], line["dropped"], line["not_sampled"]]
-    assert line["assigned"] == sum(outcomes) == k * tokens, f"{k} · {tokens} tokens != {line}"
-    assert sum(line["load"]) == line["assigned"], f"load does not sum to assigned: {line}"
-    assert sum(line["kept_load"]) == line["kept"], f"kept_load does not sum to kept: {line}"
-    assert line["kept"] + line["spilled"] <= line["slots"], f"more kept than slots: {line}"
+    assert min(outcomes) >= 0, f"negative counts: {line}"
+    assert line["assigned"] == sum(outcomes), f"outcomes do not add up to assigned: {line}"
+    assert sum(line["load"]) == line["assigned"], f"load does not add up to assigned: {line}"
+    assert sum(line["kept_load"]) == line["kept"], f"kept_load does not add up to kept: {line}"
+    arrived = line["kept"] + line["spilled"]
+    assert sum(line["row_load"]) == arrived <= line["slots"], f"rows do not add up: {line}"
+    by_rank = [sum(column) for column in zip(*line["outcomes_by_rank"], strict=True)]
+    assert by_rank == outcomes, f"ranks do not add up: {line}"
     assert 0 <= line["lost_tokens"] <= tokens, f"{line['lost_tokens']} of {tokens} tokens lost"

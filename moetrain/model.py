@@ -8,7 +8,7 @@ V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,17 @@ from moetrain.loss import cross_entropy_sum
 from moetrain.moe import Draws, Experts, LayerStats, MoE, Router
 from moetrain.moe.experts import swiglu
 from moetrain.moe.layer import Mode
+
+
+class Tokens(NamedTuple):
+    """What an MoE layer is told of its tokens, in the order of its arguments."""
+
+    valid_BL: Tensor
+    mode: Mode
+    draws: Draws | None
+    token_BL: Tensor
+    start: int
+    """Position of the first token."""
 
 
 class Output(NamedTuple):
@@ -128,6 +139,31 @@ class FeedForward(nn.Module):
         return self.w_down(swiglu(self.w_gate_up(x_BLD)))
 
 
+class SharedGate(nn.Module):
+    """How much of the routed and of the shared experts a token gets, learned per token.
+
+    sigmoid: y = routed + sigmoid(w·x)·shared, as in Qwen2-MoE. softmax: c = softmax(W·x) and
+    y = c₀·routed + c₁·shared, the residual MoE of PR-MoE (2201.05596) as DeepSpeed weighs it.
+    """
+
+    def __init__(self, kind: Literal["sigmoid", "softmax"], dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1 if kind == "sigmoid" else 2, dim))
+
+    def forward(self, x_BLD: Tensor, routed_BLD: Tensor, shared_BLD: Tensor) -> Tensor:
+        """The weighted sum, (B, L, D); the weights are computed in fp32 at least."""
+        wide = torch.promote_types(x_BLD.dtype, torch.float32)
+        logits = F.linear(x_BLD.to(wide), self.weight.to(wide))
+        if len(self.weight) == 1:
+            return routed_BLD + logits.sigmoid().to(x_BLD.dtype) * shared_BLD
+        share_BL2 = logits.softmax(dim=-1).to(x_BLD.dtype)
+        return share_BL2[..., :1] * routed_BLD + share_BL2[..., 1:] * shared_BLD
+
+
+def _add(_x: Tensor, routed: Tensor, shared: Tensor) -> Tensor:
+    return routed + shared
+
+
 class Block(nn.Module):
     """Pre-norm attention and feed-forward; the latter dense, or experts with shared ones beside."""
 
@@ -138,6 +174,7 @@ class Block(nn.Module):
         attention: Attention,
         feed_forward: FeedForward | None,
         moe: MoE | None,
+        shared_gate: SharedGate | None = None,
     ):
         super().__init__()
         assert feed_forward or moe
@@ -146,24 +183,22 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(dim, norm_eps)
         self.feed_forward = feed_forward
         self.moe = moe
+        self.shared_gate = shared_gate
 
     def forward(
-        self,
-        x_BLD: Tensor,
-        valid_BL: Tensor,
-        mask: Tensor | None,
-        mode: Mode,
-        draws: Draws | None,
-        cache: KVCache | None,
+        self, x_BLD: Tensor, tokens: Tokens, mask: Tensor | None, cache: KVCache | None
     ) -> tuple[Tensor, LayerStats | None]:
         """Output (B, L, D) and, from an MoE block, its statistics."""
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), mask, cache)
         h_BLD = self.ffn_norm(x_BLD)
-        if self.feed_forward is not None:
-            x_BLD = x_BLD + self.feed_forward(h_BLD)
         if self.moe is None:
-            return x_BLD, None
-        y_BLD, stats = self.moe(h_BLD, valid_BL, mode, draws)
+            assert self.feed_forward is not None
+            return x_BLD + self.feed_forward(h_BLD), None
+        y_BLD, stats = self.moe(h_BLD, *tokens)
+        if self.feed_forward is not None:
+            shared_BLD = self.feed_forward(h_BLD)
+            mix = self.shared_gate or _add
+            y_BLD = mix(h_BLD, y_BLD, shared_BLD)
         return x_BLD + y_BLD, stats
 
 
@@ -199,9 +234,10 @@ class Transformer(nn.Module):
             valid_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
         mask = _attention_mask(tokens_BL, document_BL, cache)
         x_BLD = self.embedding(tokens_BL)
+        tokens = Tokens(valid_BL, mode, draws, tokens_BL, cache.length if cache else 0)
         layers = []
         for block in self.blocks:
-            x_BLD, stats = block(x_BLD, valid_BL, mask, mode, draws, cache)
+            x_BLD, stats = block(x_BLD, tokens, mask, cache)
             if stats is not None:
                 layers.append(stats)
         if cache is not None:
@@ -247,11 +283,14 @@ def initial_value(
 
     Norms are 1. Matrices are truncated normal with standard deviation fan_in^-1/2 (the embedding:
     dim^-1/2), and (2·fan_in·layers)^-1/2 where they write to the residual stream (GPT-2's scaling).
+    Gates of noisy_topk are zero, so that its noise alone decides at first (1701.06538 App. A).
     The draw is keyed by (seed, name) and, for experts, by the *global* expert id, of which
     `experts` is the range wanted: experts are distinct, and the same at every layout.
     """
     if isinstance(module, RMSNorm):
         return torch.ones(shape)
+    if isinstance(module, Router) and module.starts_at_zero:
+        return torch.zeros(shape)
     fan_in = shape[-2] if isinstance(module, Experts) else shape[-1]
     writes_residual = name.endswith(("wo.weight", "w_down.weight", "w_down"))
     std = (fan_in * (2 * num_layers if writes_residual else 1)) ** -0.5
@@ -259,5 +298,5 @@ def initial_value(
         return torch.stack(
             [_truncated_normal(shape[1:], std, _generator(seed, name, id_)) for id_ in experts]
         )
-    assert isinstance(module, nn.Linear | nn.Embedding | Router), type(module)
+    assert isinstance(module, nn.Linear | nn.Embedding | Router | SharedGate), type(module)
     return _truncated_normal(shape, std, _generator(seed, name, 0))

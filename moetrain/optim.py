@@ -79,13 +79,16 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def global_grad_norm(parameters: Iterable[nn.Parameter], replicas: int) -> Tensor:
+def global_grad_norm(
+    parameters: Iterable[nn.Parameter], replicas: int, also_finite: Tensor
+) -> Tensor:
     """The 2-norm of the whole model's gradient, every parameter counted once: fp64, 0-d.
 
-    Collective over the default group. `replicas` is the number of ranks that hold the same shard.
+    NaN on every rank if `also_finite` (0-d) is not finite on any. Collective over the default
+    group. `replicas` is the number of ranks that hold the same shard.
     """
     grads = [_local(p.grad) for p in parameters if p.grad is not None]
-    total = nn.utils.get_total_norm(grads).double().square()
+    total = nn.utils.get_total_norm(grads).double().square() + 0 * also_finite
     dist.all_reduce(total)
     return (total / replicas).sqrt()
 

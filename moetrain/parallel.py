@@ -59,7 +59,8 @@ def _apply_fsdp(model: Transformer, mesh: Mesh, precision: Precision) -> None:
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     for module in list(model.modules()):
         if isinstance(module, MoE):
-            fully_shard(module.router, mesh=mesh.dense, mp_policy=exact)
+            if any(True for _ in module.router.parameters()):
+                fully_shard(module.router, mesh=mesh.dense, mp_policy=exact)
             fully_shard(
                 module.experts,
                 mesh=mesh.same_experts,
@@ -77,6 +78,8 @@ def _apply_fsdp(model: Transformer, mesh: Mesh, precision: Precision) -> None:
 
 @torch.no_grad()
 def _initialise(model: Transformer, mesh: Mesh, seed: int) -> None:
+    for buffer in model.buffers():
+        buffer.zero_()
     ep_rank = mesh.expert_parallel.get_local_rank()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):

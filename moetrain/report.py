@@ -91,18 +91,23 @@ class Report:
         self._steps += 1
         self._seconds += seconds
 
-    def train(self, step: int, tokens: int, means: Means, grad_norm: float, lr: float) -> None:
+    def skipped(self, step: int, grad_norm: float) -> None:
+        """Report a step that changed nothing."""
+        if self._is_writer:
+            self._progress.note(f"step {step} skipped: the gradient norm is {grad_norm}")
+
+    def train(
+        self, step: int, tokens: int, bad_steps: int, means: Means, grad_norm: float, lr: float
+    ) -> None:
         """Report the optimizer step just finished; speed is the mean since the last report."""
         config = self._config
         line = metrics.train_line(
             step=step,
             tokens=tokens,
-            loss=means.loss,
-            balance_loss=means.balance_loss,
-            z_loss=means.z_loss,
+            bad_steps=bad_steps,
+            means=means,
             grad_norm=grad_norm,
             lr=lr,
-            ledgers=means.ledgers,
             speed=metrics.speed(
                 step_tokens=config.train.global_batch * config.data.seq_len,
                 step_time_s=self._seconds / self._steps,
@@ -118,11 +123,7 @@ class Report:
     def evaluation(self, step: int, means: Means) -> None:
         """Report an evaluation on held-out text."""
         per_byte = nats_per_byte(means.loss, self._prepared.manifest)
-        self._write(
-            metrics.eval_line(
-                step=step, loss=means.loss, nats_per_byte=per_byte, ledgers=means.ledgers
-            )
-        )
+        self._write(metrics.eval_line(step=step, means=means, nats_per_byte=per_byte))
 
     def saved(self, step: int) -> None:
         """Report a checkpoint."""

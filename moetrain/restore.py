@@ -73,7 +73,8 @@ def model_on_device(found: Checkpoint, device: torch.device) -> Transformer:
 
 
 def _load(found: Checkpoint, model: Transformer) -> None:
-    tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
+    named = [*model.named_parameters(), *model.named_buffers()]
+    tensors = {f"model.{name}": value.detach() for name, value in named}
     checkpoint.load(found.path, tensors, prefix="model.")
 
 

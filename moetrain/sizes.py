@@ -26,7 +26,7 @@ def sizes(model: Transformer) -> Sizes:
     for module in model.modules():
         if isinstance(module, MoE):
             of_experts = sum(p.numel() for p in module.experts.parameters())
-            idle += of_experts * (module.num_experts - module.top_k) // module.num_experts
+            idle += of_experts * (module.num_experts - module.gate.top_k) // module.num_experts
     return Sizes(total, total - idle, model.embedding.weight.numel())
 
 

@@ -1,66 +1,24 @@
-"""The training run: batch, forward, loss, backward, step, metrics, evaluation, checkpoint."""
+"""The training run: steps, metrics, evaluation, checkpoints; where it starts and how it ends."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from moetrain import checkpoint, settings
-from moetrain.build import build_model, routing_group_tokens
+from moetrain.build import build_model
 from moetrain.config import Config, TrainConfig
 from moetrain.constraints import check_world
-from moetrain.data import Prepared, Samples, prepare
-from moetrain.engines import Engine
+from moetrain.data import Samples, prepare
 from moetrain.engines.torch import TorchEngine
-from moetrain.errors import UserError
-from moetrain.evaluate import evaluate, forward, on_device
+from moetrain.errors import DivergedError, UserError
+from moetrain.evaluate import evaluate
 from moetrain.mesh import Mesh, on_first_local_rank, process_group, rank_and_world, require_same
-from moetrain.moe import Draws
-from moetrain.moe.keyed import step_key
-from moetrain.objective import Counts, Sums, count, count_all, objective, reduce, sums
-from moetrain.optim import lr_at
+from moetrain.objective import reduce
 from moetrain.report import Report
-
-
-@dataclass(frozen=True)
-class Run:
-    """What stays the same from step to step."""
-
-    config: Config
-    folder: Path
-    mesh: Mesh
-    prepared: Prepared
-    engine: Engine
-    samples: Samples
-    held_out: Samples
-
-
-@dataclass(frozen=True)
-class Position:
-    """How far a run has come: with weights and moments, all that changes.
-
-    There is no generator state: every random draw is a function of seed, step and token.
-    """
-
-    step: int = 0
-    """Optimizer steps done."""
-    samples: int = 0
-    """Sequences trained on, and so the global index of the next."""
-    tokens: int = 0
-    """Tokens trained on."""
-
-
-class StepResult(NamedTuple):
-    """One optimizer step, before anything is brought together."""
-
-    parts: list[Sums]
-    """What each micro-batch of this rank added."""
-    counts: Counts
-    grad_norm: float
-    """Before clipping."""
-    lr: float
+from moetrain.step import Position, Run, train_step
 
 
 def run(config: Config) -> int:
@@ -102,11 +60,21 @@ def train(run: Run) -> None:
         while position.step < steps:
             started = time.perf_counter()
             result = train_step(run, position)
-            position = _advance(position, config)
+            position = _advance(position, config, result.is_bad)
             report.step_took(time.perf_counter() - started)
+            if result.is_bad:
+                report.skipped(position.step, result.grad_norm)
+                _give_up_if_stuck(position, config.train)
             if _due(position.step, config.log.every, steps):
-                means = reduce(result.parts, result.counts, run.mesh)
-                report.train(position.step, position.tokens, means, result.grad_norm, result.lr)
+                means = reduce(result.parts, result.counts, run.mesh, result.batch_balance)
+                report.train(
+                    position.step,
+                    position.tokens,
+                    position.bad_steps,
+                    means,
+                    result.grad_norm,
+                    result.lr,
+                )
             if _due(position.step, config.eval.every, steps):
                 means = evaluate(model, run.held_out, config.eval.sequences, config, run.mesh)
                 report.evaluation(position.step, means)
@@ -116,59 +84,30 @@ def train(run: Run) -> None:
         report.finish()
 
 
-def train_step(run: Run, position: Position) -> StepResult:
-    """One optimizer step on the next global batch."""
-    config, mesh = run.config, run.mesh
-    step = position.step + 1
-    batches = [
-        on_device(run.samples.batch(indices), mesh.device)
-        for indices in sample_indices(config, mesh.rank, mesh.world, position.samples)
-    ]
-    group_size = routing_group_tokens(config)
-    counts = count_all([count(batch, group_size) for batch in batches], mesh)
-    key = step_key(config.seed, step, mesh.device)
-    parts = []
-    for number, batch in enumerate(batches, start=1):
-        draws = Draws(key, batch.token_id_BL.flatten())
-        part = sums(forward(run.engine.model, batch, "train", draws))
-        loss = objective(part, counts, config.moe.balance_coef, config.moe.z_loss_coef)
-        run.engine.backward(loss, last=number == len(batches))
-        parts.append(part.detach())
-    lr = _lr(config.train, step)
-    return StepResult(parts, counts, run.engine.step(lr), lr)
-
-
-def sample_indices(config: Config, rank: int, world: int, first: int) -> list[range]:
-    """The samples of one rank's micro-batches in the global batch that starts at `first`."""
-    micro = config.train.micro_batch
-    starts = [first + (j * world + rank) * micro for j in range(config.accumulation(world))]
-    return [range(start, start + micro) for start in starts]
-
-
-def _advance(position: Position, config: Config) -> Position:
+def _advance(position: Position, config: Config, is_bad: bool) -> Position:
     batch = config.train.global_batch
     return Position(
         position.step + 1,
         position.samples + batch,
         position.tokens + batch * config.data.seq_len,
+        position.bad_steps + is_bad,
+        position.bad_in_a_row + 1 if is_bad else 0,
     )
+
+
+def _give_up_if_stuck(position: Position, train: TrainConfig) -> None:
+    if position.bad_in_a_row >= train.max_bad_steps:
+        raise DivergedError(
+            f"loss or gradient was not finite in {position.bad_in_a_row} steps in a row, up to "
+            f"step {position.step} (train.max_bad_steps {train.max_bad_steps}); try a lower "
+            "train.lr, more train.warmup_steps or train.clip_norm 1, and continue from an earlier "
+            "checkpoint"
+        )
 
 
 def _due(step: int, every: int, last: int) -> bool:
     """Whether a periodic thing happens after this step: every n-th, and the last; 0 is never."""
     return every > 0 and (step % every == 0 or step == last)
-
-
-def _lr(train: TrainConfig, step: int) -> float:
-    return lr_at(
-        step,
-        steps=train.steps,
-        peak=train.lr,
-        min_ratio=train.min_lr_ratio,
-        warmup_steps=train.warmup_steps,
-        schedule=train.schedule,
-        decay_fraction=train.decay_fraction,
-    )
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -28,15 +28,15 @@ class Engine(Protocol):
     def step(self, lr: float) -> float:
         """Clip by the global gradient norm, update, clear the gradients.
 
-        Returns the norm before clipping, the same on every rank. Raises FloatingPointError, with
-        the weights untouched, when it is not finite.
+        Returns the norm before clipping, the same on every rank. Where a loss or a gradient of any
+        rank is not finite, neither is the norm, and weights and moments are left as they were.
         """
         ...
 
     def state(self) -> dict[str, Tensor]:
         """All that a checkpoint holds, by logical name and in full logical shape.
 
-        Weights as `model.NAME`, moments and step counts as `optimizer.NAME.KEY`. The tensors are
-        the live ones (DTensors where sharded): loading writes into them.
+        Weights and buffers as `model.NAME`, moments and step counts as `optimizer.NAME.KEY`. The
+        tensors are the live ones (DTensors where sharded): loading writes into them.
         """
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from moetrain.config import TrainConfig
@@ -24,7 +25,9 @@ class TorchEngine:
         # Kept here: between a forward and a backward pass, FSDP2 puts gathered copies in the model.
         self.weights = dict(self.model.named_parameters())
         self.mesh = mesh
+        self.buffers = dict(self.model.named_buffers())
         self.clip_norm = train.clip_norm
+        self._losses = torch.zeros((), device=mesh.device)
         self.optimizer = adamw(
             self.weights.values(),
             betas=(train.beta1, train.beta2),
@@ -36,23 +39,25 @@ class TorchEngine:
         """See `Engine`. Gradients are reduced over the ranks once, at the last micro-batch."""
         self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
         loss.backward()
+        self._losses += loss.detach()
 
     def step(self, lr: float) -> float:
         """See `Engine`."""
-        norm = global_grad_norm(self.weights.values(), self.mesh.dp_replicate).item()
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the global gradient norm is {norm}")
-        if self.clip_norm and norm > self.clip_norm:
-            scale_grads(self.weights.values(), self.clip_norm / norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        weights, losses = self.weights.values(), self._losses
+        self._losses = torch.zeros_like(losses)
+        norm = global_grad_norm(weights, self.mesh.dp_replicate, also_finite=losses).item()
+        if math.isfinite(norm):
+            if self.clip_norm and norm > self.clip_norm:
+                scale_grads(weights, self.clip_norm / norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
     def state(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        tensors: dict[str, Tensor] = {}
+        tensors = {f"model.{name}": buffer for name, buffer in self.buffers.items()}
         for name, weight in self.weights.items():
             tensors[f"model.{name}"] = weight.detach()
             for key, value in self.optimizer.state[weight].items():

@@ -3,11 +3,13 @@
 Everything here takes tensors and process groups; nothing knows of runs, files or configurations.
 """
 
-from moetrain.moe.capacity import OUTCOMES, Ledger, Plan, capacity
+from moetrain.moe.capacity import Plan, capacity
 from moetrain.moe.dispatch import AllToAll, Dispatcher, Local
 from moetrain.moe.experts import Experts
 from moetrain.moe.keyed import Draws
-from moetrain.moe.layer import LayerStats, MoE, Router
+from moetrain.moe.layer import LayerStats, MoE
+from moetrain.moe.ledger import OUTCOMES, Ledger
+from moetrain.moe.router import Gate, Router
 from moetrain.moe.routing import Routing
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "Dispatcher",
     "Draws",
     "Experts",
+    "Gate",
     "LayerStats",
     "Ledger",
     "Local",

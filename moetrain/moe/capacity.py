@@ -1,9 +1,8 @@
-"""Capacity: who gets a slot. Routing -> Plan (where every assignment goes) + Ledger (what became
-of it).
+"""Capacity: who gets a slot. Routing -> Plan, the row of every assignment.
 
 Shape suffixes: T tokens on this rank, S tokens of one routing group, G groups, K choices,
 E experts, C slots per expert and group, N = K·S assignments of a group, R rows of the expert
-buffer, O outcomes. An *assignment* is one (token, choice) pair; its number is t·K + k.
+buffer. An *assignment* is one (token, choice) pair; its number is t·K + k.
 """
 
 from __future__ import annotations
@@ -16,9 +15,6 @@ import torch
 from torch import Tensor
 
 from moetrain.moe.routing import Routing
-
-OUTCOMES = ("kept", "spilled", "dropped", "not_sampled")
-KEPT, SPILLED, DROPPED, NOT_SAMPLED = range(len(OUTCOMES))
 
 
 class Plan(NamedTuple):
@@ -41,19 +37,6 @@ class Plan(NamedTuple):
     that are filled. (Groups of padding alone are there to fill up a batch, at some layouts.)"""
 
 
-class Ledger(NamedTuple):
-    """What became of every assignment, exactly: int64 counts that add over batches and ranks."""
-
-    outcome_EKO: Tensor
-    """Assignments of valid tokens by expert, choice and outcome (in the order of OUTCOMES)."""
-    tokens: Tensor
-    """0-d: valid tokens."""
-    lost_tokens: Tensor
-    """0-d: valid tokens with no expert left."""
-    slots: Tensor
-    """0-d: expert slots provided, filled or not; see `Plan.slots`."""
-
-
 def capacity(group_size: int, experts: int, k: int, factor: float, min_capacity: int) -> int:
     """Slots per expert in one routing group: max(min_capacity, ⌈factor·K·S/E⌉), at most S.
 
@@ -72,7 +55,7 @@ def capacity(group_size: int, experts: int, k: int, factor: float, min_capacity:
 
 
 class _Queues(NamedTuple):
-    """The requests of every group, sorted by expert; within an expert, first come first."""
+    """The requests of every group, sorted by expert; within an expert, first served first."""
 
     expert_GN: Tensor  # expert of every request in sorted order; E: asks for nothing
     order_GN: Tensor  # its place in the group's (choice, token) order
@@ -80,17 +63,29 @@ class _Queues(NamedTuple):
     start_GE: Tensor  # where the expert's queue begins in the sorted order
 
 
-def _queue(routing: Routing, group_size: int) -> _Queues:
-    """Line up the requests: first choices of the whole group before any second choice."""
-    num_experts, k = routing.prob_TE.shape[1], routing.expert_TK.shape[1]
-    asks_TK = routing.sampled_TK & routing.valid_T[:, None]
-    expert_TK = torch.where(asks_TK, routing.expert_TK, num_experts)
-    expert_GN = expert_TK.view(-1, group_size, k).transpose(1, 2).reshape(-1, k * group_size)
-    sorted_GN, order_GN = torch.sort(expert_GN, dim=1, stable=True)
+def _queue(routing: Routing, group_size: int, priority_TK: Tensor | None = None) -> _Queues:
+    """Line up the requests: first choices of the whole group before any second choice, unless
+    there are priorities; those settle ties then."""
+    num_experts = routing.num_experts
+    asks_TK = routing.sampled_TK & routing.asks_TK
+    expert_GN = _in_order(torch.where(asks_TK, routing.expert_TK, num_experts), group_size)
+    if priority_TK is None:
+        sorted_GN, order_GN = torch.sort(expert_GN, dim=1, stable=True)
+    else:
+        priority_GN = _in_order(priority_TK.detach(), group_size)
+        served_GN = priority_GN.sort(dim=1, descending=True, stable=True).indices
+        sorted_GN, place_GN = expert_GN.gather(1, served_GN).sort(dim=1, stable=True)
+        order_GN = served_GN.gather(1, place_GN)
     count_GE = expert_GN.new_zeros(expert_GN.shape[0], num_experts + 1)
     count_GE.scatter_add_(1, expert_GN, torch.ones_like(expert_GN))
     count_GE = count_GE[:, :num_experts]
     return _Queues(sorted_GN, order_GN, count_GE, count_GE.cumsum(1) - count_GE)
+
+
+def _in_order(values_TK: Tensor, group_size: int) -> Tensor:
+    """Values of assignments in their group's (choice, token) order: (G, N)."""
+    values_GSK = values_TK.view(-1, group_size, values_TK.shape[1])
+    return values_GSK.transpose(1, 2).flatten(1)
 
 
 def _assignment(order: Tensor, group_size: int, k: int) -> Tensor:
@@ -106,13 +101,16 @@ def _rows_of_assignments(row_GN: Tensor, queues: _Queues, group_size: int, k: in
     return row_in_order_GN.view(-1, k, group_size).transpose(1, 2).reshape(-1, k)
 
 
-def plan_capacity(routing: Routing, group_size: int, slots: int) -> Plan:
+def plan_capacity(
+    routing: Routing, group_size: int, slots: int, priority_TK: Tensor | None = None
+) -> Plan:
     """Give each expert at most `slots` assignments of each group; the last in line lose.
 
-    Priority is the choice rank, then token order (`position`; GShard Algorithm 1). T must be a
-    multiple of `group_size`.
+    The line is that of choice ranks, then tokens (GShard Algorithm 1); with `priority_TK` (any
+    dtype), the highest priority comes first and that order settles ties. T must be a multiple of
+    `group_size`.
     """
-    queues = _queue(routing, group_size)
+    queues = _queue(routing, group_size, priority_TK)
     num_groups, num_experts = queues.count_GE.shape
     k = routing.expert_TK.shape[1]
     num_rows = num_experts * num_groups * slots
@@ -155,23 +153,4 @@ def plan_dropless(routing: Routing) -> Plan:
         count_E=queues.count_GE[0],
         rows_per_expert=None,
         slots=queues.count_GE.sum(),
-    )
-
-
-def ledger(routing: Routing, plan: Plan) -> Ledger:
-    """Count what became of every assignment of a valid token."""
-    num_experts, k = routing.prob_TE.shape[1], routing.expert_TK.shape[1]
-    kept_TK = plan.row_TK < plan.source_R.numel()
-    outcome_TK = torch.where(kept_TK, KEPT, DROPPED)
-    outcome_TK = torch.where(routing.sampled_TK, outcome_TK, NOT_SAMPLED)
-    choice_K = torch.arange(k, device=outcome_TK.device)
-    cell_TK = (routing.expert_TK * k + choice_K) * len(OUTCOMES) + outcome_TK
-    valid_TK = routing.valid_T[:, None].expand(-1, k).to(torch.int64)
-    outcome_EKO = cell_TK.new_zeros(num_experts * k * len(OUTCOMES))
-    outcome_EKO.scatter_add_(0, cell_TK.flatten(), valid_TK.flatten())
-    return Ledger(
-        outcome_EKO=outcome_EKO.view(num_experts, k, len(OUTCOMES)),
-        tokens=routing.valid_T.sum(),
-        lost_tokens=(routing.valid_T & ~kept_TK.any(dim=1)).sum(),
-        slots=plan.slots,
     )

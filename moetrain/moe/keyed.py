@@ -59,12 +59,28 @@ def purpose_key(draws: Draws, layer: int, purpose: str) -> Tensor:
     return fold(fold(draws.step_key, layer), int.from_bytes(digest[:4], "little"))
 
 
+def token_keys(draws: Draws, layer: int, purpose: str, columns: int | None = None) -> Tensor:
+    """A hash for every token: int64 (T,), or (T, columns) where `columns` is given."""
+    key_T = fold(purpose_key(draws, layer, purpose), draws.token_id_T)
+    if columns is None:
+        return key_T
+    return fold(key_T[:, None], torch.arange(columns, device=key_T.device))
+
+
 def uniform(draws: Draws, layer: int, purpose: str, columns: int | None = None) -> Tensor:
     """Independent U[0, 1) draws for every token.
 
     Returns fp32 (T,), or (T, columns) where `columns` is given; multiples of 2^-24.
     """
-    key_T = fold(purpose_key(draws, layer, purpose), draws.token_id_T)
-    if columns is not None:
-        key_T = fold(key_T[:, None], torch.arange(columns, device=key_T.device))
-    return ((key_T >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+    key = token_keys(draws, layer, purpose, columns)
+    return ((key >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+
+
+def normal(draws: Draws, layer: int, purpose: str, columns: int | None = None) -> Tensor:
+    """Independent N(0, 1) draws for every token: fp32, shaped as `uniform` does.
+
+    The inverse of the distribution function in fp64, so that devices agree once rounded.
+    """
+    key = token_keys(draws, layer, purpose, columns)
+    midpoint = (((key >> 11) & ((1 << 53) - 1)).to(torch.float64) + 0.5) * 2.0**-53
+    return torch.special.ndtri(midpoint).to(torch.float32)

@@ -1,7 +1,7 @@
 """The MoE layer: route -> plan -> dispatch -> experts -> combine.
 
 Shape suffixes: B sequences, L tokens of a sequence, T = B·L tokens on this rank, D model width,
-E experts.
+E experts, K choices, G routing groups.
 """
 
 from __future__ import annotations
@@ -9,19 +9,22 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetrain.moe import balance, keyed, routing
-from moetrain.moe.capacity import Ledger, Plan, capacity, ledger, plan_capacity, plan_dropless
+from moetrain.moe import balance, keyed
+from moetrain.moe.balance import Demand
+from moetrain.moe.capacity import Plan, capacity, plan_capacity, plan_dropless
 from moetrain.moe.dispatch import Dispatcher, Local
 from moetrain.moe.experts import Experts
 from moetrain.moe.keyed import Draws
+from moetrain.moe.ledger import GateMass, Ledger, gate_mass, ledger
+from moetrain.moe.router import Gate, Inputs, Router
 from moetrain.moe.routing import Routing
+from moetrain.moe.spill import spill
 
 Mode = Literal["train", "eval", "generate"]
-RouterName = Literal["switch", "gshard", "topk"]
 GroupName = Literal["sequence", "microbatch"]
+DropPolicy = Literal["position", "probability", "random", "spill"]
 
 
 class LayerStats(NamedTuple):
@@ -29,22 +32,12 @@ class LayerStats(NamedTuple):
 
     balance_sum: Tensor
     """Balance loss summed over routing groups; differentiable, 0-d."""
+    demand: Demand
+    """What the whole call asked of the experts (G = 1), for a loss over the global batch."""
     z_sum: Tensor
     """Router z-loss summed over valid tokens; differentiable, 0-d."""
     ledger: Ledger
-
-
-class Router(nn.Module):
-    """Linear map to one logit per expert, in fp32 at least whatever the input."""
-
-    def __init__(self, dim: int, num_experts: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Logits (T, E) in fp32, or fp64 for fp64 input."""
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
-        return F.linear(x_TD.to(wide), self.weight.to(wide))
+    gate_mass: GateMass
 
 
 class MoE(nn.Module):
@@ -53,6 +46,12 @@ class MoE(nn.Module):
     `group` is the routing group in which capacity is enforced: "sequence", "microbatch" (all tokens
     of the call: the drops then depend on how a batch is cut), or a number of tokens dividing the
     sequence. A capacity factor of None is dropless; generating text never drops.
+
+    `drop_policy` says who loses when an expert is full. position: later choices, then later tokens.
+    probability: lower gates (V-MoE, 2106.05974 §4, ranks whole tokens by their best gate instead;
+    with one choice the two are the same). random: by a keyed draw, in training; elsewhere as
+    position. spill: as position, but losers go on to the next `spill_depth` experts they rank.
+
     The layer is single-device code: under expert parallelism `dispatcher` is replaced from outside.
     """
 
@@ -62,52 +61,72 @@ class MoE(nn.Module):
         dim: int,
         hidden_dim: int,
         num_experts: int,
-        top_k: int,
-        router: RouterName,
+        gate: Gate,
         *,
-        renormalize: bool = True,
-        jitter: float = 0.0,
-        random_second: bool = True,
         capacity_factor: float | None = 1.25,
         eval_capacity_factor: float | None = 2.0,
         min_capacity: int = 1,
         group: GroupName | int = "sequence",
+        drop_policy: DropPolicy = "position",
+        spill_depth: int = 1,
     ):
         super().__init__()
-        self.layer = layer
-        self.top_k, self.num_experts = top_k, num_experts
-        self.router_name: RouterName = router
-        self.renormalize, self.jitter, self.random_second = renormalize, jitter, random_second
+        self.layer, self.num_experts, self.gate = layer, num_experts, gate
         self.factors = {"train": capacity_factor, "eval": eval_capacity_factor, "generate": None}
         self.min_capacity, self.group = min_capacity, group
-        self.router = Router(dim, num_experts)
+        self.drop_policy: DropPolicy = drop_policy
+        self.spill_depth = spill_depth
+        self.router = Router(layer, gate, dim, num_experts)
         self.experts = Experts(num_experts, dim, hidden_dim)
         self.dispatcher: Dispatcher = Local()
 
     def forward(
-        self, x_BLD: Tensor, valid_BL: Tensor, mode: Mode, draws: Draws | None = None
+        self,
+        x_BLD: Tensor,
+        valid_BL: Tensor,
+        mode: Mode,
+        draws: Draws | None = None,
+        token_BL: Tensor | None = None,
+        start: int = 0,
     ) -> tuple[Tensor, LayerStats]:
-        """Output (B, L, D) and the layer's losses and ledger.
+        """Output (B, L, D) and the layer's losses and counts.
 
         `valid_BL` (bool) is False for padding: its output is zero, and whatever it holds reaches
-        nothing. `draws` are used in mode "train" alone; ValueError where a gate that draws at
-        random lacks them.
+        nothing. `draws` are used in mode "train" alone. `token_BL` (int64) are vocabulary ids,
+        which the gates `hash` and `random` look at, and `start` is the position of the first.
+
+        Raises ValueError where a gate or drop policy lacks the draws or ids it needs.
         """
         valid_T = valid_BL.flatten()
         x_TD = x_BLD.flatten(0, 1).where(valid_T[:, None], 0)
-        group_size = self._group_size(x_BLD, mode)
-        record = self._route(x_TD, valid_T, self._own_draws(draws) if mode == "train" else None)
-        plan = self._plan(record, group_size, self.factors[mode])
+        group_size, draws = self._group_size(x_BLD, mode), self._draws(draws, mode)
+        slots = self._slots(group_size, mode)
+        position_L = torch.arange(start, start + x_BLD.shape[1], device=x_BLD.device)
+        inputs = Inputs(
+            x_TD,
+            valid_T,
+            position_L.repeat(len(x_BLD)),
+            None if token_BL is None else token_BL.flatten(),
+            draws,
+            group_size,
+            slots,
+        )
+        record = self.router(inputs)
+        settled, plan = self._plan(record, group_size, slots, draws)
         arrived = self.dispatcher.dispatch(x_TD, plan)
         rows = self.experts(arrived.rows, arrived.counts)
-        y_TD = self.dispatcher.combine(rows, arrived, plan, record.gate_TK)
-        balance_loss = (
-            balance.gshard_balance if self.router_name == "gshard" else balance.switch_balance
+        y_TD = self.dispatcher.combine(rows, arrived, plan, settled.gate_TK)
+        return y_TD.view_as(x_BLD), self._stats(record, settled, plan, group_size)
+
+    def _stats(self, record: Routing, settled: Routing, plan: Plan, group_size: int) -> LayerStats:
+        demand = balance.demand(self.gate, record, group_size)
+        return LayerStats(
+            balance.balance(self.gate, demand).sum(),
+            balance.join(demand),
+            balance.z_loss(record),
+            ledger(record, settled, plan),
+            gate_mass(record, plan),
         )
-        stats = LayerStats(
-            balance_loss(record, group_size), balance.z_loss(record), ledger(record, plan)
-        )
-        return y_TD.view_as(x_BLD), stats
 
     def _group_size(self, x_BLD: Tensor, mode: Mode) -> int:
         batch, length, _ = x_BLD.shape
@@ -117,30 +136,37 @@ class MoE(nn.Module):
             return self.group
         return length if self.group == "sequence" else batch * length
 
-    def _own_draws(self, draws: Draws | None) -> Draws | None:
-        """The draws if this layer's gate makes any."""
-        is_random = self.jitter > 0 or (self.router_name == "gshard" and self.random_second)
-        if is_random and draws is None:
-            raise ValueError(f"a {self.router_name} gate that draws at random needs `draws`")
-        return draws if is_random else None
-
-    def _route(self, x_TD: Tensor, valid_T: Tensor, draws: Draws | None) -> Routing:
-        """Logits and gate; `draws` only where this pass draws."""
-        if draws is not None and self.jitter > 0:
-            noise_TD = keyed.uniform(draws, self.layer, "jitter", x_TD.shape[1])
-            x_TD = x_TD * (1 + self.jitter * (2 * noise_TD - 1))
-        logits_TE = self.router(x_TD)
-        if self.router_name == "switch":
-            return routing.switch(logits_TE, valid_T)
-        if self.router_name == "topk":
-            return routing.topk(logits_TE, valid_T, self.top_k, self.renormalize)
-        uniform_T = None
-        if draws is not None and self.random_second:
-            uniform_T = keyed.uniform(draws, self.layer, "second expert")
-        return routing.gshard(logits_TE, valid_T, uniform_T)
-
-    def _plan(self, record: Routing, group_size: int, factor: float | None) -> Plan:
+    def _slots(self, group_size: int, mode: Mode) -> int | None:
+        factor = self.factors[mode]
         if factor is None:
-            return plan_dropless(record)
-        slots = capacity(group_size, self.num_experts, self.top_k, factor, self.min_capacity)
-        return plan_capacity(record, group_size, slots)
+            return None
+        top_k = self.gate.top_k
+        return capacity(group_size, self.num_experts, top_k, factor, self.min_capacity)
+
+    def _draws(self, draws: Draws | None, mode: Mode) -> Draws | None:
+        """The draws of a training pass in which something is drawn."""
+        drops_at_random = self.drop_policy == "random" and self.factors["train"] is not None
+        if mode != "train" or not (self.gate.needs_draws or drops_at_random):
+            return None
+        if draws is None:
+            what = f"a {self.gate.name} gate" if self.gate.needs_draws else "drop policy random"
+            raise ValueError(f"{what} draws at random in training and needs `draws`")
+        return draws
+
+    def _plan(
+        self, record: Routing, group_size: int, slots: int | None, draws: Draws | None
+    ) -> tuple[Routing, Plan]:
+        """The routing as it is carried out, and its plan."""
+        if slots is None:
+            return record, plan_dropless(record)
+        if self.drop_policy == "spill":
+            record = spill(record, group_size, slots, self.spill_depth)
+        return record, plan_capacity(record, group_size, slots, self._priority(record, draws))
+
+    def _priority(self, record: Routing, draws: Draws | None) -> Tensor | None:
+        """Who is served first, where it is not by position."""
+        if self.drop_policy == "probability":
+            return record.gate_TK
+        if self.drop_policy == "random" and draws is not None:
+            return keyed.uniform(draws, self.layer, "drop", record.expert_TK.shape[1])
+        return None

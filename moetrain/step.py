@@ -1,0 +1,163 @@
+"""One optimizer step: forward, loss and backward of every micro-batch, update, router biases."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moetrain.build import gate, routing_group_tokens
+from moetrain.config import Config, TrainConfig
+from moetrain.data import Batch, Prepared, Samples
+from moetrain.engines import Engine
+from moetrain.evaluate import forward, on_device
+from moetrain.mesh import Mesh
+from moetrain.moe import Draws, Router
+from moetrain.moe.keyed import step_key
+from moetrain.moe.ledger import is_conserved
+from moetrain.objective import (
+    BatchBalance,
+    Counts,
+    Sums,
+    batch_balance,
+    count,
+    count_all,
+    loads,
+    objective,
+    sums,
+)
+from moetrain.optim import lr_at
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from step to step."""
+
+    config: Config
+    folder: Path
+    mesh: Mesh
+    prepared: Prepared
+    engine: Engine
+    samples: Samples
+    held_out: Samples
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come: with weights and moments, all that changes.
+
+    There is no generator state: every random draw is a function of seed, step and token.
+    """
+
+    step: int = 0
+    """Optimizer steps done."""
+    samples: int = 0
+    """Sequences trained on, and so the global index of the next."""
+    tokens: int = 0
+    """Tokens trained on."""
+    bad_steps: int = 0
+    """Steps skipped because loss or gradient was not finite."""
+    bad_in_a_row: int = 0
+    """Those since the last good one."""
+
+
+class StepResult(NamedTuple):
+    """One optimizer step, before anything is brought together."""
+
+    parts: list[Sums]
+    """What each micro-batch of this rank added."""
+    counts: Counts
+    batch_balance: BatchBalance | None
+    grad_norm: float
+    """Before clipping; not finite for a step that was skipped."""
+    lr: float
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether the step was skipped, on every rank alike."""
+        return not math.isfinite(self.grad_norm)
+
+
+def train_step(run: Run, position: Position) -> StepResult:
+    """One optimizer step on the next global batch."""
+    config, mesh = run.config, run.mesh
+    step = position.step + 1
+    batches = [
+        on_device(run.samples.batch(indices), mesh.device)
+        for indices in sample_indices(config, mesh.rank, mesh.world, position.samples)
+    ]
+    group_size = routing_group_tokens(config)
+    counts = count_all([count(batch, group_size) for batch in batches], mesh)
+    key = step_key(config.seed, step, mesh.device)
+    parts, whole = [], _survey(run, batches, key)
+    for number, batch in enumerate(batches, start=1):
+        part = _forward(run, batch, key)
+        if whole is None and config.balances_batch:
+            whole = batch_balance(gate(config.moe), [part.demands], mesh)
+        coefs = config.moe.balance_coef, config.moe.z_loss_coef
+        run.engine.backward(objective(part, counts, *coefs, whole), last=number == len(batches))
+        parts.append(part.detach())
+    lr = _lr(config.train, step)
+    result = StepResult(parts, counts, whole, run.engine.step(lr), lr)
+    _check_ledgers(parts)
+    if not result.is_bad:
+        _rebalance(run, parts)
+    return result
+
+
+def _forward(run: Run, batch: Batch, key: Tensor) -> Sums:
+    draws = Draws(key, batch.token_id_BL.flatten())
+    return sums(forward(run.engine.model, batch, "train", draws))
+
+
+@torch.no_grad()
+def _survey(run: Run, batches: list[Batch], key: Tensor) -> BatchBalance | None:
+    """The balance of the whole batch, where it is wanted before the first of several backwards.
+
+    The price of an exact loss over micro-batches: a forward pass more. Routing is a function of
+    weights and keys, so the second pass routes as this one.
+    """
+    if not run.config.balances_batch or len(batches) == 1:
+        return None
+    demands = [_forward(run, batch, key).demands for batch in batches]
+    return batch_balance(gate(run.config.moe), demands, run.mesh)
+
+
+def _check_ledgers(parts: list[Sums]) -> None:
+    """Every assignment of this rank is accounted for: looked at after the step, when the device has
+    nothing left to do."""
+    books = [ledger for part in parts for ledger in part.ledgers]
+    if books and not torch.stack([is_conserved(ledger) for ledger in books]).all():
+        raise AssertionError(f"a drop ledger does not add up: {books}")
+
+
+def _rebalance(run: Run, parts: list[Sums]) -> None:
+    """The step of the routers' biases, on what the whole global batch asked for."""
+    rate = run.config.moe.bias_update_rate
+    routers = [m for m in run.engine.model.modules() if isinstance(m, Router)]
+    if routers and routers[0].gate.name == "sigmoid" and rate > 0:
+        for router, load_E in zip(routers, loads(parts, run.mesh), strict=True):
+            router.rebalance(load_E, rate)
+
+
+def sample_indices(config: Config, rank: int, world: int, first: int) -> list[range]:
+    """The samples of one rank's micro-batches in the global batch that starts at `first`."""
+    micro = config.train.micro_batch
+    starts = [first + (j * world + rank) * micro for j in range(config.accumulation(world))]
+    return [range(start, start + micro) for start in starts]
+
+
+def _lr(train: TrainConfig, step: int) -> float:
+    return lr_at(
+        step,
+        steps=train.steps,
+        peak=train.lr,
+        min_ratio=train.min_lr_ratio,
+        warmup_steps=train.warmup_steps,
+        schedule=train.schedule,
+        decay_fraction=train.decay_fraction,
+    )
