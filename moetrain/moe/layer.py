@@ -40,6 +40,18 @@ class LayerStats(NamedTuple):
     gate_mass: GateMass
 
 
+class Routed(NamedTuple):
+    """Where the tokens of one call go."""
+
+    record: Routing
+    """What the gate said; losses and counts are of this."""
+    settled: Routing
+    """What is carried out: another only where losers moved on (`spill`)."""
+    plan: Plan
+    group_size: int
+    """Tokens of a routing group."""
+
+
 class MoE(nn.Module):
     """A sparse feed-forward layer: each token passes the experts its gate chose.
 
@@ -97,13 +109,29 @@ class MoE(nn.Module):
 
         Raises ValueError where a gate or drop policy lacks the draws or ids it needs.
         """
+        routed = self.route(x_BLD, valid_BL, mode, draws, token_BL, start)
+        plan, gate_TK = routed.plan, routed.settled.gate_TK
+        arrived = self.dispatcher.dispatch(x_BLD.flatten(0, 1), plan)
+        rows = self.experts(arrived.rows, arrived.counts)
+        y_TD = self.dispatcher.combine(rows, arrived, plan, gate_TK)
+        return y_TD.view_as(x_BLD), self.stats(routed)
+
+    def route(
+        self,
+        x_BLD: Tensor,
+        valid_BL: Tensor,
+        mode: Mode,
+        draws: Draws | None = None,
+        token_BL: Tensor | None = None,
+        start: int = 0,
+    ) -> Routed:
+        """All that happens before any row moves; takes and raises what `forward` does."""
         valid_T = valid_BL.flatten()
-        x_TD = x_BLD.flatten(0, 1).where(valid_T[:, None], 0)
         group_size, draws = self._group_size(x_BLD, mode), self._draws(draws, mode)
         slots = self._slots(group_size, mode)
         position_L = torch.arange(start, start + x_BLD.shape[1], device=x_BLD.device)
         inputs = Inputs(
-            x_TD,
+            x_BLD.flatten(0, 1).where(valid_T[:, None], 0),
             valid_T,
             position_L.repeat(len(x_BLD)),
             None if token_BL is None else token_BL.flatten(),
@@ -112,20 +140,23 @@ class MoE(nn.Module):
             slots,
         )
         record = self.router(inputs)
-        settled, plan = self._plan(record, group_size, slots, draws)
-        arrived = self.dispatcher.dispatch(x_TD, plan)
-        rows = self.experts(arrived.rows, arrived.counts)
-        y_TD = self.dispatcher.combine(rows, arrived, plan, settled.gate_TK)
-        return y_TD.view_as(x_BLD), self._stats(record, settled, plan, group_size)
+        settled = record
+        if slots is None:
+            return Routed(record, settled, plan_dropless(record), group_size)
+        if self.drop_policy == "spill":
+            settled = spill(record, group_size, slots, self.spill_depth)
+        plan = plan_capacity(settled, group_size, slots, self._priority(settled, draws))
+        return Routed(record, settled, plan, group_size)
 
-    def _stats(self, record: Routing, settled: Routing, plan: Plan, group_size: int) -> LayerStats:
-        demand = balance.demand(self.gate, record, group_size)
+    def stats(self, routed: Routed) -> LayerStats:
+        """Losses and counts of a routing."""
+        demand = balance.demand(self.gate, routed.record, routed.group_size)
         return LayerStats(
             balance.balance(self.gate, demand).sum(),
             balance.join(demand),
-            balance.z_loss(record),
-            ledger(record, settled, plan),
-            gate_mass(record, plan),
+            balance.z_loss(routed.record),
+            ledger(routed.record, routed.settled, routed.plan),
+            gate_mass(routed.record, routed.plan),
         )
 
     def _group_size(self, x_BLD: Tensor, mode: Mode) -> int:
@@ -152,16 +183,6 @@ class MoE(nn.Module):
             what = f"a {self.gate.name} gate" if self.gate.needs_draws else "drop policy random"
             raise ValueError(f"{what} draws at random in training and needs `draws`")
         return draws
-
-    def _plan(
-        self, record: Routing, group_size: int, slots: int | None, draws: Draws | None
-    ) -> tuple[Routing, Plan]:
-        """The routing as it is carried out, and its plan."""
-        if slots is None:
-            return record, plan_dropless(record)
-        if self.drop_policy == "spill":
-            record = spill(record, group_size, slots, self.spill_depth)
-        return record, plan_capacity(record, group_size, slots, self._priority(record, draws))
 
     def _priority(self, record: Routing, draws: Draws | None) -> Tensor | None:
         """Who is served first, where it is not by position."""
