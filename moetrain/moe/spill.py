@@ -86,6 +86,6 @@ def _settled_gates(routing: Routing, expert_TK: Tensor, lost_TK: Tensor) -> Tens
     num_experts = routing.num_experts
     spilled_TK = lost_TK & (expert_TK < num_experts)
     prob_TK = routing.prob_TE.gather(1, expert_TK.clamp(max=num_experts - 1))
-    first_T1 = routing.prob_TE.gather(1, routing.expert_TK[:, :1])
+    first_T1 = routing.prob_TE.gather(1, routing.expert_TK[:, :1].clamp(max=num_experts - 1))
     first_T1 = first_T1.clamp(min=torch.finfo(first_T1.dtype).tiny)
     return torch.where(spilled_TK, routing.gate_TK[:, :1] * prob_TK / first_T1, routing.gate_TK)
