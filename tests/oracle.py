@@ -3,8 +3,8 @@
 One token at a time, one choice at a time, counting on fingers. Scalars and short vectors are fp64
 torch tensors, so autograd supplies the gradients; nothing is batched, sorted on the device or
 masked. It imports nothing of moetrain, and padding is *never read*, so whatever sits there cannot
-matter. Choices, capacity, drops, losses and the ledger are the definitions of the project:
-GShard (2006.16668, Algorithm 1), Switch (2101.03961), ST-MoE (2202.08906).
+matter. Gates stand in `oracle_gates`, losses in `oracle_losses`; here are capacity, who loses when
+an expert is full, the ledger, and the layer.
 """
 
 from __future__ import annotations
@@ -17,24 +17,31 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import torch
+from oracle_gates import Heard, Router, Token, ask, scalar, take
+from oracle_losses import balance, z_loss
 from torch import Tensor
 
-KEPT, DROPPED, NOT_SAMPLED = "kept", "dropped", "not_sampled"
+KEPT, SPILLED, DROPPED, NOT_SAMPLED = "kept", "spilled", "dropped", "not_sampled"
 
 
-class Choice(NamedTuple):
-    """What one token asks of one expert; `gate` is a differentiable scalar."""
+class Rules(NamedTuple):
+    """Who may have a slot: `slots` per expert and group, None for as many as are asked for."""
 
-    expert: int
-    gate: Tensor
-    sampled: bool
+    group_size: int
+    slots: int | None = None
+    policy: str = "position"
+    depth: int = 1
+    priority: Sequence[Sequence[float]] | None = None
+    """random: a number for every token and choice; None ranks by position."""
 
 
 class Verdict(NamedTuple):
-    """What became of a choice; `slot` is its place at the expert, None without one."""
+    """What became of a choice: which expert computes it, at which weight, in which slot."""
 
     outcome: str
-    slot: int | None
+    expert: int | None = None
+    gate: Tensor | None = None
+    slot: int | None = None
 
 
 class Expert(NamedTuple):
@@ -45,76 +52,35 @@ class Expert(NamedTuple):
     w2: Tensor
 
 
-@dataclass(frozen=True)
-class Router:
-    """Which gate, how many choices, and whether `topk` renormalises."""
-
-    kind: str
-    k: int
-    renormalize: bool = True
-
-
 @dataclass
 class Ledger:
-    """Counts: `outcomes[expert, choice rank, outcome]`, valid tokens, tokens left with nothing,
-    and the slots that experts provide to groups with a valid token: without a capacity, just those
-    that are filled."""
+    """Counts: `outcomes[expert chosen, choice rank, outcome]`, what was asked, rows per expert,
+    valid tokens, tokens left with nothing, and the slots that experts provide to groups with a
+    valid token (without a capacity just those that are filled). Gate weight asked for and lost."""
 
     outcomes: Counter[tuple[int, int, str]] = field(default_factory=Counter)
+    assigned: int = 0
+    rows: Counter[int] = field(default_factory=Counter)
     tokens: int = 0
     lost_tokens: int = 0
     slots: int = 0
+    gate_mass: float = 0.0
+    lost_mass: float = 0.0
 
 
 @dataclass
 class Answer:
-    """All that the layer knows afterwards; index `choices` and `verdicts` by token, then rank."""
+    """All that the layer knows afterwards; tokens and verdicts are None for padding."""
 
     y: list[Tensor]
-    choices: list[list[Choice] | None]
+    tokens: list[Token | None]
     verdicts: list[list[Verdict] | None]
     balance: Tensor
     z: Tensor
     ledger: Ledger
 
 
-# --- gates -----------------------------------------------------------------------------------
-
-
-def softmax(logits: Tensor) -> list[Tensor]:
-    """Probabilities of one token's logits, one scalar per expert."""
-    top = max(logit.item() for logit in logits)
-    powers = [torch.exp(logit - top) for logit in logits]
-    return [power / sum(powers) for power in powers]
-
-
-def best_first(scores: Sequence[Tensor]) -> list[int]:
-    """Experts from the highest score to the lowest; of equal ones the lower index first."""
-    return sorted(range(len(scores)), key=lambda expert: (-scores[expert].item(), expert))
-
-
-def choose(router: Router, probs: list[Tensor], uniform: float | None) -> list[Choice]:
-    """The choices of one token, best first. `uniform` is its draw; None samples nothing."""
-    if router.kind == "switch":
-        expert = best_first(probs)[0]
-        return [Choice(expert, probs[expert], True)]
-    if router.kind == "gshard":
-        return choose_gshard(probs, uniform)
-    experts = best_first(probs)[: router.k]
-    total = sum(probs[expert] for expert in experts) if router.renormalize else 1.0
-    return [Choice(expert, probs[expert] / total, True) for expert in experts]
-
-
-def choose_gshard(probs: list[Tensor], uniform: float | None) -> list[Choice]:
-    """Algorithm 1: both gates are divided by g1+g2 at once, and drops never change that again."""
-    first, second = best_first(probs)[:2]
-    both = probs[first] + probs[second]
-    g1, g2 = probs[first] / both, probs[second] / both
-    sampled = uniform is None or uniform < min(1.0, 2.0 * g2.item())
-    return [Choice(first, g1, True), Choice(second, g2, sampled)]
-
-
-# --- capacity --------------------------------------------------------------------------------
+# --- who gets a slot -------------------------------------------------------------------------
 
 
 def capacity(group_size: int, experts: int, k: int, factor: float, min_capacity: int) -> int:
@@ -123,48 +89,104 @@ def capacity(group_size: int, experts: int, k: int, factor: float, min_capacity:
     return min(group_size, max(min_capacity, math.ceil(demand)))
 
 
-def judge(choices: list[list[Choice] | None], slots: int | None) -> list[list[Verdict] | None]:
-    """One group: everybody's first choice in token order, then every second choice, and so on."""
+def judge(group: Sequence[Token | None], rules: Rules, start: int) -> list[list[Verdict] | None]:
+    """One group, whose first token has the number `start`."""
     taken: Counter[int] = Counter()
-    verdicts: list[list[Verdict] | None] = [None if c is None else [] for c in choices]
-    ranks = max((len(c) for c in choices if c is not None), default=0)
-    for rank in range(ranks):
-        for asked, told in zip(choices, verdicts, strict=True):
-            if asked is None or told is None:
-                continue
-            expert = asked[rank].expert
-            if not asked[rank].sampled:
-                told.append(Verdict(NOT_SAMPLED, None))
-            elif slots is not None and taken[expert] == slots:
-                told.append(Verdict(DROPPED, None))
-            else:
-                told.append(Verdict(KEPT, taken[expert]))
-                taken[expert] += 1
-    return verdicts
+    told: list[list[Verdict] | None] = [
+        None if token is None else [Verdict(NOT_SAMPLED)] * len(token.choices) for token in group
+    ]
+    for t, rank in in_line(group, rules, start):
+        token, verdicts = group[t], told[t]
+        assert token is not None
+        assert verdicts is not None
+        choice = token.choices[rank]
+        if rules.slots is not None and taken[choice.expert] == rules.slots:
+            verdicts[rank] = Verdict(DROPPED)
+        else:
+            verdicts[rank] = Verdict(KEPT, choice.expert, choice.gate, taken[choice.expert])
+            taken[choice.expert] += 1
+    if rules.policy == "spill" and rules.slots is not None:
+        spill(group, told, taken, rules.slots, rules.depth)
+    return told
 
 
-# --- losses ----------------------------------------------------------------------------------
+def in_line(
+    group: Sequence[Token | None], rules: Rules, start: int
+) -> list[tuple[int, int]]:
+    """The sampled choices as (token, rank): everybody's first choice in token order, then every
+    second; where there are priorities the highest first, and that order among equals."""
+
+    def priority(t: int, rank: int) -> float:
+        token = group[t]
+        if rules.policy == "probability" and token is not None:
+            return token.choices[rank].gate.item()
+        if rules.policy == "random" and rules.priority is not None:
+            return rules.priority[start + t][rank]
+        return 0.0
+
+    asking = [
+        (t, rank)
+        for t, token in enumerate(group)
+        if token is not None
+        for rank, choice in enumerate(token.choices)
+        if choice.sampled
+    ]
+    return sorted(asking, key=lambda place: (-priority(*place), place[1], place[0]))
 
 
-def balance(router: Router, probs: list[list[Tensor]], choices: list[list[Choice]]) -> Tensor:
-    """Balance loss of the valid tokens of one group: 1 when every expert is asked equally often.
+def spill(
+    group: Sequence[Token | None],
+    told: list[list[Verdict] | None],
+    taken: Counter[int],
+    slots: int,
+    depth: int,
+) -> None:
+    """Losers go on: choice by choice, in rounds, each to the next expert that it has not asked."""
+    asked: list[set[int]] = [set() for _ in group]
+    for rank in range(max((len(verdicts) for verdicts in told if verdicts), default=0)):
+        for _ in range(depth):
+            for t, (token, verdicts) in enumerate(zip(group, told, strict=True)):
+                if token is None or verdicts is None or len(verdicts) <= rank:
+                    continue
+                if verdicts[rank].outcome != DROPPED:
+                    continue
+                own = {choice.expert for choice in token.choices}
+                left = [e for e in token.ranking if e not in own and e not in asked[t]]
+                if not left:
+                    continue
+                asked[t].add(left[0])
+                if taken[left[0]] < slots:
+                    taken[left[0]] += 1
+                    verdicts[rank] = Verdict(SPILLED, left[0], spilled_gate(token, left[0]))
 
-    Counts are of what tokens asked for, before any capacity: first choices for gshard, else all.
-    """
-    ranks = 1 if router.kind == "gshard" else router.k
-    experts, tokens = len(probs[0]), len(probs)
-    asked = Counter(choice.expert for token in choices for choice in token[:ranks])
-    total = torch.zeros((), dtype=torch.float64)
-    for expert in range(experts):
-        mean_prob = sum(p[expert] for p in probs) / tokens
-        total = total + asked[expert] / (tokens * ranks) * mean_prob
-    return experts * total
+
+def spilled_gate(token: Token, expert: int) -> Tensor:
+    """The first gate, scaled by how probable the new expert is beside the first choice."""
+    first = token.choices[0]
+    return first.gate * token.probs[expert] / token.probs[first.expert]
 
 
-def z_loss(logits: Tensor) -> Tensor:
-    """Squared log of the sum of exponentials of one token's logits."""
-    top = max(logit.item() for logit in logits)
-    return (top + torch.log(sum(torch.exp(logit - top) for logit in logits))) ** 2  # type: ignore
+# --- the ledger ------------------------------------------------------------------------------
+
+
+def count(ledger: Ledger, token: Token, verdicts: list[Verdict]) -> None:
+    """Enter one valid token."""
+    ledger.tokens += 1
+    ledger.lost_tokens += all(verdict.expert is None for verdict in verdicts)
+    for rank, (choice, verdict) in enumerate(zip(token.choices, verdicts, strict=True)):
+        ledger.assigned += 1
+        ledger.outcomes[choice.expert, rank, verdict.outcome] += 1
+        if verdict.expert is not None:
+            ledger.rows[verdict.expert] += 1
+        if choice.sampled:
+            ledger.gate_mass += choice.gate.item()
+        if verdict.outcome == DROPPED:
+            ledger.lost_mass += choice.gate.item()
+
+
+def filled(verdicts: list[list[Verdict] | None]) -> int:
+    """Choices that an expert computes."""
+    return sum(verdict.expert is not None for told in verdicts if told for verdict in told)
 
 
 # --- experts and the whole layer -------------------------------------------------------------
@@ -176,64 +198,40 @@ def run_expert(expert: Expert, x: Tensor) -> Tensor:
     return (a / (1 + torch.exp(-a)) * (x @ expert.w3)) @ expert.w2
 
 
-def combine(
-    x: Tensor, choices: list[Choice], verdicts: list[Verdict], experts: list[Expert]
-) -> Tensor:
-    """Gate times expert, summed over the kept choices; zero where nothing was kept."""
+def combine(x: Tensor, verdicts: list[Verdict], experts: list[Expert]) -> Tensor:
+    """Gate times expert, summed over what found an expert; zero where nothing did."""
     y = torch.zeros_like(x)
-    for choice, verdict in zip(choices, verdicts, strict=True):
-        if verdict.outcome == KEPT:
-            y = y + choice.gate * run_expert(experts[choice.expert], x)
+    for verdict in verdicts:
+        if verdict.expert is not None and verdict.gate is not None:
+            y = y + verdict.gate * run_expert(experts[verdict.expert], x)
     return y
 
 
-def count(ledger: Ledger, choices: list[Choice], verdicts: list[Verdict]) -> None:
-    """Enter one valid token in the ledger."""
-    ledger.tokens += 1
-    ledger.lost_tokens += all(verdict.outcome != KEPT for verdict in verdicts)
-    for rank, (choice, verdict) in enumerate(zip(choices, verdicts, strict=True)):
-        ledger.outcomes[choice.expert, rank, verdict.outcome] += 1
+def route(router: Router, heard: Sequence[Heard | None], rules: Rules) -> Answer:
+    """Everything but the experts; `y` stays empty, and None is padding.
 
-
-def filled(verdicts: list[list[Verdict] | None]) -> int:
-    """Choices with a slot."""
-    return sum(verdict.slot is not None for told in verdicts if told for verdict in told)
-
-
-def route(
-    router: Router,
-    logits: list[Tensor],
-    valid: Sequence[bool],
-    group_size: int,
-    slots: int | None,
-    uniforms: Sequence[float] | None = None,
-) -> Answer:
-    """Everything but the experts, from logits (one fp64 vector per token); `y` stays empty.
-
-    `slots` per expert and group, None for dropless. `uniforms`: one draw per token, None to
-    sample nothing. `balance` is summed over groups with a valid token, `z` over valid tokens.
+    `balance` is summed over groups with a valid token, `z` over valid tokens.
     """
-    zero = torch.zeros((), dtype=torch.float64)
-    answer = Answer([], [], [], zero, zero, Ledger())
-    for start in range(0, len(logits), group_size):
-        probs: list[list[Tensor]] = []
-        choices: list[list[Choice] | None] = []
-        for t in range(start, start + group_size):
-            if not valid[t]:
-                choices.append(None)
-                continue
-            probs.append(softmax(logits[t]))
-            choices.append(choose(router, probs[-1], None if uniforms is None else uniforms[t]))
-            answer.z = answer.z + z_loss(logits[t])
-        verdicts = judge(choices, slots)
-        asked = [token for token in choices if token is not None]
-        if asked:
-            answer.balance = answer.balance + balance(router, probs, asked)
-            answer.ledger.slots += len(probs[0]) * slots if slots is not None else filled(verdicts)
-        for token, told in zip(choices, verdicts, strict=True):
+    answer = Answer([], [], [], scalar(0.0), scalar(0.0), Ledger())
+    for start in range(0, len(heard), rules.group_size):
+        group = [
+            None if one is None else ask(router, one)
+            for one in heard[start : start + rules.group_size]
+        ]
+        if router.kind == "expert_choice":
+            assert rules.slots is not None
+            take(group, rules.slots)
+        verdicts = judge(group, rules, start)
+        valid = [token for token in group if token is not None]
+        if valid:
+            answer.balance = answer.balance + balance(router, valid)
+            provided = None if rules.slots is None else len(valid[0].probs) * rules.slots
+            answer.ledger.slots += filled(verdicts) if provided is None else provided
+        for token, told in zip(group, verdicts, strict=True):
             if token is not None and told is not None:
+                answer.z = answer.z + z_loss(token)
                 count(answer.ledger, token, told)
-        answer.choices += choices
+        answer.tokens += group
         answer.verdicts += verdicts
     return answer
 
@@ -241,27 +239,17 @@ def route(
 def layer(
     router: Router,
     x: Tensor,
-    router_weight: Tensor,
+    heard: Sequence[Heard | None],
     experts: list[Expert],
-    valid: Sequence[bool],
-    group_size: int,
-    slots: int | None,
-    *,
-    uniforms: Sequence[float] | None = None,
+    rules: Rules,
     shared: Sequence[Expert] = (),
-    jitter: Tensor | None = None,
 ) -> Answer:
-    """The layer: x (T, D), router_weight (D, E). Padded tokens come out as zero.
-
-    `jitter` (T, D), where given, multiplies what the router sees and nothing else.
-    """
-    seen = x if jitter is None else x * jitter
-    logits = [seen[t] @ router_weight for t in range(len(x))]
-    answer = route(router, logits, valid, group_size, slots, uniforms)
-    for t, (choices, verdicts) in enumerate(zip(answer.choices, answer.verdicts, strict=True)):
+    """The layer on x (T, D), with what the gate heard of each token. Padding comes out as zero."""
+    answer = route(router, heard, rules)
+    for t, verdicts in enumerate(answer.verdicts):
         y = torch.zeros_like(x[t])
-        if choices is not None and verdicts is not None:
-            y = combine(x[t], choices, verdicts, experts)
+        if verdicts is not None:
+            y = combine(x[t], verdicts, experts)
             for expert in shared:
                 y = y + run_expert(expert, x[t])
         answer.y.append(y)

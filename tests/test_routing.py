@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import math
 
-import oracle
 import pytest
 import torch
-from hypothesis import given
-from strategies import KINDS, MANY, Case, asking, cases, close, gradients, route
+from hypothesis import given, settings
+from oracle_gates import Token, scalar
+from strategies import GATES, MANY, Case, asking, cases, close, gradients
+from torch import Tensor
 
-from moetrain.moe import Draws, keyed, routing
+from moetrain.moe import Draws, Routing, keyed, routing
 
 
 def every(tokens: int) -> torch.Tensor:
@@ -23,26 +24,73 @@ def logs(*rows: list[float]) -> torch.Tensor:
 # ---- against the oracle --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_gates_agree_with_the_oracle(kind: str) -> None:
-    @MANY
+def assert_choices_agree(record: Routing, tokens: list[Token | None], experts: int) -> None:
+    for t, token in enumerate(tokens):
+        if token is None:
+            continue
+        missing = record.expert_TK.shape[1] - len(token.choices)
+        expected = [c.expert for c in token.choices] + [experts] * missing
+        assert record.expert_TK[t].tolist() == expected
+        sampled = [c.sampled for c in token.choices] + [True] * missing
+        assert record.sampled_TK[t].tolist() == sampled
+        order = record.score_TE[t].sort(descending=True, stable=True).indices.tolist()
+        open_E = [e for e in order if record.score_TE[t, e] > -torch.inf]
+        if any(score.isfinite() for score in record.score_TE[t]):
+            assert open_E == token.ranking
+
+
+def vectors(record: Routing, tokens: list[Token | None]) -> list[tuple[Tensor, Tensor]]:
+    """Everything differentiable of valid tokens: of the code under test, of the oracle."""
+    pairs = []
+    for t, token in enumerate(tokens):
+        if token is None:
+            continue
+        missing = [scalar(0.0)] * (record.gate_TK.shape[1] - len(token.choices))
+        gates = [c.gate for c in token.choices] + missing
+        pairs.append((record.gate_TK[t], torch.stack(gates)))
+        pairs.append((record.prob_TE[t], torch.stack(token.probs)))
+        pairs.append((record.logits_TE[t], torch.stack(token.logits)))
+        if token.load:
+            assert record.load_TE is not None
+            pairs.append((record.load_TE[t], torch.stack(token.load)))
+    return pairs
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_gates_and_their_gradients_agree_with_the_oracle(kind: str) -> None:
+    @settings(MANY, max_examples=40)
     @given(case=cases(kind))
     def agree(case: Case) -> None:
-        logits_TE = case.logits()
-        record, answer = case.route(logits_TE), case.answer(logits_TE)
-        weight = case.numbers(case.tokens, case.router.k, stream=1)
+        leaves = case.leaves()
+        record, answer = case.route(leaves), case.answer(leaves)
+        assert_choices_agree(record, answer.tokens, case.experts)
         ours = theirs = torch.zeros((), dtype=torch.float64)
-        for t, choices in enumerate(answer.choices):
-            if choices is None:
-                continue
-            assert record.expert_TK[t].tolist() == [c.expert for c in choices]
-            assert record.sampled_TK[t].tolist() == [c.sampled for c in choices]
-            close(record.gate_TK[t], torch.stack([c.gate for c in choices]))
-            ours = ours + (weight[t] * record.gate_TK[t]).sum()
-            theirs = theirs + sum(w * c.gate for w, c in zip(weight[t], choices, strict=True))
-        close(*(gradients(total, [logits_TE])[0] for total in (ours, theirs)))
+        for i, (mine, judged) in enumerate(vectors(record, answer.tokens)):
+            close(mine, judged)
+            weight = case.normals(len(mine), stream=20 + i)
+            ours, theirs = ours + (weight * mine).sum(), theirs + (weight * judged).sum()
+        every = list(leaves.values())
+        for mine, judged in zip(gradients(ours, every), gradients(theirs, every), strict=True):
+            close(mine, judged)
 
     agree()
+
+
+@given(case=cases())
+@MANY
+def test_records_keep_their_promises(case: Case) -> None:
+    """Shapes, types, no gradient through scores; of padding too, whatever it says."""
+    record = case.route(case.leaves())
+    shape = case.tokens, case.columns
+    assert record.expert_TK.shape == record.gate_TK.shape == record.sampled_TK.shape == shape
+    assert (record.expert_TK.dtype, record.sampled_TK.dtype) == (torch.int64, torch.bool)
+    assert record.gate_TK.dtype == record.prob_TE.dtype == torch.float64
+    assert record.prob_TE.shape == record.logits_TE.shape == record.score_TE.shape
+    assert not record.score_TE.requires_grad
+    close(record.prob_TE.sum(1), torch.ones(case.tokens, dtype=torch.float64))
+    for chosen in record.expert_TK.tolist():
+        real = [e for e in chosen if e < case.experts]
+        assert len(set(real)) == len(real), "no expert twice"
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -98,10 +146,11 @@ def test_the_choice_of_a_token_does_not_depend_on_its_neighbours() -> None:
         assert torch.equal(alone.expert_TK[0], whole.expert_TK[t])
 
 
-@pytest.mark.parametrize("router", [oracle.Router("switch", 1), oracle.Router("topk", 3)])
-def test_only_gshard_leaves_choices_unsampled(router: oracle.Router) -> None:
-    record = route(router, torch.randn(16, 4), every(16))
-    assert bool(record.sampled_TK.all())
+@given(case=cases())
+@MANY
+def test_only_gshard_leaves_choices_unsampled(case: Case) -> None:
+    record = case.route(case.leaves())
+    assert case.router.kind == "gshard" or bool(record.sampled_TK.all())
 
 
 # ---- the random second expert --------------------------------------------------------------------
@@ -136,97 +185,12 @@ def test_the_second_expert_is_kept_with_probability_twice_its_gate(second: float
     """Over 40,000 tokens; the bound is five standard deviations."""
     tokens = 40_000
     logits_TE = logs([1 - second, second]).expand(tokens, 2)
-    uniform_T = keyed.uniform(draws(tokens), layer=3, purpose="second expert")
+    draws = Draws(keyed.step_key(1, 1), torch.arange(tokens))
+    uniform_T = keyed.uniform(draws, layer=3, purpose="second expert")
     kept = routing.gshard(logits_TE, every(tokens), uniform_T).sampled_TK[:, 1]
     chance = 2 * second
     deviation = math.sqrt(chance * (1 - chance) / tokens)
     assert abs(kept.double().mean().item() - chance) <= 5 * deviation
-
-
-# ---- keyed uniforms ------------------------------------------------------------------------------
-
-
-def draws(tokens: int, seed: int = 1, step: int = 1, first: int = 0) -> Draws:
-    return Draws(keyed.step_key(seed, step), torch.arange(first, first + tokens))
-
-
-def test_a_draw_is_a_pure_function() -> None:
-    """Order, neighbours and torch's own generators make no difference."""
-    torch.manual_seed(1)
-    whole = keyed.uniform(draws(100), 2, "jitter")
-    torch.manual_seed(2)
-    torch.rand(7)
-    order = torch.randperm(100)
-    shuffled = Draws(keyed.step_key(1, 1), order)
-    assert torch.equal(keyed.uniform(shuffled, 2, "jitter"), whole[order])
-    assert torch.equal(keyed.uniform(draws(30, first=50), 2, "jitter"), whole[50:80])
-
-
-def test_drawing_leaves_torchs_generator_alone() -> None:
-    before = torch.random.get_rng_state()
-    keyed.uniform(draws(100), 0, "second expert")
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_every_part_of_the_key_matters() -> None:
-    """Streams that differ in one part are as uncorrelated as independent ones would be."""
-    n = 20_000
-    streams = {
-        "reference": keyed.uniform(draws(n), 0, "jitter"),
-        "seed": keyed.uniform(draws(n, seed=2), 0, "jitter"),
-        "step": keyed.uniform(draws(n, step=2), 0, "jitter"),
-        "seed and step swapped": keyed.uniform(draws(n, seed=1, step=0), 0, "jitter"),
-        "layer": keyed.uniform(draws(n), 1, "jitter"),
-        "purpose": keyed.uniform(draws(n), 0, "second expert"),
-        "token": keyed.uniform(draws(n, first=1), 0, "jitter"),
-        "far token": keyed.uniform(draws(n, first=1 << 40), 0, "jitter"),
-        "column 0": keyed.uniform(draws(n), 0, "jitter", 2)[:, 0],
-        "column 1": keyed.uniform(draws(n), 0, "jitter", 2)[:, 1],
-    }
-    correlation = torch.corrcoef(torch.stack(list(streams.values())).double())
-    apart = correlation - torch.eye(len(streams), dtype=torch.float64)
-    assert apart.abs().max() < 5 / math.sqrt(n), streams.keys()
-
-
-def test_the_hash_is_splitmix64() -> None:
-    """The published first outputs for seed 1234567; a draw must not change between versions."""
-    published = [
-        6457827717110365317,
-        3203168211198807973,
-        9817491932198370423,
-        4593380528125082431,
-        16408922859458223821,
-    ]
-    outputs = keyed.fold(torch.tensor(1234567), torch.arange(5))
-    assert [value % (1 << 64) for value in outputs.tolist()] == published
-
-
-def test_seed_and_step_do_not_trade_places() -> None:
-    assert keyed.step_key(3, 5) != keyed.step_key(5, 3)
-
-
-@pytest.mark.parametrize("columns", [None, 16])
-def test_draws_are_uniform(columns: int | None) -> None:
-    """Range, mean, variance, and a chi-square over 64 equal bins (mean 63, deviation 11.2)."""
-    n = 64_000
-    u = keyed.uniform(draws(n if columns is None else n // columns), 0, "jitter", columns)
-    assert u.dtype == torch.float32
-    assert u.shape == ((n,) if columns is None else (n // columns, columns))
-    u = u.flatten().double()
-    assert 0 <= u.min() < 1e-3
-    assert 1 - 1e-3 < u.max() < 1
-    assert abs(u.mean() - 1 / 2) < 5 * math.sqrt(1 / 12 / n)
-    assert abs(u.var() - 1 / 12) < 5 * math.sqrt(1 / 180 / n)
-    bins = torch.histc(u, 64, 0, 1)
-    assert ((bins - n / 64) ** 2 / (n / 64)).sum() < 63 + 6 * 11.2
-
-
-def test_draws_over_steps_are_uniform_for_one_token() -> None:
-    n = 4_000
-    u = torch.stack([keyed.uniform(draws(1, step=s), 0, "second expert")[0] for s in range(n)])
-    u = u.double()
-    assert abs(u.mean() - 1 / 2) < 5 * math.sqrt(1 / 12 / n)
-    assert abs(torch.corrcoef(torch.stack([u[1:], u[:-1]]))[0, 1]) < 5 / math.sqrt(n)
 
 
 def test_asking_gives_the_choices_that_the_tables_mean() -> None:

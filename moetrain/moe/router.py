@@ -128,8 +128,13 @@ class Router(nn.Module):
 
 def _logits(weight_ED: Tensor, x_TD: Tensor) -> Tensor:
     """(T, E) in fp32, or fp64 for fp64 input."""
-    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    wide = _wide(x_TD)
     return F.linear(x_TD.to(wide), weight_ED.to(wide))
+
+
+def _wide(x_TD: Tensor) -> torch.dtype:
+    """What routing is computed in."""
+    return torch.promote_types(x_TD.dtype, torch.float32)
 
 
 def _switch(router: Router, inputs: Inputs) -> Routing:
@@ -196,8 +201,7 @@ def _hash(router: Router, inputs: Inputs) -> Routing:
     """2106.04426: a fixed hash of the vocabulary id, another in every layer."""
     zero = torch.zeros((), dtype=torch.int64, device=inputs.x_TD.device)
     fixed = Draws(zero, _ids(router, inputs))
-    score_TE = keyed.uniform(fixed, router.layer, "hash", router.num_experts)
-    return routing.ranked(score_TE, inputs.valid_T, router.gate.top_k)
+    return _ranked(router, inputs, keyed.uniform(fixed, router.layer, "hash", router.num_experts))
 
 
 def _random(router: Router, inputs: Inputs) -> Routing:
@@ -206,15 +210,18 @@ def _random(router: Router, inputs: Inputs) -> Routing:
     if draws is None:
         zero = torch.zeros((), dtype=torch.int64, device=inputs.x_TD.device)
         draws = Draws(zero, keyed.fold(_ids(router, inputs), inputs.position_T))
-    score_TE = keyed.uniform(draws, router.layer, "random", router.num_experts)
-    return routing.ranked(score_TE, inputs.valid_T, router.gate.top_k)
+    return _ranked(router, inputs, keyed.uniform(draws, router.layer, "random", router.num_experts))
 
 
 def _balanced(router: Router, inputs: Inputs) -> Routing:
     """Round robin over the experts, by position."""
-    k = router.gate.top_k
-    score_TE = routing.round_robin(inputs.position_T, router.num_experts, k)
-    return routing.ranked(score_TE, inputs.valid_T, k)
+    score_TE = routing.round_robin(inputs.position_T, router.num_experts, router.gate.top_k)
+    return _ranked(router, inputs, score_TE)
+
+
+def _ranked(router: Router, inputs: Inputs, score_TE: Tensor) -> Routing:
+    """By given scores; the weights 1/k are as precise as those of the other gates."""
+    return routing.ranked(score_TE.to(_wide(inputs.x_TD)), inputs.valid_T, router.gate.top_k)
 
 
 def _ids(router: Router, inputs: Inputs) -> Tensor:

@@ -126,7 +126,8 @@ def noisy_topk(
     1701.06538 eq. 3-5; without `normal_TE` there is no noise. `load_TE` is P(x, i) of its eq. 8-9:
     Φ((clean_i − kth_excl(H, k, i)) / std_i), and 1 where k = E leaves nothing to win against.
     """
-    std_TE = F.softplus(raw_std_TE).clamp(min=torch.finfo(raw_std_TE.dtype).tiny)
+    # (clean − threshold)/std² must not overflow: the gradient is that times a density of 0
+    std_TE = F.softplus(raw_std_TE).clamp(min=torch.finfo(raw_std_TE.dtype).tiny ** 0.25)
     noisy_TE = clean_TE if normal_TE is None else clean_TE + normal_TE * std_TE
     expert_TK = choose(noisy_TE, k)
     gate_TK = noisy_TE.gather(1, expert_TK).softmax(dim=-1)
@@ -161,11 +162,12 @@ def sigmoid(
     groups of experts: nodes) only the best `top_groups` of them are open to a token, ranked by the
     sum of their best k/top_groups scores. `prob_TE` is s divided by its sum over all experts.
     """
-    biased_TE = logits_TE.detach().sigmoid() + bias_E
+    log_TE = F.logsigmoid(logits_TE)  # s/Σs as a softmax of log s, which cannot divide by 0
+    # torch.sigmoid rounds by an element's place in memory, which would break ties by layout
+    biased_TE = log_TE.detach().exp() + bias_E
     if num_groups > 1:
         biased_TE = _limit_to_groups(biased_TE, num_groups, top_groups, k // top_groups)
     expert_TK = choose(biased_TE, k)
-    log_TE = F.logsigmoid(logits_TE)  # s/Σs as a softmax of log s, which cannot divide by 0
     gate_TK = scale * log_TE.gather(1, expert_TK).softmax(dim=-1)
     return _record(expert_TK, gate_TK, log_TE.softmax(dim=-1), logits_TE, valid_T, biased_TE)
 
