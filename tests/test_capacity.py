@@ -3,11 +3,12 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from hypothesis import given
-from strategies import MANY, Case, asking, cases, route
+from hypothesis import given, settings
+from strategies import GATES, MANY, POLICIES, Case, Settled, asking, cases, topk_record
 
-from moetrain.moe import OUTCOMES, Ledger, Plan, Routing, capacity
-from moetrain.moe.capacity import ledger, plan_capacity, plan_dropless
+from moetrain.moe import OUTCOMES, Plan, Routing, capacity
+from moetrain.moe.capacity import plan_capacity, plan_dropless
+from moetrain.moe.ledger import ledger
 
 # ---- capacity(): the number of slots -------------------------------------------------------------
 
@@ -62,8 +63,7 @@ def record_of(
     choices: list[tuple[int, ...]], experts: int, valid: list[bool] | None = None
 ) -> Routing:
     """Tokens that ask for the experts listed, in that order."""
-    valid_T = torch.tensor(valid or [True] * len(choices))
-    return route(oracle.Router("topk", len(choices[0])), asking(choices, experts), valid_T)
+    return topk_record(asking(choices, experts), len(choices[0]), valid)
 
 
 def kept(record: Routing, plan: Plan) -> list[list[bool]]:
@@ -72,7 +72,7 @@ def kept(record: Routing, plan: Plan) -> list[list[bool]]:
 
 
 def outcomes(record: Routing, plan: Plan) -> dict[str, int]:
-    totals = ledger(record, plan).outcome_EKO.sum((0, 1)).tolist()
+    totals = ledger(record, record, plan).outcome_EKO.sum((0, 1)).tolist()
     return {name: n for name, n in zip(OUTCOMES, totals, strict=True) if n}
 
 
@@ -84,7 +84,7 @@ def test_three_devices_balanced_drop_nothing() -> None:
     record = record_of([(0,), (1,), (2,), (0,), (1,), (2,)], experts=3)
     plan = plan_capacity(record, group_size=6, slots=capacity(6, 3, 1, 1.5, 1))
     assert outcomes(record, plan) == {"kept": 6}
-    assert ledger(record, plan).slots == 9
+    assert ledger(record, record, plan).slots == 9
 
 
 def test_three_devices_with_five_of_six_tokens_at_one_drop_two() -> None:
@@ -93,7 +93,7 @@ def test_three_devices_with_five_of_six_tokens_at_one_drop_two() -> None:
     plan = plan_capacity(record, group_size=6, slots=capacity(6, 3, 1, 1.5, 1))
     assert kept(record, plan) == [[Y], [Y], [Y], [Y], [N], [N]]
     assert outcomes(record, plan) == {"kept": 4, "dropped": 2}
-    assert ledger(record, plan).lost_tokens == 2
+    assert ledger(record, record, plan).lost_tokens == 2
 
 
 def test_two_choices_of_four_tokens_fit_nine_slots_when_spread() -> None:
@@ -111,7 +111,7 @@ def test_two_choices_of_four_tokens_do_not_fit_nine_slots_when_bunched() -> None
     plan = plan_capacity(record, group_size=4, slots=capacity(4, 3, 2, 1.0, 1))
     assert kept(record, plan) == [[Y, Y], [Y, Y], [Y, N], [Y, N]]
     assert outcomes(record, plan) == {"kept": 6, "dropped": 2}
-    assert ledger(record, plan).lost_tokens == 0
+    assert ledger(record, record, plan).lost_tokens == 0
 
 
 def test_every_first_choice_goes_before_any_second() -> None:
@@ -120,7 +120,7 @@ def test_every_first_choice_goes_before_any_second() -> None:
     record = record_of([(0, 1), (1, 0), (0, 1)], experts=2)
     plan = plan_capacity(record, group_size=3, slots=1)
     assert kept(record, plan) == [[Y, N], [Y, N], [N, N]]
-    assert ledger(record, plan).lost_tokens == 1
+    assert ledger(record, record, plan).lost_tokens == 1
 
 
 def test_capacity_counts_all_choices_of_an_expert_together() -> None:
@@ -138,7 +138,7 @@ def test_a_second_choice_that_is_not_sampled_takes_no_slot() -> None:
     plan = plan_capacity(record, group_size=3, slots=1)
     assert kept(record, plan) == [[Y, N], [Y, Y], [N, N]]
     assert outcomes(record, plan) == {"kept": 3, "dropped": 2, "not_sampled": 1}
-    assert ledger(record, plan).outcome_EKO[2, 1].tolist() == [1, 0, 1, 1]
+    assert ledger(record, record, plan).outcome_EKO[2, 1].tolist() == [1, 0, 1, 1]
 
 
 def test_padding_takes_no_slot() -> None:
@@ -146,7 +146,7 @@ def test_padding_takes_no_slot() -> None:
     record = record_of([(0,), (0,), (1,), (0,)], experts=2, valid=[N, Y, N, Y])
     plan = plan_capacity(record, group_size=4, slots=1)
     assert kept(record, plan) == [[N], [Y], [N], [N]]
-    book = ledger(record, plan)
+    book = ledger(record, record, plan)
     assert book.outcome_EKO[:, 0].tolist() == [[1, 0, 1, 0], [0, 0, 0, 0]]
     assert (book.tokens, book.lost_tokens) == (2, 1)
 
@@ -168,25 +168,61 @@ def test_position_means_position() -> None:
 def test_all_tokens_at_one_expert_are_counted_exactly() -> None:
     record = record_of([(3,)] * 500, experts=5)
     plan = plan_capacity(record, group_size=100, slots=capacity(100, 5, 1, 1.25, 1))
-    book = ledger(record, plan)
+    book = ledger(record, record, plan)
     assert book.outcome_EKO[3].tolist() == [[125, 0, 375, 0]]
     assert book.outcome_EKO.sum() == 500
     assert (book.tokens, book.lost_tokens, book.slots) == (500, 375, 625)
 
 
+# ---- who goes first: priorities ------------------------------------------------------------------
+
+
+def test_the_highest_gate_is_served_first() -> None:
+    """One expert with two slots; gates .6, .9, .7, .9: tokens 1 and 3, in that order, keep them."""
+    record = record_of([(0,)] * 4, experts=2)
+    priority_TK = torch.tensor([[0.6], [0.9], [0.7], [0.9]])
+    plan = plan_capacity(record, 4, 2, priority_TK)
+    assert kept(record, plan) == [[N], [Y], [N], [Y]]
+    assert plan.row_TK.flatten().tolist() == [4, 0, 4, 1]
+
+
+def test_a_strong_second_choice_goes_before_a_weak_first() -> None:
+    """Probability alone counts: token 0's second choice (.45) takes expert 1's only slot from token
+    1's first choice (.4). By position it would be the other way round."""
+    record = record_of([(0, 1), (1, 2)], experts=3)
+    priority_TK = torch.tensor([[0.55, 0.45], [0.4, 0.35]])
+    assert kept(record, plan_capacity(record, 2, 1, priority_TK)) == [[Y, Y], [N, Y]]
+    assert kept(record, plan_capacity(record, 2, 1)) == [[Y, N], [Y, Y]]
+
+
+def test_equal_priorities_are_served_by_choice_then_token() -> None:
+    """All equal: first choices before second ones, earlier tokens before later ones."""
+    record = record_of([(1, 0), (0, 1), (0, 1)], experts=2)
+    by_priority = plan_capacity(record, 3, 2, torch.full((3, 2), 0.5))
+    assert kept(record, by_priority) == [[Y, N], [Y, Y], [Y, N]]
+    assert torch.equal(by_priority.row_TK, plan_capacity(record, 3, 2).row_TK)
+
+
+def test_priorities_do_not_cross_groups() -> None:
+    """The best of each group keeps the slot, however good the losers of the other are."""
+    record = record_of([(0,)] * 4, experts=1)
+    plan = plan_capacity(record, 2, 1, torch.tensor([[0.9], [0.8], [0.1], [0.2]]))
+    assert kept(record, plan) == [[Y], [N], [N], [Y]]
+
+
+def test_padding_with_the_highest_priority_takes_no_slot() -> None:
+    record = record_of([(0,)] * 3, experts=1, valid=[N, Y, Y])
+    plan = plan_capacity(record, 3, 1, torch.tensor([[9.0], [0.1], [0.2]]))
+    assert kept(record, plan) == [[N], [N], [Y]]
+
+
+def test_priorities_that_are_not_numbers_crash_nothing() -> None:
+    record = record_of([(0,)] * 3, experts=1)
+    plan = plan_capacity(record, 3, 2, torch.tensor([[0.1], [torch.nan], [0.2]]))
+    assert plan.count_E.tolist() == [2]
+
+
 # ---- against the oracle --------------------------------------------------------------------------
-
-
-def check_ledger(book: Ledger, case: Case, answer: oracle.Answer) -> None:
-    expected = torch.zeros(case.experts, case.router.k, len(OUTCOMES), dtype=torch.int64)
-    for (expert, rank, outcome), count in answer.ledger.outcomes.items():
-        expected[expert, rank, OUTCOMES.index(outcome)] = count
-    assert all(count.dtype == torch.int64 for count in book)
-    assert torch.equal(book.outcome_EKO, expected)
-    assert book.outcome_EKO.sum() == book.tokens * case.router.k
-    assert book.tokens == answer.ledger.tokens
-    assert book.lost_tokens == answer.ledger.lost_tokens
-    assert book.slots == answer.ledger.slots
 
 
 def check_rows_and_sources(plan: Plan) -> None:
@@ -200,37 +236,46 @@ def check_rows_and_sources(plan: Plan) -> None:
         assert assignment == assignments or row_N[assignment] == row
 
 
-@MANY
-@given(case=cases(dropless=False))
-def test_slots_and_ledger_agree_with_the_oracle(case: Case) -> None:
-    logits_TE = case.logits()
-    record, answer = case.route(logits_TE), case.answer(logits_TE)
-    plan, slots = case.plan(record), case.slots
-    assert slots is not None
-    shape = (case.group_size, case.experts, case.router.k)
-    assert slots == capacity(*shape, case.factor or 0, case.min_capacity)
-    assert plan.rows_per_expert == case.groups * slots
-    expected = torch.full((case.tokens, case.router.k), case.experts * case.groups * slots)
-    filled_E = torch.zeros(case.experts, dtype=torch.int64)
+def check_verdicts(case: Case, plan: Plan, answer: oracle.Answer, slots: int) -> None:
+    """Who has a row: at which expert, in which group, and, but for spilling, in which slot."""
+    rows = case.experts * case.groups * slots
     for t, verdicts in enumerate(answer.verdicts):
-        for k, verdict in enumerate(verdicts or ()):
-            if verdict.slot is not None:
-                expert = record.expert_TK[t, k]
-                group = t // case.group_size
-                expected[t, k] = (expert * case.groups + group) * slots + verdict.slot
-                filled_E[expert] += 1
-    assert torch.equal(plan.row_TK, expected)
-    assert torch.equal(plan.count_E, filled_E)
-    check_rows_and_sources(plan)
-    check_ledger(ledger(record, plan), case, answer)
+        row_K = plan.row_TK[t].tolist()
+        told = verdicts or []
+        assert row_K[len(told) :] == [rows] * (case.columns - len(told))
+        for row, verdict in zip(row_K, told, strict=False):
+            if verdict.expert is None:
+                assert row == rows
+                continue
+            queue, slot = divmod(row, slots)
+            assert queue == verdict.expert * case.groups + t // case.group_size
+            assert slot == verdict.slot or case.policy == "spill"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", GATES)
+def test_slots_agree_with_the_oracle(kind: str, policy: str) -> None:
+    @settings(MANY, max_examples=15)
+    @given(case=cases(kind, dropless=False, policy=policy))
+    def agree(case: Case) -> None:
+        leaves = case.leaves()
+        answer = case.answer(leaves)
+        plan, slots = case.settle(case.route(leaves)).plan, case.slots
+        assert slots is not None
+        shape = (case.group_size, case.experts, case.router.k)
+        assert slots == capacity(*shape, case.factor or 0, case.min_capacity)
+        assert plan.rows_per_expert == case.groups * slots
+        check_verdicts(case, plan, answer, slots)
+        assert plan.count_E.tolist() == [answer.ledger.rows[e] for e in range(case.experts)]
+        check_rows_and_sources(plan)
+
+    agree()
 
 
 @MANY
-@given(case=cases(dropless=True))
-def test_dropless_rows_and_ledger_agree_with_the_oracle(case: Case) -> None:
-    logits_TE = case.logits()
-    record, answer = case.route(logits_TE), case.answer(logits_TE)
-    plan = case.plan(record)
+@given(case=cases(dropless=True).filter(lambda case: case.factor is None))
+def test_dropless_rows_are_sorted_by_expert(case: Case) -> None:
+    record, _, plan = case.settle(case.route(case.leaves()))
     assert plan.rows_per_expert is None
     asks_TK = record.sampled_TK & record.valid_T[:, None]
     expert_of_row = plan.row_TK.new_full((plan.source_R.numel() + 1,), case.experts)
@@ -240,45 +285,59 @@ def test_dropless_rows_and_ledger_agree_with_the_oracle(case: Case) -> None:
     assert plan.count_E.tolist() == [experts.count(e) for e in range(case.experts)]
     assert (plan.row_TK[~asks_TK] == plan.source_R.numel()).all()
     check_rows_and_sources(plan)
-    check_ledger(ledger(record, plan), case, answer)
 
 
-def slice_of(record: Routing, start: int, stop: int) -> Routing:
-    return Routing(*(part[start:stop] for part in record))
+def part_of(case: Case, whole: Settled, start: int, stop: int) -> Settled:
+    """The same tokens alone."""
+    record, settled = (
+        Routing(*(None if part is None else part[start:stop] for part in routing))
+        for routing in whole[:2]
+    )
+    if case.slots is None:
+        return Settled(record, settled, plan_dropless(settled))
+    priority_TK = record.gate_TK if case.policy == "probability" else case.priority()
+    if case.policy == "random" and priority_TK is not None:
+        priority_TK = priority_TK[start:stop]
+    return Settled(
+        record, settled, plan_capacity(settled, case.group_size, case.slots, priority_TK)
+    )
 
 
 @MANY
 @given(case=cases())
-def test_ledgers_of_groups_add_up_to_the_ledger_of_all(case: Case) -> None:
-    record = case.route(case.logits())
-    parts = []
-    for start in range(0, case.tokens, case.group_size):
-        group = slice_of(record, start, start + case.group_size)
-        parts.append(ledger(group, case.plan(group)))
-    whole = ledger(record, case.plan(record))
-    for count, counts in zip(whole, zip(*parts, strict=True), strict=True):
+def test_groups_are_planned_apart(case: Case) -> None:
+    """Their ledgers add up to the ledger of all, and each alone fills the slots it fills there."""
+    whole = case.settle(case.route(case.leaves()))
+    parts = [
+        part_of(case, whole, start, start + case.group_size)
+        for start in range(0, case.tokens, case.group_size)
+    ]
+    columns = zip(*(part.ledger for part in parts), strict=True)
+    for count, counts in zip(whole.ledger, columns, strict=True):
         assert torch.equal(count, torch.stack(counts).sum(0))
+    has_row = [part.plan.row_TK < part.plan.source_R.numel() for part in parts]
+    assert torch.equal(torch.cat(has_row), whole.plan.row_TK < whole.plan.source_R.numel())
 
 
 @MANY
-@given(case=cases(dropless=False))
+@given(case=cases(dropless=False, policy="position"))
 def test_padding_at_the_end_changes_nobodys_fate(case: Case) -> None:
     """The same group with more padding behind it, at the same C, keeps the same tokens."""
-    record = case.route(case.logits())
-    group = slice_of(record, 0, case.group_size)
-    longer = Routing(*(torch.cat([part, part]) for part in group))
+    group = part_of(case, case.settle(case.route(case.leaves())), 0, case.group_size).record
+    longer = Routing(*(None if part is None else torch.cat([part, part]) for part in group))
     padding = torch.zeros(case.group_size, dtype=torch.bool)
     longer = longer._replace(valid_T=torch.cat([group.valid_T, padding]))
     slots = case.slots or 0
     short_plan = plan_capacity(group, case.group_size, slots)
     long_plan = plan_capacity(longer, 2 * case.group_size, slots)
     assert torch.equal(long_plan.row_TK[: case.group_size], short_plan.row_TK)
-    for one, other in zip(ledger(group, short_plan), ledger(longer, long_plan), strict=True):
+    books = ledger(group, group, short_plan), ledger(longer, longer, long_plan)
+    for one, other in zip(*books, strict=True):
         assert torch.equal(one, other)
 
 
 def test_dropless_provides_the_slots_that_it_fills() -> None:
     record = record_of([(0, 1), (0, 1), (0, 1)], experts=4, valid=[Y, N, Y])
     plan = plan_dropless(record)
-    assert ledger(record, plan).slots == 4
+    assert ledger(record, record, plan).slots == 4
     assert plan.count_E.tolist() == [2, 2, 0, 0]
