@@ -110,9 +110,7 @@ def judge(group: Sequence[Token | None], rules: Rules, start: int) -> list[list[
     return told
 
 
-def in_line(
-    group: Sequence[Token | None], rules: Rules, start: int
-) -> list[tuple[int, int]]:
+def in_line(group: Sequence[Token | None], rules: Rules, start: int) -> list[tuple[int, int]]:
     """The sampled choices as (token, rank): everybody's first choice in token order, then every
     second; where there are priorities the highest first, and that order among equals."""
 

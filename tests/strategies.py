@@ -306,7 +306,7 @@ def gradients(value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of a scalar, zero where it does not depend on a leaf."""
     if not value.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
-    return list(torch.autograd.grad(value, leaves, materialize_grads=True))
+    return list(torch.autograd.grad(value, leaves, retain_graph=True, materialize_grads=True))
 
 
 # ---- strategies ----------------------------------------------------------------------------------

@@ -122,8 +122,8 @@ def _switch_loss(_gate: Gate, demand: Demand) -> Tensor:
 
 def _dot(count: Tensor, mass: Tensor, tokens: Tensor) -> Tensor:
     """n·Σ share·(mass per token) over the last dimension, n its length."""
-    share = count / count.sum(-1, keepdim=True).clamp(min=1)
-    return count.shape[-1] * (share.to(mass.dtype) * (mass / tokens.clamp(min=1))).sum(-1)
+    share = count.to(mass.dtype) / count.sum(-1, keepdim=True).clamp(min=1)
+    return count.shape[-1] * (share * (mass / tokens.clamp(min=1))).sum(-1)
 
 
 def _variation_loss(_gate: Gate, demand: Demand) -> Tensor:
