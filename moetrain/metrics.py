@@ -9,7 +9,6 @@ Shape suffixes: E experts, K choices, O outcomes of an assignment.
 from __future__ import annotations
 
 import math
-import re
 import resource
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import TypedDict
 
 import torch
 
-from moetrain.moe.ledger import DROPPED, KEPT, NOT_SAMPLED, SPILLED, Ledger
+from moetrain.moe.ledger import DROPPED, KEPT, NOT_SAMPLED, SPILLED, Ledger, is_conserved
 from moetrain.objective import LayerMeans, Means
 
 
@@ -180,12 +179,13 @@ def layer_line(layer: LayerMeans) -> LayerLine:
 
     Raises AssertionError when the ledger does not conserve its assignments.
     """
+    _assert_conserved(layer)
     ledger = layer.ledger
     outcome_EKO = ledger.outcome_EKO
     outcome, slots = outcome_EKO.sum((0, 1)).tolist(), int(ledger.slots)
     assigned, load = int(ledger.assigned), outcome_EKO.sum((1, 2)).tolist()
     by_choice = outcome_EKO.sum(0)
-    line = LayerLine(
+    return LayerLine(
         assigned=assigned,
         kept=outcome[KEPT],
         spilled=outcome[SPILLED],
@@ -208,8 +208,6 @@ def layer_line(layer: LayerMeans) -> LayerLine:
         row_load=ledger.row_E.tolist(),
         outcomes_by_rank=[list(rank) for rank in layer.outcomes_by_rank],
     )
-    _assert_conserved(line, tokens=int(ledger.tokens))
-    return line
 
 
 def drop_rate(ledgers: Sequence[Ledger]) -> float:
@@ -255,54 +253,6 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-# Dense peak in TFLOP/s (structured sparsity not counted) from the vendors' datasheets, by the
-# words a device's name must contain; the more specific names come first.
-_PEAK_TFLOPS: tuple[tuple[frozenset[str], dict[str, float]], ...] = (
-    (frozenset({"GB200"}), {"bf16": 2500, "tf32": 1250, "fp32": 80}),
-    (frozenset({"B200"}), {"bf16": 2250, "tf32": 1125, "fp32": 75}),
-    (frozenset({"GH200"}), {"bf16": 989.5, "tf32": 494.5, "fp32": 67}),
-    (frozenset({"H200", "NVL"}), {"bf16": 835.5, "tf32": 417.5, "fp32": 60}),
-    (frozenset({"H200"}), {"bf16": 989.5, "tf32": 494.5, "fp32": 67}),
-    (frozenset({"H100", "NVL"}), {"bf16": 835.5, "tf32": 417.5, "fp32": 60}),
-    (frozenset({"H100", "PCIE"}), {"bf16": 756.5, "tf32": 378, "fp32": 51}),
-    (frozenset({"H100"}), {"bf16": 989.5, "tf32": 494.5, "fp32": 67}),
-    (frozenset({"A100"}), {"bf16": 312, "tf32": 156, "fp32": 19.5}),
-    (frozenset({"L40S"}), {"bf16": 362.05, "tf32": 183, "fp32": 91.6}),
-    (frozenset({"L4"}), {"bf16": 121, "tf32": 60, "fp32": 30.3}),
-    (frozenset({"A10"}), {"bf16": 125, "tf32": 62.5, "fp32": 31.2}),
-    (frozenset({"RTX", "4090"}), {"bf16": 165.2, "tf32": 82.6, "fp32": 82.6}),
-    (frozenset({"RTX", "3090"}), {"bf16": 71, "tf32": 35.6, "fp32": 35.6}),
-    (frozenset({"MI300X"}), {"bf16": 1307.4, "tf32": 653.7, "fp32": 163.4}),
-    (frozenset({"MI325X"}), {"bf16": 1307.4, "tf32": 653.7, "fp32": 163.4}),
-)
-
-# A slice of a device, or a slower chip that goes by the same number.
-_ANOTHER_DEVICE = frozenset({"MIG", "LAPTOP", "MAX", "D", "TI"})
-
-
-def peak_flops(device_name: str, arithmetic: str) -> float | None:
-    """Dense peak FLOP/s of a GPU in `bf16`, `tf32` or `fp32`; None where it is not known."""
-    words = frozenset(re.split(r"[\s_-]+", device_name.upper()))
-    if words & _ANOTHER_DEVICE:
-        return None
-    for required, tflops in _PEAK_TFLOPS:
-        if required <= words and arithmetic in tflops:
-            return tflops[arithmetic] * 1e12
-    return None
-
-
-def device_peak_flops(device: torch.device, precision: str) -> float | None:
-    """Dense peak FLOP/s of `device` for a run in `precision` (bf16, fp32, fp64), or None.
-
-    fp32 counts as TF32 where torch may use it for matrix products.
-    """
-    if device.type != "cuda":
-        return None
-    may_use_tf32 = torch.get_float32_matmul_precision() != "highest"
-    arithmetic = "tf32" if precision == "fp32" and may_use_tf32 else precision
-    return peak_flops(torch.cuda.get_device_name(device), arithmetic)
-
-
 def _variation(load: list[int]) -> float:
     mean = sum(load) / len(load)
     return _ratio(math.sqrt(sum((count - mean) ** 2 for count in load) / len(load)), mean)
@@ -324,14 +274,14 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _assert_conserved(line: LayerLine, tokens: int) -> None:
-    outcomes = [line["kept"], line["spilled"], line["dropped"], line["not_sampled"]]
-    assert min(outcomes) >= 0, f"negative counts: {line}"
-    assert line["assigned"] == sum(outcomes), f"outcomes do not add up to assigned: {line}"
-    assert sum(line["load"]) == line["assigned"], f"load does not add up to assigned: {line}"
-    assert sum(line["kept_load"]) == line["kept"], f"kept_load does not add up to kept: {line}"
-    arrived = line["kept"] + line["spilled"]
-    assert sum(line["row_load"]) == arrived <= line["slots"], f"rows do not add up: {line}"
-    by_rank = [sum(column) for column in zip(*line["outcomes_by_rank"], strict=True)]
-    assert by_rank == outcomes, f"ranks do not add up: {line}"
-    assert 0 <= line["lost_tokens"] <= tokens, f"{line['lost_tokens']} of {tokens} tokens lost"
+def _assert_conserved(layer: LayerMeans) -> None:
+    ledger = layer.ledger
+    assert (ledger.outcome_EKO >= 0).all(), f"negative counts: {ledger}"
+    assert is_conserved(ledger), f"assignments, outcomes, rows and slots disagree: {ledger}"
+    by_rank = [sum(column) for column in zip(*layer.outcomes_by_rank, strict=True)]
+    assert by_rank == ledger.outcome_EKO.sum((0, 1)).tolist(), f"ranks do not add up: {layer}"
+    # whoever is not lost has a row at least, and one for every choice at most
+    served, k = int(ledger.tokens - ledger.lost_tokens), ledger.outcome_EKO.shape[1]
+    assert served <= int(ledger.row_E.sum()) <= served * k, f"tokens do not add up: {ledger}"
+    assert 0 <= int(ledger.lost_tokens) <= int(ledger.tokens), f"tokens do not add up: {ledger}"
+    assert int(ledger.assigned) <= int(ledger.tokens) * k, f"tokens do not add up: {ledger}"

@@ -18,6 +18,7 @@ from moetrain.evaluate import nats_per_byte
 from moetrain.mesh import Mesh
 from moetrain.model import Transformer
 from moetrain.objective import Means
+from moetrain.peaks import device_peak_flops
 from moetrain.plots import PLOTS_FOLDER, write_plots
 from moetrain.progress import progress
 from moetrain.restore import TOKENIZER_FILE
@@ -42,7 +43,7 @@ class Report:
         self._config, self._folder, self._mesh = config, folder, mesh
         self._prepared = prepared
         self._flops_per_token = train_flops_per_token(model, config.data.seq_len)
-        self._peak_flops = metrics.device_peak_flops(mesh.device, config.engine.precision)
+        self._peak_flops = device_peak_flops(mesh.device, config.engine.precision)
         self._steps, self._seconds = 0, 0.0
         self._is_writer = mesh.rank == 0
         self._closing = ExitStack()
