@@ -34,27 +34,30 @@ class Progress(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-def progress(num_steps: int, console: Console | None = None) -> Progress:
-    """The view for a run of `num_steps` steps: live on a terminal, plain lines elsewhere."""
+def progress(num_steps: int, has_experts: bool, console: Console | None = None) -> Progress:
+    """The view for a run of `num_steps` steps: live on a terminal, plain lines elsewhere.
+
+    A run that has no experts has no drops to speak of.
+    """
     console = console or Console()
     # Not console.is_terminal: FORCE_COLOR makes that true of a log file, too.
     can_redraw = console.file.isatty() and not console.is_dumb_terminal
     if can_redraw and not console.options.ascii_only:
-        return LiveProgress(num_steps, console)
-    return PlainProgress(num_steps, console)
+        return LiveProgress(num_steps, has_experts, console)
+    return PlainProgress(num_steps, has_experts, console)
 
 
 @final
 class PlainProgress:
     """One line per update, in ASCII, for log files and pipes."""
 
-    def __init__(self, num_steps: int, console: Console) -> None:
-        self._num_steps = num_steps
+    def __init__(self, num_steps: int, has_experts: bool, console: Console) -> None:
+        self._num_steps, self._has_experts = num_steps, has_experts
         self._console = console
 
     def update(self, line: Mapping[str, Any]) -> None:
         """Print the line's main numbers."""
-        self.note("  ".join(describe(line, self._num_steps)))
+        self.note("  ".join(describe(line, self._num_steps, self._has_experts)))
 
     def note(self, text: str) -> None:
         """Print the text."""
@@ -71,8 +74,8 @@ class PlainProgress:
 class LiveProgress:
     """A bar, the last training line, the last evaluation, and every layer's load by expert."""
 
-    def __init__(self, num_steps: int, console: Console) -> None:
-        self._num_steps = num_steps
+    def __init__(self, num_steps: int, has_experts: bool, console: Console) -> None:
+        self._num_steps, self._has_experts = num_steps, has_experts
         self._console = console
         self._train: Mapping[str, Any] = {"step": 0}
         self._eval: Mapping[str, Any] | None = None
@@ -109,24 +112,28 @@ class LiveProgress:
         return view
 
     def _text(self, line: Mapping[str, Any]) -> Text:
-        return Text("  ".join(describe(line, self._num_steps)), overflow="ellipsis", no_wrap=True)
+        text = "  ".join(describe(line, self._num_steps, self._has_experts))
+        return Text(text, overflow="ellipsis", no_wrap=True)
 
 
-def describe(line: Mapping[str, Any], num_steps: int) -> list[str]:
+def describe(line: Mapping[str, Any], num_steps: int, has_experts: bool) -> list[str]:
     """The main numbers of a line in words, ASCII alone."""
     step = f"step {line['step']}/{num_steps}"
     if "eval_loss" in line:
+        drop = [f"eval drop {_percent(line['eval_drop_rate'])}"] if has_experts else []
         return [
             step,
             f"eval loss {_number(line['eval_loss'], '.4f')}",
             f"{_number(line['eval_nats_per_byte'], '.4f')} nats/byte",
-            f"eval drop {_percent(line['eval_drop_rate'])}",
+            *drop,
         ]
     if "loss" not in line:
         return [step]
     parts = [step, f"loss {_number(line['loss'], '.4f')}"]
-    if line["layers"]:
+    if has_experts:
         parts.append(f"drop {_percent(line['drop_rate'])}")
+    if line["bad_steps"]:
+        parts.append(f"{line['bad_steps']} skipped")
     parts.append(f"{_si(line['tokens_per_s'])} tokens/s")
     if line["mfu"] is not None:
         parts.append(f"mfu {_percent(line['mfu'])}")

@@ -72,7 +72,7 @@ class Report:
                 resumed=resume_step > 0,
             )
             self._closing.callback(self._wandb.close)
-        self._progress = progress(config.train.steps)
+        self._progress = progress(config.train.steps, has_experts=config.moe.experts > 0)
         self._closing.enter_context(self._progress)
         counted = sizes(model)
         self._progress.note(

@@ -26,6 +26,19 @@ from typing import Any, Literal, TextIO, final
 _log = logging.getLogger(__name__)
 
 _QUEUE_LINES = 1000
+_MAX_BINS = 512  # of a histogram, as wandb has it
+_LAYER_NUMBERS = (
+    "drop_rate",
+    "token_drop_rate",
+    "dropped_gate_mass",
+    "padding_waste",
+    "effective_capacity_factor",
+    "max_vio",
+    "load_cv",
+    "load_entropy",
+    "dead_experts",
+)
+_LAYER_LISTS = ("load", "drop_rate_by_choice")
 
 
 @final
@@ -127,12 +140,17 @@ class WandbSink:
 
 
 def flatten(line: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of a metrics line by name; of each MoE layer its drop_rate and max_vio."""
-    numbers = {name: value for name, value in line.items() if isinstance(value, int | float)}
+    """A metrics line as wandb shows it: numbers by name, and what each MoE layer has by layer.
+
+    `drop_rate/layer_00` puts all layers of a figure into one section. Lists, `load/layer_00` (by
+    expert) and `drop_rate_by_choice/layer_00`, become histograms; counts stay in metrics.jsonl.
+    """
+    shown = {name: value for name, value in line.items() if isinstance(value, int | float)}
     for index, layer in enumerate(line.get("layers", ())):
-        for name in ("drop_rate", "max_vio"):
-            numbers[f"moe_layer_{index:02d}/{name}"] = layer[name]
-    return numbers
+        lists = [name for name in _LAYER_LISTS if len(layer[name]) <= _MAX_BINS]
+        for name in (*_LAYER_NUMBERS, *lists):
+            shown[f"{name}/layer_{index:02d}"] = layer[name]
+    return shown
 
 
 def _run_id(folder: Path, resumed: bool) -> str:
@@ -166,7 +184,7 @@ def _child_main(lines: TextIO, report: TextIO) -> None:
         with _limit(first["start_s"], "start", report):
             run = _init_wandb(first["init"], first["start_s"])
         for text in lines:
-            run.log(json.loads(text))
+            run.log({name: _shown(value) for name, value in json.loads(text).items()})
         with _limit(first["finish_s"], "finish", report):
             run.finish()
     except BaseException as error:
@@ -189,6 +207,15 @@ def _init_wandb(init: dict[str, Any], timeout_s: float) -> Any:
     # A step of our own: a resumed run goes back in steps, which wandb's counter does not allow.
     run.define_metric("*", step_metric="step")
     return run
+
+
+def _shown(value: Any) -> Any:
+    """A list as a histogram with a bar for each entry: over steps, wandb draws a heat map of it."""
+    if not isinstance(value, list):
+        return value
+    import wandb
+
+    return wandb.Histogram(np_histogram=(value, list(range(len(value) + 1))))
 
 
 @contextlib.contextmanager

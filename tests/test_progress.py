@@ -31,6 +31,7 @@ TRAIN = {
     "drop_rate": 0.0134,
     "tokens_per_s": 12345.6,
     "mfu": None,
+    "bad_steps": 0,
     "step_time_s": 20.5,
     "layers": [layer([4, 4, 4, 4]), layer([16, 0, 0, 0], 0.5)],
 }
@@ -39,7 +40,7 @@ EVAL = {"step": 20, "eval_loss": 3.1, "eval_nats_per_byte": 1.05, "eval_drop_rat
 
 def test_plain_lines():
     out = io.StringIO()
-    with progress(200, Console(file=out, width=20)) as view:
+    with progress(200, True, Console(file=out, width=20)) as view:
         view.note("resumed from step 10 [dim]")
         view.update(TRAIN)
         view.update(EVAL)
@@ -53,18 +54,24 @@ def test_plain_lines():
 
 def test_plain_lines_are_there_as_they_come(tmp_path):
     with (tmp_path / "log").open("w") as file:
-        PlainProgress(10, Console(file=file)).note("first")
+        PlainProgress(10, True, Console(file=file)).note("first")
         assert (tmp_path / "log").read_text() == "first\n"
 
 
 def test_a_dense_line_speaks_of_no_drops_and_a_known_device_of_mfu():
-    text = describe(TRAIN | {"layers": [], "mfu": 0.413, "tokens_per_s": 2.5e6}, 200)
+    text = describe(TRAIN | {"layers": [], "mfu": 0.413, "tokens_per_s": 2.5e6}, 200, False)
     assert text == ["step 20/200", "loss 3.2145", "2.5M tokens/s", "mfu 41.3 %", "eta 1:01:30"]
+    assert describe(EVAL, 200, False) == ["step 20/200", "eval loss 3.1000", "1.0500 nats/byte"]
+
+
+def test_a_line_counts_the_steps_skipped_so_far():
+    text = describe(TRAIN | {"bad_steps": 2}, 200, True)
+    assert text[2:4] == ["drop 1.3 %", "2 skipped"]
 
 
 @pytest.mark.parametrize("loss", [math.nan, None])
 def test_a_loss_that_is_no_number(loss):
-    assert "loss nan" in describe(TRAIN | {"loss": loss}, 200)
+    assert "loss nan" in describe(TRAIN | {"loss": loss}, 200, True)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +85,7 @@ def test_a_loss_that_is_no_number(loss):
 )
 def test_the_view_suits_the_output(file, settings, kind):
     settings = {"_environ": {"TERM": "xterm"}} | settings
-    assert type(progress(10, Console(file=file, **settings))) is kind
+    assert type(progress(10, True, Console(file=file, **settings))) is kind
 
 
 def live_output(lines, width=100, height=30):
@@ -86,7 +93,7 @@ def live_output(lines, width=100, height=30):
     console = Console(
         file=out, width=width, height=height, color_system=None, _environ={"TERM": "xterm"}
     )
-    with progress(200, console) as view:
+    with progress(200, True, console) as view:
         for line in lines:
             view.update(line)
         view.note("a note [bold]")
@@ -113,7 +120,7 @@ def test_the_live_view_before_the_first_line_and_of_a_dense_run():
 def test_the_live_view_fits_a_small_terminal():
     many = TRAIN | {"layers": [layer([1, 2] * 64)] * 32}
     console = Console(file=io.StringIO(), width=60, height=10)
-    view = LiveProgress(200, console)
+    view = LiveProgress(200, True, console)
     view.update(many)
     lines = console.render_lines(view._render(), console.options)
     assert len(lines) <= 10

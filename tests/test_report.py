@@ -16,7 +16,7 @@ from moetrain.build import build_model
 from moetrain.errors import UserError
 from moetrain.mesh import Mesh
 from moetrain.moe import Ledger
-from moetrain.objective import Means
+from moetrain.objective import LayerMeans, Means
 from moetrain.report import Report
 from moetrain.sinks import read_metrics
 from moetrain.sizes import train_flops_per_token
@@ -28,8 +28,11 @@ STEP_TOKENS = 16 * 8
 OUTCOME_EKO = torch.zeros(4, 2, 4, dtype=torch.int64)
 OUTCOME_EKO[0, 0, 0], OUTCOME_EKO[0, 0, 2] = 60, 68
 OUTCOME_EKO[1, 1, 0] = 128
-LEDGER = Ledger(OUTCOME_EKO, *map(torch.tensor, (STEP_TOKENS, 0, 240)))
-MEANS = Means(2.5, 1.5, 0.5, (LEDGER, LEDGER))
+LEDGER = Ledger(
+    OUTCOME_EKO, *map(torch.tensor, (2 * STEP_TOKENS, [60, 128, 0, 0], STEP_TOKENS, 0, 240))
+)
+LAYER = LayerMeans(LEDGER, 0.25, ((188, 0, 68, 0),))
+MEANS = Means(2.5, 1.5, 0.5, (LAYER, LAYER))
 
 
 class Saved:
@@ -69,9 +72,9 @@ def test_lines_by_hand(tmp_path):
         with opened(tmp_path) as report:
             for seconds in (0.5, 1.5):
                 report.step_took(seconds)
-            report.train(2, 256, MEANS, grad_norm=3.0, lr=0.25)
+            report.train(2, 256, 0, MEANS, grad_norm=3.0, lr=0.25)
             report.step_took(4.0)
-            report.train(3, 384, MEANS, grad_norm=3.0, lr=0.25)
+            report.train(3, 384, 1, MEANS, grad_norm=3.0, lr=0.25)
             report.evaluation(3, MEANS)
 
     alone(work)
@@ -82,6 +85,9 @@ def test_lines_by_hand(tmp_path):
     assert first["drop_rate"] == 68 / 256
     assert first["layers"][0]["load"] == [128, 128, 0, 0]
     assert first["layers"][0]["kept_load"] == [60, 128, 0, 0]
+    assert first["layers"][0]["outcomes_by_rank"] == [[188, 0, 68, 0]]
+    assert (first["dropped_gate_mass"], first["dead_experts"]) == (0.25, 4)
+    assert (first["bad_steps"], second["bad_steps"]) == (0, 1)
     assert first["layers"][0]["effective_capacity_factor"] == 240 / 256
     # The mean of 0.5 s and 1.5 s, and after a line the count starts afresh.
     assert (first["step_time_s"], second["step_time_s"]) == (1.0, 4.0)
@@ -98,7 +104,7 @@ def test_one_rank_writes_and_speed_is_that_of_all(tmp_path, capsys):
         rank = torch.distributed.get_rank()
         with opened(tmp_path / str(rank)) as report:
             report.step_took(1.0)
-            report.train(1, 128, MEANS, 3.0, 0.25)
+            report.train(1, 128, 0, MEANS, 3.0, 0.25)
             report.evaluation(1, MEANS)
             report.saved(1)
             report.finish()
@@ -135,7 +141,7 @@ def test_where_a_run_begins_and_what_it_keeps(tmp_path, capsys, resume_step, wor
         with opened(tmp_path) as report:
             for step in range(1, 5):
                 report.step_took(1.0)
-                report.train(step, 128 * step, MEANS, 3.0, 0.25)
+                report.train(step, 128 * step, 0, MEANS, 3.0, 0.25)
         capsys.readouterr()
         opened(tmp_path, resume_step).__exit__()
 
@@ -151,7 +157,7 @@ def test_lines_are_on_disk_at_once_and_stay_when_the_run_fails(tmp_path):
     def work():
         with opened(tmp_path) as report:
             report.step_took(1.0)
-            report.train(1, 128, MEANS, 3.0, 0.25)
+            report.train(1, 128, 0, MEANS, 3.0, 0.25)
             assert len(read_metrics(tmp_path)) == 1
             raise RuntimeError("the run fails")
 
@@ -160,16 +166,38 @@ def test_lines_are_on_disk_at_once_and_stay_when_the_run_fails(tmp_path):
     assert len(read_metrics(tmp_path)) == 1
 
 
-def test_a_dense_run_has_lines_without_layers(tmp_path):
+def test_a_dense_run_has_lines_without_layers(tmp_path, capsys):
     def work():
         with opened(tmp_path, config=small_config(moe={"experts": 0})) as report:
             report.step_took(1.0)
-            report.train(1, 128, Means(2.5, 0.0, 0.0, ()), 3.0, 0.25)
+            report.train(1, 128, 0, Means(2.5, 0.0, 0.0, ()), 3.0, 0.25)
+            report.evaluation(1, Means(2.5, 0.0, 0.0, ()))
 
     alone(work)
-    (line,) = read_metrics(tmp_path)
+    line, _ = read_metrics(tmp_path)
+    assert "drop" not in capsys.readouterr().out
     assert line["layers"] == []
     assert (line["drop_rate"], line["token_drop_rate"], line["max_vio"]) == (0, 0, 0)
+
+
+def test_a_skipped_step_is_said_once_and_its_line_is_valid_json(tmp_path, capsys):
+    nan = float("nan")
+    spoilt = MEANS._replace(loss=nan, layers=(LAYER._replace(dropped_gate_mass=nan), LAYER))
+
+    def work():
+        with opened(tmp_path / str(torch.distributed.get_rank())) as report:
+            report.step_took(1.0)
+            report.skipped(1, nan)
+            report.train(1, 128, 1, spoilt, nan, 0.25)
+
+    simulate_ranks(2, work)
+    (line,) = read_metrics(tmp_path / "0")
+    names = ["loss", "grad_norm", "dropped_gate_mass"]
+    assert [line[name] for name in names] == [None] * 3
+    assert (line["bad_steps"], line["drop_rate"]) == (1, 68 / 256)
+    out = capsys.readouterr().out
+    assert out.count("step 1 skipped: the gradient norm is nan") == 1
+    assert out.count("1 skipped  ") == 1
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

@@ -29,7 +29,9 @@ class Run:
     def finish(self): act("FINISH"); self.record("finish", None)
     def record(self, kind, value):
         with open(os.environ["FAKE_RECORD"], "a") as file:
-            file.write(json.dumps([kind, value]) + "\\n")
+            file.write(json.dumps([kind, value], default=vars) + "\\n")
+class Histogram:
+    def __init__(self, np_histogram): self.values, self.bins = np_histogram
 def init(**kwargs):
     print("chatter of wandb")
     act("INIT")
@@ -181,17 +183,46 @@ def is_running(pid):
         return False
 
 
+FIGURES = ["drop_rate", "token_drop_rate", "dropped_gate_mass", "padding_waste"]
+FIGURES += ["effective_capacity_factor", "max_vio", "load_cv", "load_entropy", "dead_experts"]
+
+
+def layer(value, load, by_choice):
+    counts = {"assigned": 9, "slots": 9, "row_load": load, "outcomes_by_rank": [[1, 0, 0, 0]] * 64}
+    return dict.fromkeys(FIGURES, value) | {"load": load, "drop_rate_by_choice": by_choice} | counts
+
+
 def test_numbers_of_a_line_by_name():
-    layers = [{"drop_rate": 0.5, "max_vio": 1.0, "load": [1, 2]}, {"drop_rate": 0, "max_vio": 0}]
+    layers = [layer(0.5, [1, 2], [0.25]), layer(0, [3, 0], [0.5])]
     assert flatten({"step": 3, "mfu": None, "loss": 2.0, "layers": layers}) == {
         "step": 3,
         "loss": 2.0,
-        "moe_layer_00/drop_rate": 0.5,
-        "moe_layer_00/max_vio": 1.0,
-        "moe_layer_01/drop_rate": 0,
-        "moe_layer_01/max_vio": 0,
+        **{f"{name}/layer_00": 0.5 for name in FIGURES},
+        "load/layer_00": [1, 2],
+        "drop_rate_by_choice/layer_00": [0.25],
+        **{f"{name}/layer_01": 0 for name in FIGURES},
+        "load/layer_01": [3, 0],
+        "drop_rate_by_choice/layer_01": [0.5],
     }
     assert flatten({"step": 3, "eval_loss": 2.0}) == {"step": 3, "eval_loss": 2.0}
+
+
+def test_what_is_sent_does_not_grow_with_experts_choices_and_ranks():
+    few = flatten({"step": 3, "layers": [layer(0, [1] * 4, [0])]})
+    many = flatten({"step": 3, "layers": [layer(0, [1] * 512, [0] * 512)]})
+    assert few.keys() == many.keys()
+    more = flatten({"step": 3, "layers": [layer(0, [1] * 513, [0] * 8)]})
+    assert few.keys() - more.keys() == {"load/layer_00"}
+
+
+def test_a_list_arrives_as_a_histogram_with_a_bar_for_each_entry(tmp_path, fake):
+    target = sink(tmp_path)
+    target.write({"step": 1, "layers": [layer(0.5, [5, 1, 0], [0.5])]})
+    target.close()
+    (logged,) = [value for kind, value in fake() if kind == "log"]
+    assert logged["load/layer_00"] == {"values": [5, 1, 0], "bins": [0, 1, 2, 3]}
+    assert logged["drop_rate_by_choice/layer_00"] == {"values": [0.5], "bins": [0, 1]}
+    assert logged["drop_rate/layer_00"] == 0.5
 
 
 @pytest.fixture
@@ -207,10 +238,14 @@ def home(tmp_path, monkeypatch):
 def test_the_real_wandb_offline_keeps_its_files_in_the_run(tmp_path, home, caplog):
     target = sink(tmp_path, mode="offline")
     log_steps(target, 5)
+    target.write({"step": 6, "layers": [layer(0.5, [5, 1, 0], [0.5])]})
     target.close()
     assert not caplog.records
     (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
-    assert b"loss" in written.read_bytes()
+    content = written.read_bytes()
+    assert b"loss" in content
+    assert b"drop_rate/layer_00" in content
+    assert b'"histogram"' in content
     assert [path for path in home.rglob("*") if path.is_file()] == []
 
 
