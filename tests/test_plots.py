@@ -4,31 +4,56 @@ import matplotlib
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from moetrain import plots
 from moetrain.errors import UserError
-from moetrain.sinks import METRICS_FILE, MetricsLog
+from moetrain.plots.figures import figures
+from moetrain.plots.history import history, relative_load, running_mean, step_edges
+from moetrain.plots.panels import STYLE
+from moetrain.sinks import METRICS_FILE, MetricsLog, read_metrics
 
-MOE_FILES = ["overview.png", "loss.png", "drops.png", "load.png", "throughput.png"]
+MOE_FILES = [
+    f"{name}.png"
+    for name in ("overview", "loss", "drops", "slots", "load", "balance", "throughput")
+]
 
 
-def layer(load, drop_rate):
-    return {"load": load, "drop_rate": drop_rate}
+def layer(load, drop_rate=0.0, choices=2):
+    return {
+        "load": load,
+        "drop_rate": drop_rate,
+        "drop_rate_by_choice": [drop_rate * j for j in range(choices)],
+        "dropped_gate_mass": drop_rate / 2,
+        "padding_waste": 0.2,
+        "effective_capacity_factor": 1.25,
+        "max_vio": 0.5,
+        "load_cv": 0.3,
+        "load_entropy": 0.9,
+        "dead_experts": 0,
+    }
 
 
-def train_lines(num_lines, num_layers=2, num_experts=4, mfu=None):
+def train_lines(num_lines, num_layers=2, num_experts=4, choices=2, mfu=None):
     random = np.random.default_rng(0)
     return [
         {
             "step": 10 * (index + 1),
             "loss": 5 - 3 * index / num_lines,
+            "balance_loss": 1.2,
+            "z_loss": 0.5,
             "drop_rate": 0.1,
             "token_drop_rate": 0.05,
+            "bad_steps": 0,
             "tokens_per_s": 1e4,
             "mfu": mfu,
             "layers": [
-                layer(random.multinomial(1000, [1 / num_experts] * num_experts).tolist(), 0.02 * i)
-                for i in range(num_layers)
+                layer(load.tolist(), 0.02 * i, choices)
+                for i, load in enumerate(
+                    random.multinomial(1000, [1 / num_experts] * num_experts, num_layers)
+                    if num_layers
+                    else []
+                )
             ],
         }
         for index in range(num_lines)
@@ -52,23 +77,61 @@ def write_run(run_dir, lines):
     return run_dir
 
 
-def draw(lines, byte_entropy=None):
+def draw(lines, byte_entropy=None, name="run"):
     """The figures by name, not yet rendered."""
-    evals = [line for line in lines if "eval_loss" in line]
-    train = [line for line in lines if "loss" in line]
-    run = plots._Run(train, evals, plots.per_token(byte_entropy or {}, evals))
-    with matplotlib.rc_context(plots._STYLE):
-        return plots._figures(run)
+    with matplotlib.rc_context(dict(STYLE)):
+        return figures(history(name, lines, byte_entropy or {}))
 
 
 def titles(figure):
     return [title for axes in figure.axes if (title := axes.get_title(loc="left"))]
 
 
+def panel(figure, title):
+    """The panel of a title, and what it shows: label -> (x, y)."""
+    (axes,) = [axes for axes in figure.axes if axes.get_title(loc="left") == title]
+    lines = [line for line in axes.lines if line.get_label() and line.get_label()[0] != "_"]
+    return axes, {line.get_label(): (line.get_xdata(), line.get_ydata()) for line in lines}
+
+
 def curves(figure):
     """Label -> (x, y) of the labelled curves of a figure's first panel."""
-    lines = [line for line in figure.axes[0].lines if not line.get_label().startswith("_")]
-    return {line.get_label(): (line.get_xdata(), line.get_ydata()) for line in lines}
+    return panel(figure, figure.axes[0].get_title(loc="left"))[1]
+
+
+def texts_that_overlap(figure):
+    """Pairs of texts and legends of a rendered figure that lie on each other."""
+    FigureCanvasAgg(figure).draw()
+    boxes = []
+    for axes in figure.axes:
+        if not axes.get_visible():
+            continue
+        drawn = [*axes.texts, axes._left_title, axes.xaxis.label, axes.yaxis.label]
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            drawn += [
+                tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high
+            ]
+        if legend := axes.get_legend():
+            drawn += legend.get_texts()
+        boxes += [(t.get_text(), t.get_window_extent()) for t in drawn if is_shown(t)]
+    for part in (figure, *figure.subfigs):
+        drawn = [part._suptitle, part._supxlabel, part._supylabel]
+        drawn += [text for legend in part.legends for text in legend.get_texts()]
+        boxes += [(t.get_text(), t.get_window_extent()) for t in drawn if t and is_shown(t)]
+    assert all(box.x0 >= 0 and box.y0 >= 0 for _, box in boxes)
+    assert all(box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for _, box in boxes)
+    return [
+        (one, other)
+        for index, (one, box) in enumerate(boxes)
+        for other, its in boxes[:index]
+        if min(box.x1, its.x1) - max(box.x0, its.x0) > 1
+        and min(box.y1, its.y1) - max(box.y0, its.y0) > 1
+    ]
+
+
+def is_shown(text):
+    return text.get_visible() and bool(text.get_text())
 
 
 @pytest.mark.parametrize(
@@ -95,16 +158,39 @@ def test_a_run_has_the_pictures_that_its_lines_allow(tmp_path, lines, files):
         assert 0.01 < (pixels < 1).any(axis=2).mean() < 0.9
 
 
-def test_a_large_run_is_drawn(tmp_path):
-    lines = train_lines(150, num_layers=32, num_experts=128)
-    figures = draw(lines)
-    assert titles(figures["load"]) == [f"MoE layer {index}" for index in range(32)]
-    overview = titles(figures["overview"])
-    assert overview == [
-        *[f"MoE layer {index}" for index in (0, 10, 21, 31)],
+def test_a_large_run_shows_every_layer():
+    drawn = draw(train_lines(4, num_layers=32, num_experts=128, choices=8))
+    assert titles(drawn["load"]) == [f"MoE layer {index}" for index in range(32)]
+    assert titles(drawn["overview"]) == [
         *["Loss", "Drops", "Throughput"],
+        *[f"MoE layer {index}" for index in (0, 10, 21, 31)],
     ]
-    figures["load"].savefig(tmp_path / "load.png")
+    assert len(panel(drawn["balance"], "Largest load")[0].lines) == 33
+
+
+SHAPES = {
+    "one layer, one choice": train_lines(3, num_layers=1, choices=1),
+    "one step": [*train_lines(1, num_layers=4), eval_line(10, 5.1)],
+    "many layers": train_lines(3, num_layers=32, choices=8),
+    "every expert chosen": train_lines(70, num_layers=3, num_experts=64, choices=64),
+    "dense": [*train_lines(3, num_layers=0), eval_line(30, 2.0)],
+    "held-out alone": [eval_line(10, 3.0), eval_line(20, 2.0)],
+}
+
+
+@pytest.mark.parametrize("lines", SHAPES.values(), ids=SHAPES.keys())
+def test_no_text_lies_on_another_and_every_picture_names_the_run(lines):
+    drawn = draw(lines, {"unigram": 3.31, "bigram": 3.3}, name="a-name-of-a-run-" * 8)
+    drawn.pop("load", None)  # as in the overview, and slow with many layers
+    for name, figure in drawn.items():
+        assert figure.get_suptitle().startswith("a-name-of-a-run-"), name
+        assert texts_that_overlap(figure) == [], name
+
+
+def test_overlaps_are_recognised():
+    figure = draw(train_lines(3), {})["loss"]
+    figure.axes[0].set_title("Loss", pad=2)
+    assert texts_that_overlap(figure) != []
 
 
 def test_loss_shows_training_held_out_and_references_in_nats_per_token():
@@ -126,10 +212,59 @@ def test_no_references_without_an_evaluation():
 def test_drops_are_percent_by_layer_and_overall():
     figure = draw(train_lines(3, num_layers=2))["drops"]
     shown = curves(figure)
-    np.testing.assert_allclose(shown["assignments, all layers"][1], [10, 10, 10])
-    np.testing.assert_allclose(shown["tokens with no expert left"][1], [5, 5, 5])
+    np.testing.assert_allclose(shown["assignments"][1], [10, 10, 10])
+    np.testing.assert_allclose(shown["tokens with no expert"][1], [5, 5, 5])
     by_layer = [line.get_ydata() for line in figure.axes[0].lines[:2]]
     np.testing.assert_allclose(by_layer, [[0, 0, 0], [2, 2, 2]])
+    _, by_choice = panel(figure, "Drops by choice")
+    np.testing.assert_allclose(by_choice["choice 1"][1], [0, 0, 0])
+    np.testing.assert_allclose(by_choice["choice 2"][1], [1, 1, 1])  # mean of 0 and 2 %
+
+
+def test_drops_of_evaluations_stand_beside_those_of_training():
+    line = eval_line(30, 3.0) | {"eval_drop_rate": 0.04}
+    _, shown = panel(draw([*train_lines(3), line])["drops"], "Drops")
+    np.testing.assert_allclose(shown["held-out"], [[30], [4]])
+
+
+def test_one_choice_has_no_panel_of_its_own_and_very_many_have_a_scale():
+    assert titles(draw(train_lines(3, choices=1))["drops"]) == ["Drops"]
+    figure = draw(train_lines(3, num_layers=1, choices=64))["drops"]
+    axes, labelled = panel(figure, "Drops by choice")
+    assert (len(axes.lines), labelled) == (64, {})
+    assert [bar.get_ylabel() for bar in figure.axes if bar.get_label() == "<colorbar>"] == [
+        "choice"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("picture", "title", "field", "factor"),
+    [
+        ("slots", "Empty slots", "padding_waste", 100),
+        ("slots", "Slots provided", "effective_capacity_factor", 1),
+        ("slots", "Gate weight dropped", "dropped_gate_mass", 100),
+        ("balance", "Largest load", "max_vio", 1),
+        ("balance", "Spread of the load", "load_cv", 1),
+        ("balance", "Evenness of the load", "load_entropy", 1),
+        ("balance", "Dead experts", "dead_experts", 1),
+    ],
+)
+def test_a_figure_by_layer_and_its_mean(picture, title, field, factor):
+    lines = train_lines(2, num_layers=2)
+    for line, values in zip(lines, ([0.1, 0.3], [0.2, 0.6]), strict=True):
+        for of_layer, value in zip(line["layers"], values, strict=True):
+            of_layer[field] = value
+    axes, labelled = panel(draw(lines)[picture], title)
+    expected = factor * np.array([[0.1, 0.2], [0.3, 0.6], [0.2, 0.4]])
+    np.testing.assert_allclose([line.get_ydata() for line in axes.lines], expected)
+    np.testing.assert_allclose(labelled["mean of layers"][1], expected[-1])
+    assert axes.get_ylim()[0] < 0 < axes.get_ylim()[1]
+
+
+def test_losses_of_the_router_are_those_of_the_run():
+    figure = draw(train_lines(2))["balance"]
+    np.testing.assert_allclose(panel(figure, "Balance loss")[0].lines[0].get_ydata(), [1.2, 1.2])
+    np.testing.assert_allclose(panel(figure, "Router z-loss")[0].lines[0].get_ydata(), [0.5, 0.5])
 
 
 def test_a_heat_map_shows_load_over_the_mean_at_its_step():
@@ -160,14 +295,50 @@ def test_throughput_tells_the_utilisation_where_known():
     assert titles(draw(train_lines(3))["throughput"]) == ["Throughput"]
 
 
-def test_a_null_loss_is_a_gap(tmp_path):
-    lines = train_lines(4)
-    lines[1]["loss"] = math.nan
+def test_drops_are_smoothed_as_the_loss_is():
+    lines = train_lines(600, num_layers=2)
+    for index, line in enumerate(lines):
+        line["drop_rate"] = line["layers"][1]["drop_rate"] = 0.5 + 0.5 * (-1) ** index
+    axes, shown = panel(draw(lines)["drops"], "Drops")
+    assert np.ptp(shown["assignments"][1]) < 15
+    assert [np.ptp(line.get_ydata()) for line in axes.lines[2:4]] == [100, pytest.approx(9, abs=6)]
+
+
+@pytest.mark.parametrize("num_lines", [4, 100])
+def test_a_skipped_step_is_a_gap_and_is_counted(tmp_path, num_lines):
+    lines = train_lines(num_lines)
+    lines[1] |= {"loss": math.nan, "grad_norm": math.nan, "z_loss": math.nan}
+    lines[1]["layers"][0]["dropped_gate_mass"] = math.nan
+    for line in lines[1:]:
+        line["bad_steps"] = 1
     run_dir = write_run(tmp_path, [*lines, eval_line(40, math.nan, nats_per_byte=math.nan)])
-    figure = draw(plots.read_metrics(run_dir), {"unigram": 1.0})["loss"]
-    np.testing.assert_allclose(curves(figure)["training"][1], [5, math.nan, 3.5, 2.75])
-    np.testing.assert_allclose(curves(figure)["held-out"][1], [math.nan])
-    figure.savefig(tmp_path / "loss.png")
+    drawn = draw(read_metrics(run_dir), {"unigram": 1.0})
+    axes, shown = panel(drawn["loss"], "Loss (1 step skipped)")
+    raw = axes.lines[0].get_ydata()
+    np.testing.assert_allclose(raw[:3], [5, math.nan, 5 - 3 * 2 / num_lines])
+    np.testing.assert_allclose(shown["held-out"][1], [math.nan])
+    if num_lines == 100:  # the running mean goes on over the gap
+        assert np.isfinite(shown["training"][1]).all()
+
+
+def test_a_run_of_skipped_steps_alone_is_drawn(tmp_path):
+    lines = train_lines(3)
+    for line in lines:
+        line |= {"loss": math.nan, "balance_loss": math.nan, "z_loss": math.nan, "bad_steps": 3}
+        for of_layer in line["layers"]:
+            of_layer["dropped_gate_mass"] = math.nan
+    assert len(plots.write_plots(write_run(tmp_path, lines))) == len(MOE_FILES)
+
+
+def test_nothing_dropped_is_a_line_at_zero_that_can_be_seen():
+    lines = train_lines(3, num_layers=1)
+    for line in lines:
+        line |= {"drop_rate": 0.0, "token_drop_rate": 0.0}
+    axes, shown = panel(draw(lines)["drops"], "Drops")
+    np.testing.assert_allclose(shown["assignments"][1], [0, 0, 0])
+    bottom, top = axes.get_ylim()
+    assert bottom < 0
+    assert top == 1
 
 
 def test_a_missing_run_is_named(tmp_path):
@@ -177,13 +348,13 @@ def test_a_missing_run_is_named(tmp_path):
 
 def test_a_layer_without_assignments_has_no_relative_load():
     lines = [{"layers": [layer([0, 0], 0)]}, {"layers": [layer([3, 1], 0)]}]
-    np.testing.assert_allclose(plots.relative_load(lines, 0), [[0, 1.5], [0, 0.5]])
+    np.testing.assert_allclose(relative_load(lines, 0), [[0, 1.5], [0, 0.5]])
 
 
 def test_a_running_mean_uses_what_is_there():
     values = np.array([1, math.nan, 3, 5, 7, 9.0])
-    np.testing.assert_allclose(plots.running_mean(values, 3), [1, 2, 4, 5, 7, 8])
-    np.testing.assert_allclose(plots.running_mean(np.array([math.nan] * 3), 3), [math.nan] * 3)
+    np.testing.assert_allclose(running_mean(values, 3), [1, 2, 4, 5, 7, 8])
+    np.testing.assert_allclose(running_mean(np.array([math.nan] * 3), 3), [math.nan] * 3)
 
 
 @pytest.mark.parametrize(
@@ -191,4 +362,4 @@ def test_a_running_mean_uses_what_is_there():
     [([10], [9.5, 10.5]), ([10, 20], [5, 15, 25]), ([1, 10, 20, 23], [-3.5, 5.5, 15, 21.5, 24.5])],
 )
 def test_columns_meet_halfway_between_steps(steps, edges):
-    np.testing.assert_allclose(plots.step_edges(np.array(steps)), edges)
+    np.testing.assert_allclose(step_edges(np.array(steps)), edges)
