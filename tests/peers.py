@@ -1,0 +1,37 @@
+"""What the comparisons with peers share: tolerances, one group's loss, gradients, weights."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from moetrain.moe import Gate, MoE, Routing, balance
+
+# Fixed cases: these are fp32, and a peer breaks ties as it likes.
+FIXED = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+def every(tokens: int) -> Tensor:
+    return torch.ones(tokens, dtype=torch.bool)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to a few roundings of fp32."""
+    torch.testing.assert_close(actual, expected, rtol=2e-6, atol=1e-6)
+
+
+def balance_of(gate: Gate, record: Routing) -> Tensor:
+    return balance.balance(gate, balance.demand(gate, record, len(record.valid_T)))[0]
+
+
+def same_gradient(ours: Tensor, theirs: Tensor, leaf: Tensor) -> None:
+    close(*(torch.autograd.grad(value, leaf, retain_graph=True)[0] for value in (ours, theirs)))
+
+
+def initialised(layer: MoE) -> MoE:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return layer
