@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from unittest.mock import patch
+
 import torch
 from hypothesis import settings
 from torch import Tensor
@@ -35,3 +40,21 @@ def initialised(layer: MoE) -> MoE:
         for parameter in layer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
     return layer
+
+
+def weighted(values: Tensor) -> Tensor:
+    """A scalar in which every entry has a weight of its own."""
+    return (values.flatten() * torch.linspace(-1, 2, values.numel())).sum()
+
+
+@contextmanager
+def selection(deepspeed: ModuleType, uniform_TE: Tensor) -> Iterator[None]:
+    """Let DeepSpeed's random token selection draw these numbers."""
+    draws = {torch.device("cpu"): lambda _shape: uniform_TE}
+    with patch.dict(deepspeed.exp_selection_uniform_map, draws):
+        yield
+
+
+def descending(tokens: int, experts: int) -> Tensor:
+    """Draws with which the earlier token wins."""
+    return torch.linspace(1, 0.5, tokens)[:, None].expand(tokens, experts)

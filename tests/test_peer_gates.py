@@ -19,13 +19,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peers import FIXED, balance_of, close, every, initialised, same_gradient
+from peers import (
+    FIXED,
+    balance_of,
+    close,
+    descending,
+    every,
+    same_gradient,
+    selection,
+    weighted,
+)
 from torch import Tensor
 
-from moetrain.moe import Draws, Gate, MoE, Plan, Routing, capacity, keyed, routing
+from moetrain.moe import Gate, MoE, Plan, Routing, capacity, routing
 from moetrain.moe.capacity import plan_capacity
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -95,12 +102,7 @@ def sparse(answer: tuple[Any, ...]) -> Tensor:
     return table(expert_KT.T.long(), slot_KT.T.long(), gate_KT.T, experts, used)
 
 
-def weighted(table_TEC: Tensor) -> Tensor:
-    """A scalar in which every entry has a weight of its own."""
-    return (table_TEC.flatten() * torch.linspace(-1, 2, table_TEC.numel())).sum()
-
-
-# ---- DeepSpeed: capacity -------------------------------------------------------------------------
+# ---- capacity -------------------------------------------------------------------------
 
 
 def their_slots(deepspeed: ModuleType, tokens: int, experts: int, factor: float, least: int) -> int:
@@ -143,20 +145,7 @@ def test_deepspeed_has_four_slots_at_least(deepspeed: ModuleType) -> None:
     assert their_slots(deepspeed, 16, 16, 1.0, least=4) == 4
 
 
-# ---- DeepSpeed: one expert a token ---------------------------------------------------------------
-
-
-@contextmanager
-def selection(deepspeed: ModuleType, uniform_TE: Tensor) -> Iterator[None]:
-    """Let DeepSpeed's random token selection draw these numbers."""
-    draws = {CPU: lambda _shape: uniform_TE}
-    with patch.dict(deepspeed.exp_selection_uniform_map, draws):
-        yield
-
-
-def descending(tokens: int, experts: int) -> Tensor:
-    """Draws with which the earlier token wins."""
-    return torch.linspace(1, 0.5, tokens)[:, None].expand(tokens, experts)
+# ---- one expert a token ---------------------------------------------------------------
 
 
 def test_switch_is_deepspeeds_top1_when_its_draws_favour_earlier_tokens(
@@ -235,7 +224,7 @@ def test_padding_moves_deepspeeds_loss_and_not_ours(deepspeed: ModuleType) -> No
     assert theirs(logits_TE, used_T.long()) < 0.6 * theirs(logits_TE[:8], None)
 
 
-# ---- DeepSpeed: two experts a token --------------------------------------------------------------
+# ---- two experts a token --------------------------------------------------------------
 
 
 def test_gshard_is_deepspeeds_top2_until_its_weights_are_renormalised(
@@ -295,7 +284,7 @@ def test_deepspeed_gives_weight_one_to_the_expert_that_is_left(deepspeed: Module
 @contextmanager
 def gumbel(deepspeed: ModuleType, noise_TE: Tensor) -> Iterator[None]:
     """Let DeepSpeed's draw of a second expert add this noise."""
-    with patch.dict(deepspeed.gumbel_map, {CPU: lambda _shape: noise_TE}):
+    with patch.dict(deepspeed.gumbel_map, {torch.device("cpu"): lambda _shape: noise_TE}):
         yield
 
 
@@ -316,24 +305,7 @@ def test_deepspeed_draws_which_expert_is_second_and_gshard_whether_it_is(
         assert record.sampled_TK.tolist() == [[True, is_sampled]]
 
 
-@pytest.mark.parametrize(("k", "name"), [(1, "switch"), (2, "gshard")])
-def test_deepspeed_draws_in_evaluation_and_we_do_not(
-    deepspeed: ModuleType, k: int, name: Any
-) -> None:
-    """Neither its random token selection nor its second expert looks at `training`."""
-    torch.manual_seed(0)
-    x_TD = torch.randn(64, 8)
-    theirs = deepspeed.TopKGate(8, 4, k=k, eval_capacity_factor=0.5).eval()
-    first, second = (sparse(theirs(x_TD, sparse_routes=True)) for _ in range(2))
-    assert not torch.equal(first > 0, second > 0)
-    gate = Gate(name, k, jitter=0.1)
-    layer = initialised(MoE(0, 8, 8, 4, gate, eval_capacity_factor=0.5, drop_policy="random"))
-    draws = [Draws(keyed.step_key(0, step), torch.arange(64)) for step in (1, 2)]
-    mine = [layer(x_TD[None], every(64)[None], "eval", draw)[0] for draw in draws]
-    assert torch.equal(*mine)
-
-
-# ---- DeepSpeed: K experts a token ----------------------------------------------------------------
+# ---- K experts a token ----------------------------------------------------------------
 
 
 def raw_topk(case: Case, logits_TE: Tensor) -> Routing:
@@ -409,51 +381,3 @@ def test_deepspeeds_topk_of_one_weighs_every_token_by_one(deepspeed: ModuleType)
     record = routing.switch(logits_TE, every(16))
     assert theirs.sum((1, 2)).tolist() == [1.0] * 16
     assert record.gate_TK.max() < 0.999
-
-
-# ---- DeepSpeed: the whole layer ------------------------------------------------------------------
-
-
-def deepspeed_layer(deepspeed: ModuleType, layer: MoE, x_TD: Tensor, factor: float) -> Tensor:
-    """Their layer around our weights: y (T, D). Nothing is drawn that would change a choice."""
-    experts, dim = layer.router.weight.shape
-    gate = deepspeed.TopKGate(
-        dim,
-        experts,
-        k=layer.gate.top_k,
-        capacity_factor=factor,
-        min_capacity=1,
-        top2_2nd_expert_sampling=False,
-    )
-    del gate.wg.weight
-    gate.wg.weight = layer.router.weight
-    theirs = deepspeed.MOELayer(
-        gate, lambda rows: layer.experts(rows[0], None)[None], "ep_size_1", 1, experts
-    )
-    with selection(deepspeed, descending(len(x_TD), experts)):
-        return theirs(x_TD, None)
-
-
-@pytest.mark.parametrize(
-    ("name", "k", "factor"), [("switch", 1, 0.5), ("gshard", 2, 8.0), ("topk", 3, 8.0)]
-)
-def test_a_layer_and_all_its_gradients_are_deepspeeds(
-    deepspeed: ModuleType, name: Any, k: int, factor: float
-) -> None:
-    """With one choice even when tokens are dropped; with more, where none is (renormalisation)."""
-    layer = initialised(
-        MoE(0, 8, 12, 8, Gate(name, k, random_second=False), capacity_factor=factor)
-    )
-    x_TD = torch.randn(32, 8, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    y_BLD, stats = layer(x_TD[None], every(32)[None], "train")
-    dropped = stats.ledger.tokens * k - stats.ledger.row_E.sum()
-    assert (dropped > 0) == (k == 1)
-    theirs_TD = deepspeed_layer(deepspeed, layer, x_TD, factor)
-    close(y_BLD[0], theirs_TD)
-    weight_TD = torch.linspace(-1, 2, y_BLD.numel()).view_as(theirs_TD)
-    leaves = [x_TD, *layer.parameters()]
-    mine, theirs = (
-        torch.autograd.grad((y * weight_TD).sum(), leaves) for y in (y_BLD[0], theirs_TD)
-    )
-    for one, other in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
