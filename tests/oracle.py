@@ -240,15 +240,10 @@ def layer(
     heard: Sequence[Heard | None],
     experts: list[Expert],
     rules: Rules,
-    shared: Sequence[Expert] = (),
 ) -> Answer:
     """The layer on x (T, D), with what the gate heard of each token. Padding comes out as zero."""
     answer = route(router, heard, rules)
     for t, verdicts in enumerate(answer.verdicts):
-        y = torch.zeros_like(x[t])
-        if verdicts is not None:
-            y = combine(x[t], verdicts, experts)
-            for expert in shared:
-                y = y + run_expert(expert, x[t])
-        answer.y.append(y)
+        nothing = torch.zeros_like(x[t])
+        answer.y.append(nothing if verdicts is None else combine(x[t], verdicts, experts))
     return answer

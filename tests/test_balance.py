@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import oracle_losses
@@ -70,7 +71,7 @@ def test_losses_and_their_gradients_agree_with_the_oracle(kind: str) -> None:
 
 def cut(whole: Demand, edges: list[int]) -> list[Demand]:
     """Joined demands of the stretches of tokens between the edges."""
-    stretches = zip(edges, edges[1:], strict=False)
+    stretches = itertools.pairwise(edges)
     return [join(Demand(*(part[start:stop] for part in whole))) for start, stop in stretches]
 
 

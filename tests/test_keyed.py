@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 
 import pytest
@@ -161,7 +162,7 @@ def test_a_token_draws_the_same_in_any_company(
     draw = getattr(keyed, kind)
     whole = draw(draws(24), 3, "drop", columns)
     edges = [0, *sorted(cuts), 24]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         mine = torch.tensor(order[start:stop], dtype=torch.int64)
         part = draw(Draws(keyed.step_key(1, 1), mine), 3, "drop", columns)
         assert torch.equal(part, whole[mine])
