@@ -215,7 +215,8 @@ def _shown(value: Any) -> Any:
         return value
     import wandb
 
-    return wandb.Histogram(np_histogram=(value, list(range(len(value) + 1))))
+    bars: Any = (value, list(range(len(value) + 1)))
+    return wandb.Histogram(np_histogram=bars)
 
 
 @contextlib.contextmanager

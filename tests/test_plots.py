@@ -22,6 +22,8 @@ MOE_FILES = [
 def layer(load, drop_rate=0.0, choices=2):
     return {
         "load": load,
+        "assigned": sum(load),
+        "spilled": 0,
         "drop_rate": drop_rate,
         "drop_rate_by_choice": [drop_rate * j for j in range(choices)],
         "dropped_gate_mass": drop_rate / 2,
@@ -227,6 +229,14 @@ def test_drops_of_evaluations_stand_beside_those_of_training():
     np.testing.assert_allclose(shown["held-out"], [[30], [4]])
 
 
+def test_what_spills_is_shown_where_something_does():
+    lines = train_lines(2)
+    assert "spilled" not in panel(draw(lines)["drops"], "Drops")[1]
+    lines[1]["layers"][0]["spilled"] = 500  # of 1000 in each of two layers
+    _, shown = panel(draw(lines)["drops"], "Drops")
+    np.testing.assert_allclose(shown["spilled"][1], [0, 25])
+
+
 def test_one_choice_has_no_panel_of_its_own_and_very_many_have_a_scale():
     assert titles(draw(train_lines(3, choices=1))["drops"]) == ["Drops"]
     figure = draw(train_lines(3, num_layers=1, choices=64))["drops"]
@@ -259,6 +269,15 @@ def test_a_figure_by_layer_and_its_mean(picture, title, field, factor):
     np.testing.assert_allclose([line.get_ydata() for line in axes.lines], expected)
     np.testing.assert_allclose(labelled["mean of layers"][1], expected[-1])
     assert axes.get_ylim()[0] < 0 < axes.get_ylim()[1]
+
+
+def test_rounding_errors_are_not_blown_up():
+    lines = train_lines(9)
+    for index, line in enumerate(lines):
+        line["balance_loss"] = 1 + 1e-9 * index
+    low, high = panel(draw(lines)["balance"], "Balance loss")[0].get_ylim()
+    assert 0.04 < high - low < 0.06
+    assert low < 1 < high
 
 
 def test_losses_of_the_router_are_those_of_the_run():

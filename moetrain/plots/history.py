@@ -75,6 +75,12 @@ def drop_rate_by_choice(lines: Lines) -> np.ndarray:
     return np.array(rates, float).mean(axis=1).T
 
 
+def spill_rate(lines: Lines) -> np.ndarray:
+    """(lines): Σ spilled / Σ assigned over the MoE layers; 0 without assignments."""
+    spilled, assigned = (by_layer(lines, name).sum(axis=0) for name in ("spilled", "assigned"))
+    return np.divide(spilled, assigned, out=np.zeros_like(spilled), where=assigned > 0)
+
+
 def relative_load(lines: Lines, layer: int) -> np.ndarray:
     """(experts, lines): load of one layer's experts over their mean; 0 without assignments."""
     load = np.array([line["layers"][layer]["load"] for line in lines], float).T

@@ -15,6 +15,7 @@ from moetrain.plots.history import (
     drop_rate_by_choice,
     relative_load,
     running_mean,
+    spill_rate,
     step_edges,
 )
 
@@ -80,8 +81,9 @@ def draw_loss(axes: Axes, run: History) -> None:
 
 
 def draw_drops(axes: Axes, run: History) -> None:
-    """Share of assignments dropped, by layer and over all, and of tokens left without expert."""
-    _label(axes, "Drops", "dropped (%)")
+    """Share of assignments dropped, by layer and over all, and of tokens left without expert; of
+    those spilled, where there are some."""
+    _label(axes, "Drops", "share (%)")
     if run.num_layers > 1:
         _curves(axes, run.steps, 100 * by_layer(run.train, "drop_rate"), _LAYERS)
     for name, colour, style, label in (
@@ -89,6 +91,9 @@ def draw_drops(axes: Axes, run: History) -> None:
         ("token_drop_rate", _ORANGE, "--", "tokens with no expert"),
     ):
         _curve(axes, run.steps, 100 * column(run.train, name), colour, label, style=style)
+    spilled = spill_rate(run.train)
+    if spilled.any():
+        _curve(axes, run.steps, 100 * spilled, _BLUE, "spilled")
     if run.evals:
         steps, percent = column(run.evals, "step"), 100 * column(run.evals, "eval_drop_rate")
         axes.plot(steps, percent, "o", color=_GREY, markersize=4, label="held-out")
@@ -130,6 +135,10 @@ def run_panel(name: str, title: str, unit: str) -> Draw:
     def draw(axes: Axes, run: History) -> None:
         _label(axes, title, unit)
         _curve(axes, run.steps, column(run.train, name), _BLACK, title)
+        low, high = axes.get_ylim()
+        least = 0.05 * abs(low + high) / 2  # rounding errors are no curve
+        if high - low < least:
+            axes.set_ylim((low + high - least) / 2, (low + high + least) / 2)
 
     return draw
 
