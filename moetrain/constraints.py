@@ -105,8 +105,8 @@ def _choice_problems(moe: MoEConfig) -> Iterator[str]:
             f"moe.top_k ({top_k}) must be {needed} for moe.router {router}; "
             f"set moe.top_k to {needed} or moe.router to topk"
         )
-    elif experts < needed and router == "gshard":
-        yield f"moe.experts ({experts}) must be at least 2 for moe.router gshard; try 2 or 4"
+    elif experts < 2 and router in ("gshard", "hierarchical"):
+        yield f"moe.experts ({experts}) must be at least 2 for moe.router {router}; try 4 or 8"
     elif experts < top_k:
         legal = "1" if experts == 1 else f"1 to {experts}"
         yield f"moe.top_k ({top_k}) must not exceed moe.experts ({experts}); try {legal}"
@@ -126,14 +126,19 @@ def _group_problems(moe: MoEConfig) -> Iterator[str]:
             reason = f"be at least 2 for moe.router hierarchical and {reason}"
         yield f"moe.expert_groups ({groups}) must {reason}; try {_nearest(legal, groups)}"
         return
+    if top_groups in (fitting := _fitting_top_groups(experts, groups, top_k)):
+        return
+    choices = [k for k in range(1, experts + 1) if _fitting_top_groups(experts, groups, k)]
+    yield (
+        f"moe.top_groups ({top_groups}) must divide moe.top_k ({top_k}) into equal shares that fit "
+        f"groups of {experts // groups} experts, and not exceed moe.expert_groups ({groups}); try "
+        + (_nearest(fitting, top_groups) if fitting else f"moe.top_k {_nearest(choices, top_k)}")
+    )
+
+
+def _fitting_top_groups(experts: int, groups: int, top_k: int) -> list[int]:
     size = experts // groups
-    fitting = [n for n in _divisors(top_k) if n <= groups and top_k // n <= size]
-    if top_groups not in fitting:
-        yield (
-            f"moe.top_groups ({top_groups}) must divide moe.top_k ({top_k}) into equal shares that "
-            f"fit groups of {size} experts, and not exceed moe.expert_groups ({groups}); "
-            + (f"try {_nearest(fitting, top_groups)}" if fitting else "try another moe.top_k")
-        )
+    return [n for n in _divisors(top_k) if n <= groups and top_k // n <= size]
 
 
 def _expert_choice_problems(moe: MoEConfig) -> Iterator[str]:
@@ -159,12 +164,27 @@ def _drop_policy_problems(moe: MoEConfig) -> Iterator[str]:
     reason = None
     if policy != "position" and router == "expert_choice":
         reason = "moe.router expert_choice drops nothing: no expert takes more than its capacity"
-    elif policy == "probability" and router in _WITHOUT_WEIGHTS:
-        reason = f"all gates of moe.router {router} are equal"
-    elif policy == "spill" and moe.top_k >= moe.experts:
-        reason = f"with moe.top_k ({moe.top_k}) every expert is chosen already"
+    elif policy == "probability" and (router in _WITHOUT_WEIGHTS or _one_gate_is_all(moe)):
+        reason = f"all gates of moe.router {router} with moe.top_k ({moe.top_k}) are equal"
+    elif policy == "spill" and _experts_to_spill_to(moe) < 1:
+        reason = f"with moe.top_k ({moe.top_k}) every expert open to a token is chosen already"
     if reason:
         yield f"moe.drop_policy ({policy}) cannot act, because {reason}; set it to position"
+
+
+def _one_gate_is_all(moe: MoEConfig) -> bool:
+    """Whether a token's only gate is divided by itself."""
+    divides = moe.router in ("noisy_topk", "sigmoid") or (
+        moe.router in _ROUTERS_OF_FIELD["moe.renormalize"] and moe.renormalize
+    )
+    return moe.top_k == 1 and divides
+
+
+def _experts_to_spill_to(moe: MoEConfig) -> int:
+    """Experts open to a token beyond its choices; sigmoid closes those of the other groups."""
+    is_limited = moe.router == "sigmoid" and moe.top_groups <= moe.expert_groups
+    open_to_all = moe.experts // moe.expert_groups * moe.top_groups if is_limited else moe.experts
+    return open_to_all - moe.top_k
 
 
 def _placement_problems(config: Config) -> Iterator[str]:
@@ -273,23 +293,51 @@ def _idle_moe_settings(moe: MoEConfig) -> Iterator[tuple[str, str]]:
     if moe.capacity_factor is None and moe.eval_capacity_factor is None:
         for field in ("moe.min_capacity", "moe.drop_policy"):
             yield field, "when both capacity factors are null (dropless)"
+    elif moe.drop_policy == "random" and moe.capacity_factor is None:
+        yield (
+            "moe.drop_policy",
+            ("when moe.capacity_factor is null (dropless): outside training it is position"),
+        )
     if moe.drop_policy != "spill":
         yield "moe.spill_depth", f"with moe.drop_policy {moe.drop_policy}; only spill reads it"
+    elif moe.spill_depth > (most := _experts_to_spill_to(moe)):
+        yield "moe.spill_depth", f"beyond the {most} experts that a token has not chosen"
+    if moe.balance_coef == 0:
+        yield "moe.balance_scope", "on the weights when moe.balance_coef is 0"
     if moe.shared_experts == 0:
         yield "moe.shared_gate", "when moe.shared_experts is 0"
 
 
 def _doubtful(config: Config) -> Iterator[str]:
     moe, train = config.moe, config.train
-    if moe.experts > 1 and moe.router == "topk" and moe.top_k == 1 and moe.renormalize:
-        yield (
-            "moe.renormalize (true) with moe.top_k 1 makes every gate 1, so the router learns "
-            "from the auxiliary losses alone; set moe.renormalize to false"
-        )
+    if moe.experts > 1:
+        yield from _gates_that_teach_nothing(moe)
     if train.warmup_steps >= train.steps:
         yield (
             f"train.warmup_steps ({train.warmup_steps}) lasts for all train.steps "
             f"({train.steps}), so the learning rate never falls again"
+        )
+
+
+def _gates_that_teach_nothing(moe: MoEConfig) -> Iterator[str]:
+    """Gates that are constant, so that the cross-entropy has no gradient by them."""
+    blind = "so {} learns from the auxiliary losses alone; "
+    if _one_gate_is_all(moe) and moe.router in ("noisy_topk", "sigmoid"):
+        yield (
+            f"moe.top_k (1) makes every gate of moe.router {moe.router} the same, "
+            f"{blind.format('the router')}set moe.top_k to 2, or moe.router to switch"
+        )
+    elif _one_gate_is_all(moe):
+        yield (
+            "moe.renormalize (true) with moe.top_k 1 makes every gate 1, "
+            f"{blind.format('the router')}set moe.renormalize to false"
+        )
+    elif moe.router == "hierarchical" and moe.renormalize and moe.top_groups in (1, moe.top_k):
+        level = "over groups" if moe.top_groups == 1 else "inside a group"
+        yield (
+            f"moe.renormalize (true) with moe.top_groups {moe.top_groups} and moe.top_k "
+            f"{moe.top_k} makes every gate {level} 1, {blind.format('the router ' + level)}"
+            "set moe.renormalize to false"
         )
 
 

@@ -75,11 +75,18 @@ def run(
 ) -> None:
     """Print a prompt and its continuation by the model of a run or checkpoint.
 
-    Ends early at the end-of-text token. Raises UserError for an empty prompt or several ranks.
+    Ends early at the end-of-text token. Raises UserError for an empty prompt, several ranks, and a
+    model whose routing looks at later tokens.
     """
     if rank_and_world()[1] > 1:
         raise UserError("generate runs in one process; start it without torchrun")
     found = restore.find(path)
+    moe = found.config.moe
+    if moe.experts and moe.router == "expert_choice":
+        raise UserError(
+            f"moe.router (expert_choice) of {found.path} gives a token experts by what comes after "
+            "it, which does not exist yet when a text is generated; train with another router"
+        )
     tokenizer = restore.tokenizer(found)
     prompt_ids = tokenizer.encode_batch([prompt])[0].tolist()
     if not prompt_ids:

@@ -56,7 +56,8 @@ def resolve(path: Path | str | None, given: Mapping[str, Any]) -> Config:
 
 def save(config: Config, path: Path) -> None:
     """Write every setting, defaults too, as YAML that `load` reads back equal."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    # Escaped: written as they are, some line breaks of Unicode do not read back.
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)

@@ -414,3 +414,24 @@ def test_a_warning_shows_its_words_alone(calls, yaml_file, monkeypatch, capsys):
         monkeypatch.delenv("RANK", raising=False)
         assert cli.main(["train", yaml_file]) == 0
     assert capsys.readouterr().err == "moetrain: warning: step-00000010 is ignored\n"
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "-inf"])
+@pytest.mark.parametrize("field", ["capacity_factor", "eval_capacity_factor"])
+def test_a_capacity_factor_that_is_none_ends_before_anything_starts(
+    yaml_file, calls, capsys, field, value
+):
+    assert cli.main(["train", yaml_file, f"--moe.{field}", value]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"moetrain: error: moe.{field} ({float(value)}) must be ")
+    assert error.count("\n") == 1
+    assert calls == []
+
+
+@pytest.mark.parametrize(("top_k", "legal"), [("0", "greater than 0"), ("9", "try 1 to 4")])
+def test_a_top_k_out_of_range_ends_before_anything_starts(yaml_file, calls, capsys, top_k, legal):
+    assert cli.main(["train", yaml_file, "--moe.top_k", top_k]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"moetrain: error: moe.top_k ({top_k}) must ")
+    assert legal in error
+    assert calls == []

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from moetrain.build import build_model
 from moetrain.config import (
     CheckpointConfig,
     Config,
@@ -22,6 +24,7 @@ from moetrain.config import (
 )
 from moetrain.constraints import cautions, check_world, problems, spell
 from moetrain.errors import UserError
+from moetrain.moe.router import RouterName
 
 WIDE = (
     "must be 1 to 128 letters, digits, '.', '_' or '-', and neither '.' nor '..', because it "
@@ -82,7 +85,68 @@ CONFLICTS = {
     ),
     "gshard with one expert": (
         {"moe": {"router": "gshard", "experts": 1}},
-        "moe.experts (1) must be at least 2 for moe.router gshard; try 2 or 4",
+        "moe.experts (1) must be at least 2 for moe.router gshard; try 4 or 8",
+    ),
+    "hierarchical with one expert": (
+        {"moe": {"router": "hierarchical", "experts": 1, "top_k": 1}},
+        "moe.experts (1) must be at least 2 for moe.router hierarchical; try 4 or 8",
+    ),
+    "dense with some": (
+        {"moe": {"router": "dense", "experts": 8, "top_k": 2}},
+        "moe.top_k (2) must be 8 for moe.router dense; set moe.top_k to 8 or moe.router to topk",
+    ),
+    "hierarchical in one group": (
+        {"moe": {"router": "hierarchical", "experts": 8}},
+        "moe.expert_groups (1) must be at least 2 for moe.router hierarchical and divide "
+        "moe.experts (8) into equal groups; try 2, 4 or 8",
+    ),
+    "unequal groups of experts": (
+        {"moe": {"router": "sigmoid", "experts": 8, "expert_groups": 3}},
+        "moe.expert_groups (3) must divide moe.experts (8) into equal groups; try 1, 2, 4 or 8",
+    ),
+    "unequal shares of choices": (
+        {
+            "moe": {
+                "router": "sigmoid",
+                "experts": 8,
+                "expert_groups": 4,
+                "top_k": 4,
+                "top_groups": 3,
+            }
+        },
+        "moe.top_groups (3) must divide moe.top_k (4) into equal shares that fit groups of 2 "
+        "experts, and not exceed moe.expert_groups (4); try 2 or 4",
+    ),
+    "more choices than the open groups hold": (
+        {"moe": {"router": "hierarchical", "experts": 8, "expert_groups": 4, "top_k": 5}},
+        "moe.top_groups (1) must divide moe.top_k (5) into equal shares that fit groups of 2 "
+        "experts, and not exceed moe.expert_groups (4); try moe.top_k 2, 3, 4, 6 or 8",
+    ),
+    "groups open that are not there": (
+        {"moe": {"router": "sigmoid", "experts": 8, "top_groups": 2}},
+        "moe.top_groups (2) must divide moe.top_k (2) into equal shares that fit groups of 8 "
+        "experts, and not exceed moe.expert_groups (1); try 1",
+    ),
+    "expert_choice in a causal model": (
+        {"moe": {"router": "expert_choice"}},
+        "moe.router (expert_choice) lets a token's experts depend on later tokens, which a "
+        "causal model must not see; set moe.allow_noncausal to true to train it all the same, "
+        "or moe.router to topk",
+    ),
+    "expert_choice without a capacity in evaluation": (
+        {"moe": {"router": "expert_choice", "allow_noncausal": True, "eval_capacity_factor": None}},
+        "moe.eval_capacity_factor (null) cannot be dropless for moe.router expert_choice, where "
+        "the capacity is how many tokens an expert takes; try 1.0",
+    ),
+    "spilling beyond the node limit": (
+        {"moe": {"router": "sigmoid", "experts": 8, "expert_groups": 4, "drop_policy": "spill"}},
+        "moe.drop_policy (spill) cannot act, because with moe.top_k (2) every expert open to a "
+        "token is chosen already; set it to position",
+    ),
+    "priority among gates of 1": (
+        {"moe": {"router": "topk", "top_k": 1, "drop_policy": "probability"}},
+        "moe.drop_policy (probability) cannot act, because all gates of moe.router topk with "
+        "moe.top_k (1) are equal; set it to position",
     ),
     "group over sequence": (
         {"moe": {"group": 100}},
@@ -143,6 +207,21 @@ def test_a_capacity_factor_is_positive_and_finite(field, factor):
         MoEConfig.model_validate({field: factor})
     (error,) = refusal.value.errors()
     assert error["loc"] == (field,)
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_top_k_is_at_least_one(top_k):
+    with pytest.raises(ValidationError) as refusal:
+        MoEConfig(top_k=top_k)
+    (error,) = refusal.value.errors()
+    assert error["loc"] == ("top_k",)
+
+
+@pytest.mark.parametrize("router", get_args(RouterName))
+def test_top_k_never_exceeds_the_experts(router):
+    moe = {"experts": 4, "top_k": 5, "router": router, "expert_groups": 2, "allow_noncausal": True}
+    with pytest.raises(ValidationError, match=r"moe\.top_k \(5\)"):
+        Config.model_validate({"moe": moe})
 
 
 def test_null_capacity_factor_is_dropless():
@@ -303,7 +382,8 @@ IDLE = {
     ),
     "renormalize": (
         Config(moe=MoEConfig(router="switch", top_k=1, renormalize=False)),
-        "moe.renormalize (false) has no effect with moe.router switch; only topk reads it",
+        "moe.renormalize (false) has no effect with moe.router switch; only topk and hierarchical "
+        "read it",
     ),
     "min_capacity": (
         Config(moe=MoEConfig(capacity_factor=None, eval_capacity_factor=None, min_capacity=4)),
@@ -333,6 +413,59 @@ IDLE = {
         Config(log=LogConfig(wandb_project="x")),
         "log.wandb_project (x) has no effect when log.wandb is off",
     ),
+    "policy of evaluation alone": (
+        Config(moe=MoEConfig(capacity_factor=None, drop_policy="random")),
+        "moe.drop_policy (random) has no effect when moe.capacity_factor is null (dropless): "
+        "outside training it is position",
+    ),
+    "spill_depth": (
+        Config(moe=MoEConfig(spill_depth=2)),
+        "moe.spill_depth (2) has no effect with moe.drop_policy position; only spill reads it",
+    ),
+    "spill_depth beyond the experts": (
+        Config(moe=MoEConfig(experts=4, drop_policy="spill", spill_depth=3)),
+        "moe.spill_depth (3) has no effect beyond the 2 experts that a token has not chosen",
+    ),
+    "spill_depth beyond the node limit": (
+        Config(
+            moe=MoEConfig(router="sigmoid", expert_groups=2, drop_policy="spill", spill_depth=3)
+        ),
+        "moe.spill_depth (3) has no effect beyond the 2 experts that a token has not chosen",
+    ),
+    "scope of no loss": (
+        Config(moe=MoEConfig(balance_coef=0, balance_scope="batch")),
+        "moe.balance_scope (batch) has no effect on the weights when moe.balance_coef is 0",
+    ),
+    "scope of a router that is even": (
+        Config(moe=MoEConfig(router="balanced", balance_scope="batch")),
+        "moe.balance_scope (batch) has no effect with moe.router balanced, which no loss can "
+        "balance",
+    ),
+    "z-loss without weights": (
+        Config(moe=MoEConfig(router="hash", z_loss_coef=0.1)),
+        "moe.z_loss_coef (0.1) has no effect with moe.router hash, which has no weights",
+    ),
+    "shared_gate": (
+        Config(moe=MoEConfig(shared_gate="softmax")),
+        "moe.shared_gate (softmax) has no effect when moe.shared_experts is 0",
+    ),
+    "sigmoid that cannot learn": (
+        Config(moe=MoEConfig(router="sigmoid", top_k=1)),
+        "moe.top_k (1) makes every gate of moe.router sigmoid the same, so the router learns from "
+        "the auxiliary losses alone; set moe.top_k to 2, or moe.router to switch",
+    ),
+    "groups that nothing chooses between": (
+        Config(moe=MoEConfig(router="hierarchical", expert_groups=4)),
+        "moe.renormalize (true) with moe.top_groups 1 and moe.top_k 2 makes every gate over groups "
+        "1, so the router over groups learns from the auxiliary losses alone; set moe.renormalize "
+        "to false",
+    ),
+    "one expert of each group": (
+        Config(moe=MoEConfig(router="hierarchical", expert_groups=4, top_groups=2)),
+        "moe.renormalize (true) with moe.top_groups 2 and moe.top_k 2 makes every gate inside a "
+        "group 1, so the router inside a group learns from the auxiliary losses alone; set "
+        "moe.renormalize to false",
+    ),
     "router that cannot learn": (
         Config(moe=MoEConfig(top_k=1)),
         "moe.renormalize (true) with moe.top_k 1 makes every gate 1, so the router learns from "
@@ -351,11 +484,110 @@ def test_a_setting_without_effect_is_named(config, warning):
     assert cautions(config) == [warning]
 
 
+# ---------------------------------------------------------------- routers × drop policies
+
+FITTING = {  # what each router needs beside the defaults
+    "switch": {"top_k": 1},
+    "gshard": {},
+    "topk": {},
+    "noisy_topk": {},
+    "sigmoid": {},
+    "expert_choice": {"allow_noncausal": True},
+    "hash": {},
+    "random": {},
+    "balanced": {},
+    "dense": {"top_k": 8},
+    "hierarchical": {"expert_groups": 2, "top_groups": 2, "top_k": 4},
+}
+DROPLESS = {"capacity_factor": None, "eval_capacity_factor": None}
+POLICIES = get_args(MoEConfig.model_fields["drop_policy"].annotation)
+NOTHING_DROPS = "moe.router expert_choice drops nothing"
+EQUAL = "all gates of moe.router {} with moe.top_k (2) are equal"
+ALL_CHOSEN = "with moe.top_k (8) every expert open to a token is chosen already"
+REFUSED = {
+    **{("expert_choice", policy): NOTHING_DROPS for policy in POLICIES if policy != "position"},
+    **{(name, "probability"): EQUAL.format(name) for name in ("hash", "random", "balanced")},
+    ("dense", "spill"): ALL_CHOSEN,
+}
+
+
+def test_the_table_names_every_router():
+    assert FITTING.keys() == set(get_args(RouterName))
+    assert set(get_args(MoEConfig.model_fields["router"].annotation)) == FITTING.keys()
+    assert POLICIES == ("position", "probability", "random", "spill")
+
+
+@pytest.mark.parametrize("dropless", [False, True], ids=["capacity", "dropless"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("router", FITTING)
+def test_a_router_and_a_drop_policy_are_refused_or_build(router, policy, dropless):
+    values = {"router": router, "drop_policy": policy, **FITTING[router]}
+    values |= DROPLESS if dropless else {}
+    reasons = [REFUSED[router, policy]] if (router, policy) in REFUSED else []
+    if dropless and router == "expert_choice":
+        reasons += ["moe.capacity_factor (null) cannot", "moe.eval_capacity_factor (null) cannot"]
+    if reasons:
+        with pytest.raises(ValidationError) as refusal:
+            Config.model_validate({"moe": values})
+        assert all(reason in str(refusal.value) for reason in reasons)
+        assert len(refusal.value.errors()[0]["msg"].splitlines()) == len(reasons)
+        return
+    config = Config.model_validate({"moe": values})
+    block = build_model(config, vocab_size=64).blocks[0]
+    assert block.moe is not None
+    assert (block.moe.gate.name, block.moe.drop_policy) == (router, policy)
+    assert (block.moe.factors["train"] is None) == dropless
+    without_effect = "has no effect when both capacity factors are null"
+    expected = [f"moe.drop_policy ({policy}) {without_effect} (dropless)"]
+    assert cautions(config) == (expected if dropless and policy != "position" else [])
+
+
+OF_ROUTERS = {
+    "jitter": (0.1, {"switch"}),
+    "random_second": (False, {"gshard"}),
+    "renormalize": (False, {"topk", "hierarchical"}),
+    "gate_scale": (2.5, {"sigmoid"}),
+    "bias_update_rate": (0.01, {"sigmoid"}),
+    "expert_groups": (4, {"sigmoid", "hierarchical"}),
+    "top_groups": (4, {"hierarchical"}),  # and sigmoid, with groups to choose from
+    "allow_noncausal": (True, {"expert_choice"}),
+}
+
+
+@pytest.mark.parametrize("field", OF_ROUTERS)
+@pytest.mark.parametrize("router", FITTING)
+def test_a_setting_of_another_router_is_warned_of(router, field):
+    value, readers = OF_ROUTERS[field]
+    values = {"router": router, **FITTING[router], field: value}
+    if field == "top_groups":
+        values["expert_groups"] = 4
+        readers = {*readers, "sigmoid"}
+        values["top_k"] = 4 if router in readers else values.get("top_k", 2)
+    found = cautions(Config.model_validate({"moe": values}))
+    warned = [line for line in found if line.startswith(f"moe.{field} ")]
+    assert len(warned) == (router not in readers)
+    if warned:
+        assert warned[0].startswith(f"moe.{field} ({spell(value)}) has no effect with moe.router")
+
+
 USED = {
     "defaults": Config(),
     "jitter of switch": Config(moe=MoEConfig(router="switch", top_k=1, jitter=0.01)),
     "random_second of gshard": Config(moe=MoEConfig(router="gshard", random_second=False)),
     "renormalize of topk": Config(moe=MoEConfig(renormalize=False)),
+    "scale and bias of sigmoid": Config(
+        moe=MoEConfig(router="sigmoid", gate_scale=2.5, bias_update_rate=0.01, balance_coef=0)
+    ),
+    "node limit": Config(moe=MoEConfig(router="sigmoid", expert_groups=4, top_groups=2)),
+    "two levels": Config(
+        moe=MoEConfig(router="hierarchical", expert_groups=2, top_k=4, top_groups=2)
+    ),
+    "spill": Config(moe=MoEConfig(drop_policy="spill", spill_depth=6)),
+    "probability of switch": Config(
+        moe=MoEConfig(router="switch", top_k=1, drop_policy="probability")
+    ),
+    "whole batch": Config(moe=MoEConfig(balance_scope="batch")),
+    "residual MoE": Config(moe=MoEConfig(shared_experts=1, shared_gate="softmax")),
     "min_capacity of evaluation": Config(moe=MoEConfig(capacity_factor=None, min_capacity=4)),
     "subset of a hub dataset": Config(data=DataConfig(source="owner/name", subset="en")),
     "decay_fraction of wsd": Config(train=TrainConfig(schedule="wsd", decay_fraction=0.5)),

@@ -228,6 +228,14 @@ def test_a_seed_repeats_the_text_and_another_does_not(checkpointed, capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_a_model_that_routes_by_later_tokens_cannot_generate(tmp_path, capsys):
+    moe = {"router": "expert_choice", "allow_noncausal": True}
+    config = small_config(moe={"experts": 4, **moe})
+    save_model(tmp_path, config, initialised(config, vocab_size=257))
+    assert generate(tmp_path, "--prompt", "a") == 2
+    assert "moe.router (expert_choice)" in capsys.readouterr().err
+
+
 def test_an_empty_prompt_and_a_missing_run_are_refused(checkpointed, capsys, tmp_path):
     assert generate(checkpointed, "--prompt", "") == 2
     assert "prompt ('') must hold some text" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -14,6 +14,10 @@ from moetrain.config import Config
 from moetrain.errors import UserError
 from moetrain.settings import load, resolve, run_directory, save
 
+ROUTERS = (
+    "'switch', 'gshard', 'topk', 'noisy_topk', 'sigmoid', 'expert_choice', 'hash', 'random', "
+    "'balanced', 'dense' or 'hierarchical'"
+)
 SECTIONS = "name, out, seed, model, moe, parallel, engine, data, train, eval, checkpoint, log"
 
 
@@ -174,8 +178,8 @@ WRONG_YAML = {
         "the default is sequence",
     ),
     "unknown router": (
-        "moe: {router: hash}",
-        "moe.router (hash) must be 'switch', 'gshard' or 'topk'; the default is topk",
+        "moe: {router: soft}",
+        f"moe.router (soft) must be {ROUTERS}; the default is topk",
     ),
     "number as name": ("name: 12", "name (12) must be text (put it in quotes); the default is run"),
     "date as name": (
@@ -185,7 +189,7 @@ WRONG_YAML = {
     "list as path": ("out: [a]", "out (['a']) must be a path; the default is runs"),
     "long value": (
         f"moe: {{router: {'x' * 99}}}",
-        f"moe.router ({'x' * 57}...) must be 'switch', 'gshard' or 'topk'; the default is topk",
+        f"moe.router ({'x' * 57}...) must be {ROUTERS}; the default is topk",
     ),
     "two at once": (
         "moe: {experst: 4}\ntrain: {steps: 0}",
@@ -292,9 +296,9 @@ WRONG_FLAGS = {
         "Experts per MoE layer; 0 makes the whole model dense. (default: 8)",
     ),
     "no choice": (
-        ["--moe.router", "hash"],
-        "invalid choice 'hash' for argument '--moe.router'. "
-        "Expected one of ('switch', 'gshard', 'topk').",
+        ["--moe.drop_policy", "last"],
+        "invalid choice 'last' for argument '--moe.drop-policy'. "
+        "Expected one of ('position', 'probability', 'random', 'spill').",
     ),
     "no boolean": (
         ["--moe.renormalize", "maybe"],
@@ -373,6 +377,7 @@ configs = st.fixed_dictionaries(
 
 @given(configs)
 @hypothesis_settings(max_examples=60, deadline=None)
+@example({"data": {"source": "\x85"}})  # a line break of Unicode, which YAML folds
 def test_a_saved_config_reads_back_equal(tmp_path_factory, values):
     try:
         config = Config.model_validate(values)
