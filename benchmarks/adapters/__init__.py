@@ -1,0 +1,1 @@
+"""Systems that the conformance suite is run on."""

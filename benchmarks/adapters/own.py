@@ -1,0 +1,285 @@
+"""moetrain under its own conformance suite: a stack of its MoE layers, trained by its own engine.
+
+Shape suffixes: B sequences, L tokens, T = B·L, D model width, K choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from moetrain import checkpoint as checkpoints
+from moetrain.build import gate as build_gate
+from moetrain.config import Config, TrainConfig
+from moetrain.engines.torch import TorchEngine
+from moetrain.errors import UserError
+from moetrain.mesh import Mesh
+from moetrain.metrics import layer_line
+from moetrain.model import Output
+from moetrain.moe import Dispatcher, Draws, MoE, Plan, Router
+from moetrain.moe.keyed import step_key
+from moetrain.moe.routing import Routing
+from moetrain.objective import Counts, Sums, count_all, loads, objective, reduce, sums
+from moetrain.testing.conformance import Case, Layout, Mode, Pass, Routes, Tensors, Tokens
+
+BALANCE, Z = 0.1, 0.01
+PRECISION = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
+Chooses = Literal["logits", "groups", "tokens", "all", "fixed"]
+GATES: dict[str, tuple[int, Chooses, dict[str, Any]]] = {
+    "switch": (1, "logits", {"jitter": 0.1}),
+    "gshard": (2, "logits", {}),
+    "topk": (2, "logits", {}),
+    "noisy_topk": (2, "logits", {}),
+    "sigmoid": (2, "logits", {"gate_scale": 2.5}),
+    "expert_choice": (2, "tokens", {"allow_noncausal": True}),
+    "hash": (2, "fixed", {}),
+    "random": (2, "fixed", {}),
+    "balanced": (2, "fixed", {}),
+    "dense": (8, "all", {}),
+    "hierarchical": (2, "groups", {"expert_groups": 2}),
+}
+"""Choices per token, how they are made, and further settings of every gate."""
+
+
+def case(gate: str, **changes: Any) -> Case:
+    """The case in which a gate is tested, unless it says otherwise."""
+    top_k, chooses, _ = GATES[gate]
+    experts = changes.get("experts", 8)
+    changes.setdefault("top_k", experts if chooses == "all" else top_k)
+    return Case(gate, chooses=chooses, draws=True, **changes)
+
+
+class Stack(nn.Module):
+    """MoE layers beside each other: all get the same input, their outputs are added."""
+
+    def __init__(self, layers: list[MoE]):
+        super().__init__()
+        self.blocks = nn.ModuleList(layers)
+
+    def forward(self, tokens: Tokens, mode: Mode, draws: Draws | None, recompute: bool) -> Any:
+        """Output (B, L, D), and the stats of every layer."""
+        inputs = (tokens.x_BLD, tokens.valid_BL, mode, draws, tokens.vocabulary_BL)
+        results = [
+            checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+            for block in self.blocks
+        ]
+        return sum(y for y, _ in results), tuple(stats for _, stats in results)
+
+
+class Notes:
+    """The routing of the first layer, call by call: a router's hook and a dispatcher's wrapper."""
+
+    def __init__(self, layer: MoE):
+        self.records: list[Routing] = []
+        self.plans: list[Plan] = []
+        self.dispatcher: Dispatcher = layer.dispatcher
+        layer.router.register_forward_hook(lambda *seen: self.records.append(seen[2]))
+        layer.dispatcher = self
+
+    def dispatch(self, x_TD: Tensor, plan: Plan) -> Any:
+        """See `Dispatcher`."""
+        self.plans.append(plan)
+        return self.dispatcher.dispatch(x_TD, plan)
+
+    def combine(self, rows: Tensor, arrived: Any, plan: Plan, gate_TK: Tensor) -> Tensor:
+        """See `Dispatcher`."""
+        return self.dispatcher.combine(rows, arrived, plan, gate_TK)
+
+    def routes(self, calls: int) -> Routes:
+        """Of the first pass through every call; recomputation comes after."""
+        records, plans = self.records[:calls], self.plans[:calls]
+        chosen = [r.expert_TK.masked_fill(~r.asks_TK, -1) for r in records]
+        placed = [_expert_of_row(plan).take(plan.row_TK) for plan in plans]
+        return Routes(
+            torch.cat(chosen), torch.cat(placed), torch.cat([r.gate_TK.detach() for r in records])
+        )
+
+
+def _expert_of_row(plan: Plan) -> Tensor:
+    """The expert of every row of the buffer, and −1 for the row past the end."""
+    rows = plan.count_E if plan.rows_per_expert is None else plan.rows_per_expert
+    experts = torch.arange(len(plan.count_E)).repeat_interleave(rows)
+    return F.pad(experts, (0, plan.source_R.numel() + 1 - len(experts)), value=-1)
+
+
+class OwnLayer:
+    """See `moetrain.testing.conformance.Layer`."""
+
+    def __init__(self, case: Case, config: Config, mesh: Mesh):
+        self.case, self.config, self.mesh = case, config, mesh
+        with torch.device("meta"):
+            stack = Stack([_moe(config, layer) for layer in range(case.layers)])
+        model: Any = stack  # parallelize asks a model for nothing but its blocks
+        self.engine = TorchEngine(
+            model, mesh, PRECISION[case.dtype], 0, TrainConfig(clip_norm=1e9)
+        )  # type: ignore[arg-type]
+        self.notes = Notes(stack.blocks[0])  # type: ignore[arg-type]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**self.engine.weights, **self.engine.buffers}
+
+    def state(self) -> Tensors:
+        """Weights and router biases."""
+        return {name: _full(tensor).detach() for name, tensor in self._tensors().items()}
+
+    @torch.no_grad()
+    def load(self, state: Tensors) -> None:
+        """Every rank takes its shards."""
+        for name, tensor in self._tensors().items():
+            value = state[name]
+            if isinstance(tensor, DTensor):
+                where = tensor.device_mesh, tensor.placements
+                value = distribute_tensor(value, *where, src_data_rank=None)
+            tensor.copy_(value)
+
+    def run(self, calls: list[Tokens], mode: Mode, valid_tokens: int, recompute: bool) -> Pass:
+        """A training step of learning rate 0, or an evaluation."""
+        counts = count_all([_counts(call) for call in calls], self.mesh)
+        parts, outputs = [], []
+        for number, call in enumerate(calls, 1):
+            part, output_BLD = self._forward(call, mode, recompute)
+            if mode == "train":
+                self.engine.backward(objective(part, counts, BALANCE, Z), last=number == len(calls))
+            parts.append(part.detach())
+            outputs.append(output_BLD.detach())
+        grads, norm = {}, None
+        if mode == "train":
+            grads = {n: _full(w.grad) for n, w in self.engine.weights.items() if w.grad is not None}
+            norm = self.engine.step(lr=0.0)
+        return self._pass(parts, counts, torch.cat(outputs), grads, norm)
+
+    def _forward(self, call: Tokens, mode: Mode, recompute: bool) -> tuple[Sums, Tensor]:
+        draws = Draws(step_key(0, 1), call.id_BL.flatten()) if mode == "train" else None
+        with torch.set_grad_enabled(mode == "train"):
+            output_BLD, stats = self.engine.model(call, mode, draws, recompute)
+            wide = torch.promote_types(output_BLD.dtype, torch.float32)
+            loss_BLD = (output_BLD.to(wide) * call.weight_BLD).where(call.valid_BL[:, :, None], 0)
+        return sums(Output(loss_BLD.sum(), None, stats)), output_BLD
+
+    def _pass(
+        self,
+        parts: list[Sums],
+        counts: Counts,
+        output_BLD: Tensor,
+        grads: dict[str, Tensor],
+        norm: float | None,
+    ) -> Pass:
+        means = reduce(parts, counts, self.mesh)
+        line: Mapping[str, Any] = layer_line(means.layers[0])
+        outcomes = {name: line[name] for name in ("kept", "spilled", "dropped", "not_sampled")}
+        return Pass(
+            output_BLD,
+            means.loss,
+            means.balance_loss,
+            grads,
+            norm,
+            self.notes.routes(len(parts)),
+            means.layers[0].ledger.outcome_EKO.sum((1, 2)),
+            {**outcomes, "assigned": line["assigned"]},
+            line["effective_capacity_factor"],
+            self._rebalanced(parts) if grads else None,
+        )
+
+    def _rebalanced(self, parts: list[Sums]) -> Tensor | None:
+        """The router's bias after the step that follows an optimizer step."""
+        router = next(m for m in self.engine.model.modules() if isinstance(m, Router))
+        if router.gate.name != "sigmoid":
+            return None
+        before_E = router.bias.clone()
+        router.rebalance(loads(parts, self.mesh)[0], self.config.moe.bias_update_rate)
+        return router.bias - before_E
+
+    def save(self, folder: Path) -> None:
+        """One committed checkpoint."""
+        checkpoints.save(folder, 1, self.engine.state(), {})
+
+    def restore(self, folder: Path) -> None:
+        """The newest one."""
+        found = checkpoints.load_latest(folder, self.engine.state())
+        assert found is not None
+
+
+def _full(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+def _counts(call: Tokens) -> Counts:
+    tokens, groups = call.valid_BL.sum(), call.valid_BL.any(1).sum()
+    return Counts(targets=tokens, tokens=tokens, groups=groups)
+
+
+def _moe(config: Config, layer: int) -> MoE:
+    moe = config.moe
+    return MoE(
+        layer,
+        config.model.dim,
+        config.expert_ffn_dim,
+        moe.experts,
+        build_gate(moe),
+        capacity_factor=moe.capacity_factor,
+        eval_capacity_factor=moe.eval_capacity_factor,
+        drop_policy=moe.drop_policy,
+    )
+
+
+class Own:
+    """See `moetrain.testing.conformance.Adapter`."""
+
+    name = "moetrain"
+    version = "this repository"
+    group: Literal["sequence", "call"] = "sequence"
+    padding = None
+    hidden: Mapping[str, str] = {}
+
+    def config(self, case: Case, layout: Layout) -> Config:
+        """The settings of a run; raises UserError where they contradict each other."""
+        moe = {
+            "router": case.gate,
+            "experts": case.experts,
+            "top_k": case.top_k,
+            "expert_ffn_dim": case.hidden_dim,
+            "capacity_factor": case.capacity_factor,
+            "eval_capacity_factor": case.capacity_factor,
+            "drop_policy": case.drop_policy,
+            **GATES[case.gate][2],
+        }
+        if not case.draws:
+            moe |= {"jitter": 0.0, "random_second": False}
+        sections = {
+            "model": {"dim": case.dim, "heads": 1, "layers": case.layers},
+            "moe": moe,
+            "parallel": {"ep": layout.ep},
+            "data": {"seq_len": case.length},
+        }
+        return Config.model_validate(sections)
+
+    def refusal(self, case: Case, layout: Layout) -> str | None:
+        """What `moetrain.constraints` says of such settings."""
+        try:
+            self.config(case, layout)
+        except (UserError, ValueError) as error:
+            return str(error)
+        return None
+
+    def router(self, layer: int) -> str:
+        """See `Adapter`."""
+        return f"blocks.{layer}.router.weight"
+
+    def experts(self, layer: int) -> str:
+        """See `Adapter`."""
+        return f"blocks.{layer}.experts."
+
+    def connect(self, layout: Layout) -> Mesh:
+        """The mesh."""
+        return Mesh(torch.device("cpu"), layout.ep)
+
+    def build(self, case: Case, layout: Layout, connection: Mesh) -> OwnLayer:
+        """A stack under the engine."""
+        return OwnLayer(case, self.config(case, layout), connection)
