@@ -1,4 +1,7 @@
-"""moetrain under its own conformance suite: a stack of its MoE layers, trained by its own engine.
+"""moetrain under its own conformance suite: a stack of its MoE layers on the ranks of a layout.
+
+`Own("layer")` uses the public classes and sums gradients by hand; `Own("engine")` trains the same
+stack as a run does, sharded, by moetrain's engine.
 
 Shape suffixes: B sequences, L tokens, T = B·L, D model width, K choices.
 """
@@ -11,15 +14,16 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
+from adapters.plain import PlainEngine
 from moetrain import checkpoint as checkpoints
 from moetrain.build import gate as build_gate
 from moetrain.config import Config, TrainConfig
 from moetrain.engines.torch import TorchEngine
-from moetrain.errors import UserError
 from moetrain.mesh import Mesh
 from moetrain.metrics import layer_line
 from moetrain.model import Output
@@ -31,6 +35,7 @@ from moetrain.testing.conformance import Case, Layout, Mode, Pass, Routes, Tenso
 
 BALANCE, Z = 0.1, 0.01
 PRECISION = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
+Kind = Literal["layer", "engine"]
 Chooses = Literal["logits", "groups", "tokens", "all", "fixed"]
 GATES: dict[str, tuple[int, Chooses, dict[str, Any]]] = {
     "switch": (1, "logits", {"jitter": 0.1}),
@@ -109,17 +114,47 @@ def _expert_of_row(plan: Plan) -> Tensor:
     return F.pad(experts, (0, plan.source_R.numel() + 1 - len(experts)), value=-1)
 
 
+class ShardedEngine:
+    """moetrain's engine, with its tensors taken whole."""
+
+    def __init__(self, stack: Stack, mesh: Mesh, dtype: torch.dtype):
+        model: Any = stack  # it asks a model for nothing but its modules and blocks
+        settings = TrainConfig(clip_norm=0)
+        self.engine = TorchEngine(model, mesh, PRECISION[dtype], 0, settings)
+        self.model, self.weights, self.buffers = model, self.engine.weights, self.engine.buffers
+        self.backward, self.step = self.engine.backward, self.engine.step
+
+    def whole(self, _name: str, tensor: Tensor) -> Tensor:
+        """See `PlainEngine`."""
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+    @torch.no_grad()
+    def set(self, _name: str, tensor: Tensor, value: Tensor) -> None:
+        """See `PlainEngine`."""
+        if isinstance(tensor, DTensor):
+            where = tensor.device_mesh, tensor.placements
+            shard = distribute_tensor(value, *where, src_data_rank=None)
+            tensor.to_local().copy_(shard.to_local())
+        else:
+            tensor.copy_(value)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds."""
+        return self.engine.state()
+
+
 class OwnLayer:
     """See `moetrain.testing.conformance.Layer`."""
 
-    def __init__(self, case: Case, config: Config, mesh: Mesh):
+    def __init__(self, kind: Kind, case: Case, config: Config, mesh: Mesh):
         self.case, self.config, self.mesh = case, config, mesh
         with torch.device("meta"):
             stack = Stack([_moe(config, layer) for layer in range(case.layers)])
-        model: Any = stack  # parallelize asks a model for nothing but its blocks
-        self.engine = TorchEngine(
-            model, mesh, PRECISION[case.dtype], 0, TrainConfig(clip_norm=1e9)
-        )  # type: ignore[arg-type]
+        self.engine = (
+            ShardedEngine(stack, mesh, case.dtype)
+            if kind == "engine"
+            else PlainEngine(stack, mesh, case.dtype, case.layers)
+        )
         self.notes = Notes(stack.blocks[0])  # type: ignore[arg-type]
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -127,17 +162,12 @@ class OwnLayer:
 
     def state(self) -> Tensors:
         """Weights and router biases."""
-        return {name: _full(tensor).detach() for name, tensor in self._tensors().items()}
+        return {name: self.engine.whole(name, tensor) for name, tensor in self._tensors().items()}
 
-    @torch.no_grad()
     def load(self, state: Tensors) -> None:
-        """Every rank takes its shards."""
+        """Every rank takes its share."""
         for name, tensor in self._tensors().items():
-            value = state[name]
-            if isinstance(tensor, DTensor):
-                where = tensor.device_mesh, tensor.placements
-                value = distribute_tensor(value, *where, src_data_rank=None)
-            tensor.copy_(value)
+            self.engine.set(name, tensor, state[name])
 
     def run(self, calls: list[Tokens], mode: Mode, valid_tokens: int, recompute: bool) -> Pass:
         """A training step of learning rate 0, or an evaluation."""
@@ -151,7 +181,11 @@ class OwnLayer:
             outputs.append(output_BLD.detach())
         grads, norm = {}, None
         if mode == "train":
-            grads = {n: _full(w.grad) for n, w in self.engine.weights.items() if w.grad is not None}
+            grads = {
+                name: self.engine.whole(name, weight.grad)
+                for name, weight in self.engine.weights.items()
+                if weight.grad is not None
+            }
             norm = self.engine.step(lr=0.0)
         return self._pass(parts, counts, torch.cat(outputs), grads, norm)
 
@@ -198,16 +232,14 @@ class OwnLayer:
 
     def save(self, folder: Path) -> None:
         """One committed checkpoint."""
+        assert isinstance(self.engine, ShardedEngine)
         checkpoints.save(folder, 1, self.engine.state(), {})
 
     def restore(self, folder: Path) -> None:
         """The newest one."""
+        assert isinstance(self.engine, ShardedEngine)
         found = checkpoints.load_latest(folder, self.engine.state())
         assert found is not None
-
-
-def _full(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
 def _counts(call: Tokens) -> Counts:
@@ -236,10 +268,14 @@ class Own:
     version = "this repository"
     group: Literal["sequence", "call"] = "sequence"
     padding = None
-    hidden: Mapping[str, str] = {}
+
+    def __init__(self, kind: Kind = "layer"):
+        self.kind: Kind = kind
+        without = "saved by the engine, not by the layer"
+        self.hidden = {} if kind == "engine" else {"save": without, "restore": without}
 
     def config(self, case: Case, layout: Layout) -> Config:
-        """The settings of a run; raises UserError where they contradict each other."""
+        """The settings of a run; raises ValidationError where they contradict each other."""
         moe = {
             "router": case.gate,
             "experts": case.experts,
@@ -264,8 +300,10 @@ class Own:
         """What `moetrain.constraints` says of such settings."""
         try:
             self.config(case, layout)
-        except (UserError, ValueError) as error:
-            return str(error)
+        except ValidationError as error:
+            return "; ".join(
+                detail["msg"].removeprefix("Value error, ") for detail in error.errors()
+            )
         return None
 
     def router(self, layer: int) -> str:
@@ -282,4 +320,4 @@ class Own:
 
     def build(self, case: Case, layout: Layout, connection: Mesh) -> OwnLayer:
         """A stack under the engine."""
-        return OwnLayer(case, self.config(case, layout), connection)
+        return OwnLayer(self.kind, case, self.config(case, layout), connection)

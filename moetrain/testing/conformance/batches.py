@@ -64,7 +64,9 @@ def plain(_: Adapter, state: dict[str, Tensor], tokens: Tokens) -> tuple[dict[st
     return state, tokens
 
 
-def padded(_: Adapter, state: dict[str, Tensor], tokens: Tokens) -> tuple[dict[str, Tensor], Tokens]:
+def padded(
+    _: Adapter, state: dict[str, Tensor], tokens: Tokens
+) -> tuple[dict[str, Tensor], Tokens]:
     """The last quarter of every other sequence is padding."""
     valid_BL = tokens.valid_BL.clone()
     valid_BL[::2, -(valid_BL.shape[1] // 4) :] = False
@@ -111,8 +113,7 @@ def tied(
     adapter: Adapter, state: dict[str, Tensor], tokens: Tokens
 ) -> tuple[dict[str, Tensor], Tokens]:
     """Routers of zeros: every logit is the same."""
-    prefix = adapter.router(0).rpartition(".")[0]
-    return _router_change(prefix, state, torch.zeros_like), tokens
+    return _without_router(adapter, 0, state), tokens
 
 
 def starved(
@@ -128,9 +129,9 @@ def unbiased(
     adapter: Adapter, state: dict[str, Tensor], tokens: Tokens
 ) -> tuple[dict[str, Tensor], Tokens]:
     """Logits alone decide."""
-    prefix, name = adapter.router(0).rpartition(".")[0], adapter.router(0)
-    changed = _router_change(prefix, state, torch.zeros_like)
-    return {**changed, name: state[name]}, tokens
+    name = adapter.router(0)
+    logits = {name: state[name]} if name in state else {}
+    return {**_without_router(adapter, 0, state), **logits}, tokens
 
 
 def collapsed(
@@ -150,16 +151,13 @@ def collapsed_apart(
 def _collapse(
     adapter: Adapter, state: dict[str, Tensor], wanted: tuple[int, int]
 ) -> dict[str, Tensor]:
-    changed = dict(state)
-    first_ED = state[adapter.router(0)]
     for layer, expert in enumerate(wanted):
-        weight_ED = torch.zeros_like(first_ED)
-        weight_ED[expert, 0] = 4
-        changed[adapter.router(layer)] = weight_ED
-    return changed
+        state = _without_router(adapter, layer, state)
+        state[adapter.router(layer)][expert, 0] = 4
+    return state
 
 
-def _router_change(
-    prefix: str, state: dict[str, Tensor], change: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor]:
-    return {n: change(value) if n.startswith(prefix) else value for n, value in state.items()}
+def _without_router(adapter: Adapter, layer: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros for all that the router of a layer has."""
+    prefix = adapter.router(layer).rpartition(".")[0] + "."
+    return {n: torch.zeros_like(v) if n.startswith(prefix) else v for n, v in state.items()}

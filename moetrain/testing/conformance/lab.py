@@ -57,6 +57,13 @@ class Lab:
         """`fn(adapter, layout, *args)` on every rank."""
         return self.launch(layout.ranks, fn, self.adapter, layout, *args, timeout=self.timeout)
 
+    def without_drops(self, case: Case, layout: Layout) -> Case:
+        """The case with slots for all: dropless, where the system and the gate can be."""
+        dropless = dataclasses.replace(case, capacity_factor=None)
+        if self.adapter.refusal(dropless, layout) is None:
+            return dropless
+        return dataclasses.replace(case, capacity_factor=float(case.experts))
+
     def reference(self, layout: Layout) -> Layout:
         """One process with the same routing groups."""
         if self.adapter.group == "sequence":

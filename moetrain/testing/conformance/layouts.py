@@ -98,9 +98,7 @@ def _same_losses(
 
 def keyed_draws(lab: Lab, case: Case, layout: Layout) -> str:
     """I8: what is drawn for a token depends on seed, step and token alone, not on the layout."""
-    case = dataclasses.replace(case, draws=True, capacity_factor=None)
-    if lab.adapter.refusal(case, layout):
-        case = dataclasses.replace(case, capacity_factor=float(case.experts))
+    case = lab.without_drops(dataclasses.replace(case, draws=True), layout)
     reason = lab.adapter.refusal(case, layout)
     if reason:
         raise NotSupported(reason)
@@ -208,7 +206,9 @@ def _same_state(saved: dict[str, Tensor], read: dict[str, Tensor], where: str) -
     require(set(saved) == set(read), f"{where}: names {set(saved) ^ set(read)}")
     for name, value in saved.items():
         if not torch.equal(read[name], value):
-            wrong = [i for i, (a, b) in enumerate(zip(read[name], value, strict=True)) if (a != b).any()]
+            wrong = [
+                i for i, (a, b) in enumerate(zip(read[name], value, strict=True)) if (a != b).any()
+            ]
             raise Failed(f"{where}: {name} differs in rows {wrong}")
 
 

@@ -43,7 +43,7 @@ def ledger(lab: Lab, case: Case, layout: Layout) -> str:
     ranks = lab.run(layout, case)
     seen, missing = [], []
     if case.capacity_factor is not None and case.chooses != "tokens":
-        ample = _ample(lab, case, layout)
+        ample = lab.run(layout, lab.without_drops(case, layout))
         seen += _unchanged_by_drops(lab, case, ranks, ample)
     for judge in (_conserved, _counts_choices):
         try:
@@ -53,13 +53,6 @@ def ledger(lab: Lab, case: Case, layout: Layout) -> str:
     if missing and not seen:
         raise NotExposed("; ".join(missing))
     return ", ".join(seen) + "".join(f"; not exposed: {reason}" for reason in missing)
-
-
-def _ample(lab: Lab, case: Case, layout: Layout) -> list[Pass]:
-    dropless = dataclasses.replace(case, capacity_factor=None)
-    if lab.adapter.refusal(dropless, layout):
-        dropless = dataclasses.replace(case, capacity_factor=float(case.experts))
-    return lab.run(layout, dropless)
 
 
 def _unchanged_by_drops(lab: Lab, case: Case, ranks: list[Pass], ample: list[Pass]) -> list[str]:
@@ -119,9 +112,7 @@ def padding(lab: Lab, case: Case, layout: Layout) -> str:
     if lab.adapter.padding is not None:
         raise NotSupported(lab.adapter.padding)
     wrong = set()
-    pairs = zip(
-        lab.run(layout, case, padded), lab.run(layout, case, padded_otherwise), strict=True
-    )
+    pairs = zip(lab.run(layout, case, padded), lab.run(layout, case, padded_otherwise), strict=True)
     for rank, (one, other) in enumerate(pairs):
         valid_BL = _valid(lab, case, layout, rank)
         if not is_close(one.output_BLD[valid_BL], other.output_BLD[valid_BL], case.dtype):
@@ -216,6 +207,8 @@ def capacity(lab: Lab, case: Case, layout: Layout) -> str:
             require(most <= slots, f"an expert took {most} of a group; its capacity is {slots}")
     effective = shown(lab.adapter, "effective_factor", ranks[0].effective_factor)
     expected = slots * case.experts / (case.top_k * size)
+    if case.chooses == "tokens":  # what experts take fills their slots
+        expected = 1.0
     same = is_close(effective, expected, torch.float32)
     require(same, f"effective factor {effective:.6g} reported, {expected:.6g} provided")
     return f"factor {case.capacity_factor:g}: {slots} slots, effective {effective:.4g}"
@@ -232,9 +225,8 @@ def precision(lab: Lab, case: Case, layout: Layout) -> str:
 
     Logits in bf16 would send some of 1024 tokens to other experts than exact ones.
     """
-    case = dataclasses.replace(
-        case, dtype=torch.bfloat16, capacity_factor=None, sequences=32, length=32
-    )
+    case = lab.without_drops(case, layout)
+    case = dataclasses.replace(case, dtype=torch.bfloat16, sequences=32, length=32)
     reason = lab.adapter.refusal(case, layout)
     if reason:
         raise NotSupported(reason)
@@ -285,7 +277,8 @@ def layer_losses(lab: Lab, case: Case, layout: Layout) -> str:
     if case.chooses != "logits":
         raise NotSupported("the gate cannot be made to collapse by its logits alone")
     case = dataclasses.replace(case, layers=2)
-    same, apart = (lab.run(layout, case, edit)[0] for edit in (collapsed, collapsed_apart))
+    edits = collapsed, collapsed_apart
+    same, apart = (lab.run(layout, case, edit, mode="eval")[0] for edit in edits)
     one = shown(lab.adapter, "auxiliary", same.auxiliary)
     other = shown(lab.adapter, "auxiliary", apart.auxiliary)
     require(
