@@ -31,10 +31,15 @@ from moetrain.moe import Dispatcher, Draws, MoE, Plan, Router
 from moetrain.moe.keyed import step_key
 from moetrain.moe.routing import Routing
 from moetrain.objective import Counts, Sums, count_all, loads, objective, reduce, sums
+from moetrain.parallel import Precision
 from moetrain.testing.conformance import Case, Layout, Mode, Pass, Routes, Tensors, Tokens
 
 BALANCE, Z = 0.1, 0.01
-PRECISION = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
+PRECISION: dict[torch.dtype, Precision] = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+}
 Kind = Literal["layer", "engine"]
 Chooses = Literal["logits", "groups", "tokens", "all", "fixed"]
 GATES: dict[str, tuple[int, Chooses, dict[str, Any]]] = {
@@ -267,7 +272,6 @@ class Own:
     name = "moetrain"
     version = "this repository"
     group: Literal["sequence", "call"] = "sequence"
-    padding = None
 
     def __init__(self, kind: Kind = "layer"):
         self.kind: Kind = kind
@@ -304,6 +308,10 @@ class Own:
             return "; ".join(
                 detail["msg"].removeprefix("Value error, ") for detail in error.errors()
             )
+        return None
+
+    def padding(self, case: Case) -> str | None:
+        """Every gate takes a mask."""
         return None
 
     def router(self, layer: int) -> str:

@@ -1,8 +1,8 @@
 """Does a Mixture-of-Experts layer keep the promises that training on many ranks rests on?
 
 Wrap a layer in an `Adapter` (see `adapter`), and `check` says of every invariant, for a case and a
-layout, whether it holds, fails (with the numbers seen), is not exposed or not supported. Needs torch
-alone; ranks are simulated in this process unless another launcher is given.
+layout, whether it holds, fails (with the numbers seen), is not exposed or not supported. Needs
+torch alone; ranks are simulated in this process unless another launcher is given.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ from moetrain.testing.conformance.adapter import (
     Tokens,
 )
 from moetrain.testing.conformance.lab import Lab, Launch, Order
-from moetrain.testing.conformance.verdict import Failed, NotExposed, NotSupported, Verdict
+from moetrain.testing.conformance.verdict import (
+    InvariantError,
+    NotExposedError,
+    NotSupportedError,
+    Verdict,
+)
 
 __all__ = [
     "ALONE",
@@ -75,11 +80,11 @@ def check(invariant: str, lab: Lab, case: Case, layout: Layout) -> Verdict:
         return Verdict("not supported", reason)
     try:
         return Verdict("holds", INVARIANTS[invariant](lab, case, layout))
-    except Failed as seen:
+    except InvariantError as seen:
         return Verdict("fails", str(seen))
-    except NotExposed as hidden:
+    except NotExposedError as hidden:
         return Verdict("not exposed", str(hidden))
-    except NotSupported as refused:
+    except NotSupportedError as refused:
         return Verdict("not supported", str(refused))
     except TimeoutError as hang:
         return Verdict("fails", f"hangs: {str(hang).splitlines()[0]}")

@@ -148,13 +148,15 @@ class Adapter(Protocol):
     version: str
     group: Literal["sequence", "call"]
     """Where capacity and balance are counted: each sequence, or all tokens of a rank's call."""
-    padding: str | None
-    """None where padding can be marked; otherwise why not."""
     hidden: Mapping[str, str]
     """Fields of `Pass`, and methods of `Layer`, that do not exist, and why."""
 
     def refusal(self, case: Case, layout: Layout) -> str | None:
         """Why the system cannot be asked this; None when it can."""
+        ...
+
+    def padding(self, case: Case) -> str | None:
+        """Why padding cannot be marked; None when it can."""
         ...
 
     def router(self, layer: int) -> str:

@@ -20,9 +20,9 @@ from moetrain.testing.conformance.batches import (
 )
 from moetrain.testing.conformance.lab import Lab, initial_state, restore, save
 from moetrain.testing.conformance.verdict import (
-    Failed,
-    NotExposed,
-    NotSupported,
+    InvariantError,
+    NotExposedError,
+    NotSupportedError,
     is_close,
     ratio,
     require,
@@ -43,7 +43,7 @@ def _same_gradients(actual: Pass, expected: Pass, dtype: torch.dtype, where: str
         require(name in actual.grads, f"{where}: {name} has no gradient")
         mine = actual.grads[name]
         if not is_close(mine, grad, dtype):
-            raise Failed(f"{where}: gradient of {name} is {ratio(mine, grad)}")
+            raise InvariantError(f"{where}: gradient of {name} is {ratio(mine, grad)}")
 
 
 def norm(lab: Lab, case: Case, layout: Layout) -> str:
@@ -66,7 +66,7 @@ def losses(lab: Lab, case: Case, layout: Layout) -> str:
     if case.sequences % (other.ranks * other.calls) == 0:
         seen.append(_same_losses(lab, case, expected, other))
     seen.append(_same_losses(lab, case, expected, layout, recompute=True))
-    if lab.adapter.padding is None:
+    if lab.adapter.padding(case) is None:
         seen.append(_same_losses(lab, case, expected, layout, more_padding))
     wrong = [text for text in seen if text]
     require(not wrong, "; ".join(wrong))
@@ -101,7 +101,7 @@ def keyed_draws(lab: Lab, case: Case, layout: Layout) -> str:
     case = lab.without_drops(dataclasses.replace(case, draws=True), layout)
     reason = lab.adapter.refusal(case, layout)
     if reason:
-        raise NotSupported(reason)
+        raise NotSupportedError(reason)
     (expected,) = lab.run(lab.reference(layout), case)
     alone = shown(lab.adapter, "routes", expected.routes)
     ranks = [shown(lab.adapter, "routes", rank.routes) for rank in lab.run(layout, case)]
@@ -119,21 +119,31 @@ def nothing_to_do(lab: Lab, case: Case, layout: Layout) -> str:
     """I9: a rank or an expert without tokens: no hang, gradient zero rather than none."""
     seen = []
     if layout.ranks > 1:
-        empty = few_sequences if lab.adapter.padding else last_half_padded
-        ranks = lab.run(layout, case, empty)
-        if lab.adapter.group == "sequence":
-            (expected,) = lab.run(ALONE, case, empty)
-            for rank, actual in enumerate(ranks):
-                _same_gradients(actual, expected, case.dtype, f"idle ranks, rank {rank}")
-        require(all(_is_finite(rank) for rank in ranks), f"{layout}, idle ranks: not finite")
-        seen.append("idle ranks")
+        for variant in dict.fromkeys((case, lab.without_drops(case, layout))):
+            _idle_ranks(lab, variant, layout)
+            seen.append(f"idle ranks ({variant})")
     if case.chooses in ("logits", "groups"):
         for rank in lab.run(layout, case, starved):
             _starved_gradients(lab, rank)
         seen.append("idle expert")
     if not seen:
-        raise NotSupported("no rank and no expert can be idle here")
+        raise NotSupportedError("no rank and no expert can be idle here")
     return ", ".join(seen)
+
+
+def _idle_ranks(lab: Lab, case: Case, layout: Layout) -> None:
+    idle = few_sequences if lab.adapter.padding(case) else last_half_padded
+    try:
+        ranks = lab.run(layout, case, idle)
+    except Exception as error:
+        first = str(error).splitlines()[0] if str(error) else ""
+        raise InvariantError(f"idle ranks ({case}): {type(error).__name__}: {first}") from error
+    wrong = [number for number, rank in enumerate(ranks) if not _is_finite(rank)]
+    require(not wrong, f"idle ranks ({case}): loss, output or gradients of {wrong} are not finite")
+    if lab.adapter.group == "sequence":
+        (expected,) = lab.run(ALONE, case, idle)
+        for rank, actual in enumerate(ranks):
+            _same_gradients(actual, expected, case.dtype, f"idle ranks, rank {rank}")
 
 
 def _is_finite(rank: Pass) -> bool:
@@ -174,7 +184,7 @@ def _enough_slots(lab: Lab, case: Case, layout: Layout) -> str:
     for variant in (enough, dropless):
         reason = lab.adapter.refusal(variant, layout)
         if reason:
-            raise NotSupported(reason)
+            raise NotSupportedError(reason)
     for actual, expected in zip(lab.run(layout, enough), lab.run(layout, dropless), strict=True):
         same = is_close(actual.output_BLD, expected.output_BLD, case.dtype)
         require(same, f"{layout}: outputs with slots for all differ from dropless")
@@ -186,7 +196,7 @@ def portable_state(lab: Lab, case: Case, layout: Layout) -> str:
     """I11: a checkpoint of one layout, read at others, is the same experts by global id."""
     for method in ("save", "restore"):
         if method in lab.adapter.hidden:
-            raise NotExposed(lab.adapter.hidden[method])
+            raise NotExposedError(lab.adapter.hidden[method])
     others = {ALONE, Layout(layout.ranks, ep=1), Layout(layout.ranks, layout.ep)}
     with tempfile.TemporaryDirectory() as folder:
         saved = lab.ranks(layout, save, case, Path(folder))
@@ -209,7 +219,7 @@ def _same_state(saved: dict[str, Tensor], read: dict[str, Tensor], where: str) -
             wrong = [
                 i for i, (a, b) in enumerate(zip(read[name], value, strict=True)) if (a != b).any()
             ]
-            raise Failed(f"{where}: {name} differs in rows {wrong}")
+            raise InvariantError(f"{where}: {name} differs in rows {wrong}")
 
 
 def initialisation(lab: Lab, case: Case, layout: Layout) -> str:

@@ -26,8 +26,8 @@ from moetrain.testing.conformance.batches import (
 )
 from moetrain.testing.conformance.lab import Lab, initial_state
 from moetrain.testing.conformance.verdict import (
-    NotExposed,
-    NotSupported,
+    NotExposedError,
+    NotSupportedError,
     is_close,
     ratio,
     require,
@@ -48,10 +48,10 @@ def ledger(lab: Lab, case: Case, layout: Layout) -> str:
     for judge in (_conserved, _counts_choices):
         try:
             seen.append(judge(lab, case, layout, ranks))
-        except NotExposed as reason:
+        except NotExposedError as reason:
             missing.append(str(reason))
     if missing and not seen:
-        raise NotExposed("; ".join(missing))
+        raise NotExposedError("; ".join(missing))
     return ", ".join(seen) + "".join(f"; not exposed: {reason}" for reason in missing)
 
 
@@ -109,8 +109,8 @@ def _counts_choices(lab: Lab, case: Case, layout: Layout, ranks: list[Pass]) -> 
 
 def padding(lab: Lab, case: Case, layout: Layout) -> str:
     """I5: what stands in padding reaches no output, gradient, loss or count."""
-    if lab.adapter.padding is not None:
-        raise NotSupported(lab.adapter.padding)
+    if reason := lab.adapter.padding(case):
+        raise NotSupportedError(reason)
     wrong = set()
     pairs = zip(lab.run(layout, case, padded), lab.run(layout, case, padded_otherwise), strict=True)
     for rank, (one, other) in enumerate(pairs):
@@ -124,11 +124,15 @@ def padding(lab: Lab, case: Case, layout: Layout) -> str:
         for name, grad in one.grads.items():
             if not is_close(other.grads[name], grad, case.dtype):
                 wrong.add(f"gradient of {name}")
-        if one.load_E is not None and other.load_E is not None:
-            if not torch.equal(one.load_E, other.load_E):
-                wrong.add(f"load {one.load_E.tolist()} and {other.load_E.tolist()}")
+        wrong |= _other_load(one, other)
     require(not wrong, f"{layout}: padding of other content changes {', '.join(sorted(wrong))}")
     return "padding of other content changes nothing"
+
+
+def _other_load(one: Pass, other: Pass) -> set[str]:
+    if one.load_E is None or other.load_E is None or torch.equal(one.load_E, other.load_E):
+        return set()
+    return {f"load {one.load_E.tolist()} and {other.load_E.tolist()}"}
 
 
 def _valid(lab: Lab, case: Case, layout: Layout, rank: int) -> Tensor:
@@ -141,7 +145,7 @@ def evaluation(lab: Lab, case: Case, layout: Layout) -> str:
     case = dataclasses.replace(case, draws=True)
     reason = lab.adapter.refusal(case, layout)
     if reason:
-        raise NotSupported(reason)
+        raise NotSupportedError(reason)
     once, again = (lab.run(layout, case, mode="eval", rng=seed) for seed in (0, 1))
     differs = sum(
         int((one.output_BLD != other.output_BLD).any(-1).sum())
@@ -194,9 +198,9 @@ def group_size(lab: Lab, case: Case, layout: Layout) -> int:
 
 
 def capacity(lab: Lab, case: Case, layout: Layout) -> str:
-    """I12: no expert takes more than ⌈factor·K·S/E⌉ of a group, and the effective factor is told."""
+    """I12: no expert takes more than ⌈factor·K·S/E⌉ of a group; the effective factor is told."""
     if case.capacity_factor is None:
-        raise NotSupported("dropless")
+        raise NotSupportedError("dropless")
     size = group_size(lab, case, layout)
     demand = Fraction(str(case.capacity_factor)) * case.top_k * size / case.experts
     slots = min(size, max(1, math.ceil(demand)))
@@ -229,7 +233,7 @@ def precision(lab: Lab, case: Case, layout: Layout) -> str:
     case = dataclasses.replace(case, dtype=torch.bfloat16, sequences=32, length=32)
     reason = lab.adapter.refusal(case, layout)
     if reason:
-        raise NotSupported(reason)
+        raise NotSupportedError(reason)
     ranks = lab.run(layout, case, unbiased, mode="eval")
     seen = []
     if case.chooses == "logits":
@@ -268,14 +272,14 @@ def extremes(lab: Lab, case: Case, layout: Layout) -> str:
                 require(finite, f"{what}: not finite")
         seen.append(what)
     if not seen:
-        raise NotSupported("every such case is refused")
+        raise NotSupportedError("every such case is refused")
     return ", ".join(seen)
 
 
 def layer_losses(lab: Lab, case: Case, layout: Layout) -> str:
     """I16: two layers that collapse onto different experts look as bad as onto the same."""
     if case.chooses != "logits":
-        raise NotSupported("the gate cannot be made to collapse by its logits alone")
+        raise NotSupportedError("the gate cannot be made to collapse by its logits alone")
     case = dataclasses.replace(case, layers=2)
     edits = collapsed, collapsed_apart
     same, apart = (lab.run(layout, case, edit, mode="eval")[0] for edit in edits)

@@ -19,28 +19,28 @@ class Verdict(NamedTuple):
     detail: str = ""
 
 
-class Failed(Exception):
+class InvariantError(Exception):
     """The numbers seen contradict the invariant."""
 
 
-class NotExposed(Exception):
+class NotExposedError(Exception):
     """The system does not show what the invariant is about; the reason."""
 
 
-class NotSupported(Exception):
+class NotSupportedError(Exception):
     """The system refuses the case that the invariant is about; the reason."""
 
 
 def require(condition: bool | Tensor, seen: str) -> None:
-    """Raise `Failed` with what was seen instead."""
+    """Raise `InvariantError` with what was seen instead."""
     if not condition:
-        raise Failed(seen)
+        raise InvariantError(seen)
 
 
 def shown(adapter: Any, field: str, value: T | None) -> T:
     """A field of `Pass` that a check cannot do without."""
     if value is None:
-        raise NotExposed(adapter.hidden.get(field, f"{field} is not shown"))
+        raise NotExposedError(adapter.hidden.get(field, f"{field} is not shown"))
     return value
 
 
