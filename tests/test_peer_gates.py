@@ -8,6 +8,7 @@ Shape suffixes: T tokens (one routing group), E experts, C slots of an expert, K
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,14 +136,15 @@ def test_deepspeed_gives_an_expert_more_slots_than_there_are_tokens(deepspeed: M
 
 
 def test_deepspeed_has_four_slots_at_least(deepspeed: ModuleType) -> None:
-    """Its layer's default; ours is 1."""
-    import inspect
-
+    """Its layer's default; ours is 1. Fewer tokens than that it refuses."""
     from deepspeed.moe.layer import MoE as TheirMoE
 
     assert inspect.signature(TheirMoE).parameters["min_capacity"].default == 4
     assert inspect.signature(MoE).parameters["min_capacity"].default == 1
     assert their_slots(deepspeed, 16, 16, 1.0, least=4) == 4
+    with pytest.raises(AssertionError, match="min_capacity"):
+        deepspeed.top1gating(torch.zeros(3, 2), 1.0, 4)
+    assert capacity(3, 2, 1, 1.0, min_capacity=4) == 3
 
 
 # ---- one expert a token ---------------------------------------------------------------
