@@ -103,7 +103,7 @@ def sparse(answer: tuple[Any, ...]) -> Tensor:
     return table(expert_KT.T.long(), slot_KT.T.long(), gate_KT.T, experts, used)
 
 
-# ---- capacity -------------------------------------------------------------------------
+# ---- capacity ------------------------------------------------------------------------------------
 
 
 def their_slots(deepspeed: ModuleType, tokens: int, experts: int, factor: float, least: int) -> int:
@@ -147,7 +147,7 @@ def test_deepspeed_has_four_slots_at_least(deepspeed: ModuleType) -> None:
     assert capacity(3, 2, 1, 1.0, min_capacity=4) == 3
 
 
-# ---- one expert a token ---------------------------------------------------------------
+# ---- one expert a token --------------------------------------------------------------------------
 
 
 def test_switch_is_deepspeeds_top1_when_its_draws_favour_earlier_tokens(
@@ -226,7 +226,7 @@ def test_padding_moves_deepspeeds_loss_and_not_ours(deepspeed: ModuleType) -> No
     assert theirs(logits_TE, used_T.long()) < 0.6 * theirs(logits_TE[:8], None)
 
 
-# ---- two experts a token --------------------------------------------------------------
+# ---- two experts a token -------------------------------------------------------------------------
 
 
 def test_gshard_is_deepspeeds_top2_until_its_weights_are_renormalised(
@@ -307,7 +307,7 @@ def test_deepspeed_draws_which_expert_is_second_and_gshard_whether_it_is(
         assert record.sampled_TK.tolist() == [[True, is_sampled]]
 
 
-# ---- K experts a token ----------------------------------------------------------------
+# ---- K experts a token ---------------------------------------------------------------------------
 
 
 def raw_topk(case: Case, logits_TE: Tensor) -> Routing:
