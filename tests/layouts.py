@@ -35,17 +35,20 @@ LEARNING_RATE = 0.01
 
 @dataclass(frozen=True)
 class Case:
-    """One model. Every pair of values of two fields is in CASES, where a router allows it."""
+    """One model. Every pair of values of two fields is in CASES, where they go together."""
 
-    router: Literal["switch", "gshard", "topk", "renormalized"]
-    capacity_factor: float | None
-    shared_experts: int
+    gate: str
+    """A router, or a variant of one that GATES names."""
+    dropless: bool
+    drop_policy: Literal["position", "probability", "random", "spill"]
+    balance_scope: Literal["group", "batch"]
+    shared: Literal["", "none", "sigmoid", "softmax"]
+    """How shared experts are weighed; empty without any."""
     documents: bool
     every: int
     tied: bool
     qk_norm: bool
     group: Literal["sequence"] | int
-    jitter: float = 0.0
 
     @property
     def text(self) -> Text:
@@ -53,21 +56,29 @@ class Case:
         return Text(self.documents)
 
     @property
+    def moe(self) -> MoEConfig:
+        """Its experts: few slots for each, and two more experts to ask for those that spill."""
+        options = {"router": self.gate, "top_k": 3, "capacity_factor": 0.75, **GATES[self.gate]}
+        factor = None if self.dropless else options.pop("capacity_factor")
+        return MoEConfig.model_validate(
+            {
+                **options, "experts": EXPERTS, "expert_ffn_dim": 8, "group": self.group,
+                "capacity_factor": factor, "eval_capacity_factor": factor, "every": self.every,
+                "drop_policy": self.drop_policy, "spill_depth": 2, "balance_coef": 0.5,
+                "balance_scope": self.balance_scope, "z_loss_coef": 0.1,
+                "shared_experts": int(self.shared != ""), "shared_gate": self.shared or "none",
+            }
+        )  # fmt: skip
+
+    @property
     def config(self) -> Config:
-        """The case as a whole run; `renormalized` is topk with gates that add up to 1."""
-        router = "topk" if self.router == "renormalized" else self.router
+        """The case as a whole run."""
         return Config(
             model=ModelConfig(
                 dim=12, layers=2, heads=2, kv_heads=1, ffn_dim=8, qk_norm=self.qk_norm,
                 tie_embeddings=self.tied,
             ),
-            moe=MoEConfig(
-                experts=EXPERTS, top_k={"switch": 1, "gshard": 2, "topk": 3}[router], router=router,
-                renormalize=self.router == "renormalized", jitter=self.jitter, expert_ffn_dim=8,
-                capacity_factor=self.capacity_factor, eval_capacity_factor=self.capacity_factor,
-                group=self.group, shared_experts=self.shared_experts, every=self.every,
-                balance_coef=0.5, z_loss_coef=0.1,
-            ),
+            moe=self.moe,
             train=TrainConfig(
                 steps=STEPS, global_batch=BATCH, micro_batch=BATCH, lr=LEARNING_RATE,
                 min_lr_ratio=1.0, warmup_steps=0, clip_norm=CLIP_NORM, adam_eps=1e-3,
@@ -79,21 +90,70 @@ class Case:
 
     def __str__(self) -> str:
         """As the ids of tests have it."""
-        return "-".join(str(value) for value in vars(self).values())
+        limit = "dropless" if self.dropless else self.drop_policy
+        return f"{self.gate}-{limit}-{self.balance_scope}"
 
+
+GATES: dict[str, dict[str, Any]] = {
+    "switch": {"top_k": 1, "jitter": 0.2},
+    "gshard": {"top_k": 2},
+    "topk": {"renormalize": False},
+    "renormalized": {"router": "topk", "renormalize": True},
+    "noisy_topk": {},
+    "sigmoid": {"bias_update_rate": 0.05, "gate_scale": 2.5},
+    "limited": {
+        "router": "sigmoid", "top_k": 4, "expert_groups": 4, "top_groups": 2,
+        "bias_update_rate": 0.05,
+    },
+    "hierarchical": {"top_k": 4, "expert_groups": 4, "top_groups": 2},
+    "expert_choice": {"allow_noncausal": True},
+    "hash": {},
+    "random": {},
+    "balanced": {"capacity_factor": 0.25},
+    "dense": {"top_k": EXPERTS, "capacity_factor": 0.5},
+}  # fmt: skip
+"""Settings of every gate, over those that all share."""
 
 CASES = (
-    Case("switch", 1.0, 0, False, 1, True, False, "sequence", jitter=0.2),
-    Case("switch", None, 1, True, 2, False, True, 4, jitter=0.2),
-    Case("switch", 1.0, 1, False, 2, True, True, 4),
-    Case("switch", None, 0, True, 1, False, False, "sequence"),
-    Case("gshard", 1.0, 0, True, 1, False, True, 4),
-    Case("gshard", None, 1, False, 2, True, False, "sequence"),
-    Case("topk", 1.0, 1, True, 1, True, False, 4),
-    Case("topk", None, 0, False, 2, False, True, "sequence"),
-    Case("renormalized", 1.0, 1, False, 1, False, True, "sequence"),
-    Case("renormalized", None, 0, True, 2, True, False, 4),
+    Case("switch", False, "spill", "group", "sigmoid", False, 1, False, False, "sequence"),
+    Case("switch", True, "position", "batch", "none", True, 2, True, True, 4),
+    Case("gshard", False, "probability", "group", "", False, 1, False, False, 4),
+    Case("gshard", True, "position", "batch", "", True, 2, True, True, "sequence"),
+    Case("topk", False, "random", "group", "softmax", True, 1, True, True, 4),
+    Case("topk", True, "position", "batch", "none", False, 2, False, False, "sequence"),
+    Case("renormalized", False, "random", "batch", "", False, 2, False, True, "sequence"),
+    Case("renormalized", True, "position", "group", "softmax", True, 1, True, False, 4),
+    Case("noisy_topk", False, "spill", "group", "softmax", True, 1, True, False, "sequence"),
+    Case("noisy_topk", True, "position", "batch", "sigmoid", False, 2, False, True, 4),
+    Case("sigmoid", True, "position", "group", "", False, 1, True, False, "sequence"),
+    Case("sigmoid", False, "probability", "batch", "sigmoid", True, 2, False, True, 4),
+    Case("limited", False, "spill", "batch", "", True, 1, False, True, "sequence"),
+    Case("limited", True, "position", "group", "none", False, 2, True, False, 4),
+    Case(
+        "hierarchical", False, "probability", "batch", "softmax", True, 1, False, True, "sequence"
+    ),
+    Case("hierarchical", True, "position", "group", "sigmoid", False, 2, True, False, 4),
+    Case("expert_choice", False, "position", "batch", "", False, 2, True, False, 4),
+    Case("expert_choice", False, "position", "group", "", True, 1, False, True, "sequence"),
+    Case("hash", True, "position", "batch", "none", False, 1, False, False, "sequence"),
+    Case("hash", False, "spill", "group", "none", True, 2, True, True, 4),
+    Case("random", True, "position", "group", "none", True, 1, True, True, "sequence"),
+    Case("random", False, "random", "batch", "none", False, 2, False, False, 4),
+    Case("balanced", True, "position", "batch", "", False, 1, False, False, 4),
+    Case("balanced", False, "random", "group", "sigmoid", True, 2, True, True, "sequence"),
+    Case("dense", True, "position", "batch", "softmax", False, 2, False, True, 4),
+    Case("dense", False, "probability", "group", "none", True, 1, True, False, "sequence"),
 )
+
+
+def pick(gate: str, **fields: Any) -> Case:
+    """The only case of a gate with these values."""
+    (found,) = [
+        case
+        for case in CASES
+        if case.gate == gate and all(getattr(case, name) == fields[name] for name in fields)
+    ]
+    return found
 
 
 @dataclass(frozen=True)
@@ -121,8 +181,10 @@ class Text:
 
     def _sequence(self, index: int) -> Batch:
         generator = torch.Generator().manual_seed(100 + index)
-        # Squared, so that some tokens are common and the experts they choose fill up.
-        words = (torch.rand(LENGTH + 1, generator=generator).square() * VOCAB).long()
+        # Some words are common, so that the experts they choose fill up; none comes twice, because
+        # two that only follow themselves are one and the same vector, up to rounding.
+        common = torch.arange(1, VOCAB + 1).double().reciprocal()
+        words = torch.multinomial(common, LENGTH + 1, generator=generator)
         starts = torch.rand(LENGTH, generator=generator) < 0.3
         position = torch.arange(LENGTH)
         real = LENGTH - 3 if index % 5 == 3 else LENGTH
@@ -161,15 +223,7 @@ def spread(config: Config, layout: Layout) -> Config:
     return checked
 
 
-def rotated(layouts: Sequence[Layout], times: int = 1) -> list[Any]:
-    """Every case with `times` of the layouts, each layout with as many cases.
-
-    An odd number of layouts meets cases with a capacity and dropless ones in turn.
-    """
-    assert len(layouts) % 2
-    pairs = [
-        (case, layouts[(i + 2 * turn) % len(layouts)])
-        for i, case in enumerate(CASES)
-        for turn in range(times)
-    ]
+def rotated(cases: Sequence[Case], layouts: Sequence[Layout]) -> list[Any]:
+    """Every case with one of the layouts, each layout with about as many cases."""
+    pairs = [(case, layouts[i % len(layouts)]) for i, case in enumerate(cases)]
     return [pytest.param(*pair, id=f"{pair[0]}:{pair[1]}") for pair in pairs]

@@ -1,11 +1,12 @@
 """The same steps twice: by one process that knows nothing of ranks, and by the ranks of a layout.
 
 `alone` is the reference: a plain model in fp64, the whole global batch in one forward and backward
-pass, the objective and the clipping written out, unfused AdamW. `on_rank` is one rank of the real
-thing: mesh, engine and training step as a run has them. `agree` compares everything that comes of
-the two.
+pass, the objective, the clipping and the routers' biases written out, unfused AdamW. `on_rank` is
+one rank of the real thing: mesh, engine and training step as a run has them. `agree` compares
+everything that comes of the two.
 
-Shape suffixes: B sequences, L tokens of a sequence, T = B·L, K choices, E experts.
+Shape suffixes: B sequences, L tokens of a sequence, T = B·L, K choices, E experts, A groups of
+experts.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from layouts import BATCH, CLIP_NORM, IGNORE, LENGTH, STEPS, VOCAB, Text
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from moetrain.build import build_model
+from moetrain.build import build_model, gate
 from moetrain.config import Config, TrainConfig
 from moetrain.data import Batch
 from moetrain.engines.torch import TorchEngine
 from moetrain.evaluate import evaluate
 from moetrain.mesh import Mesh
 from moetrain.model import Output, Transformer, initial_value
-from moetrain.moe import Dispatcher, Draws, Ledger, MoE, Plan
+from moetrain.moe import Dispatcher, Draws, Gate, Ledger, MoE, Plan, Router, Routing
 from moetrain.moe.keyed import step_key
-from moetrain.objective import Means, reduce
-from moetrain.train import Position, Run, train_step
+from moetrain.objective import LayerMeans, Means, reduce
+from moetrain.step import Position, Run, train_step
 
 # ---- what came of it -----------------------------------------------------------------------------
 
@@ -44,6 +45,8 @@ class Step(NamedTuple):
     means: Means
     grad_norm: float
     grads: Tensors
+    buffers: Tensors
+    """After the step: the routers' biases."""
 
 
 class Outcome(NamedTuple):
@@ -53,20 +56,21 @@ class Outcome(NamedTuple):
     steps: list[Step]
     weights: Tensors
     fates: list[Tensor]
-    """One table per MoE layer: a row per valid token, with its global id and the expert that kept
-    it, choice by choice, -1 for none."""
+    """One table per MoE layer: a row per valid token, with its global id and the expert that it
+    went to, choice by choice, -1 for none."""
 
 
 class Noting:
-    """A dispatcher that notes who was kept, in front of the real one."""
+    """A dispatcher that notes where tokens went, in front of the real one."""
 
     def __init__(self, dispatcher: Dispatcher):
         self.dispatcher = dispatcher
-        self.kept: list[Tensor] = []
+        self.went: list[Tensor] = []
 
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Any:
-        """See `Dispatcher`."""
-        self.kept.append(_expert_of_row(plan).take(plan.row_TK))
+        """See `Dispatcher`. A pass without a backward pass to come is none that trains."""
+        if torch.is_grad_enabled():
+            self.went.append(_expert_of_row(plan).take(plan.row_TK))
         return self.dispatcher.dispatch(x_TD, plan)
 
     def combine(self, rows: Tensor, arrived: Any, plan: Plan, gate_TK: Tensor) -> Tensor:
@@ -109,7 +113,7 @@ def fates(notes: list[Noting], batches: list[Batch]) -> list[Tensor]:
     """See `Outcome.fates`."""
     valid = torch.cat([batch.valid_BL.flatten() for batch in batches])
     ids = torch.cat([batch.token_id_BL.flatten() for batch in batches])
-    return [torch.cat([ids[:, None], torch.cat(n.kept)], dim=1)[valid] for n in notes]
+    return [torch.cat([ids[:, None], torch.cat(n.went)], dim=1)[valid] for n in notes]
 
 
 # ---- one process ---------------------------------------------------------------------------------
@@ -130,6 +134,8 @@ def plain_model(config: Config, change: Change | None = None) -> Transformer:
     """The model on the CPU in fp64, with all experts."""
     model = build_model(config, VOCAB).double().to_empty(device="cpu")
     experts = range(config.moe.experts)
+    for buffer in model.buffers():
+        buffer.zero_()
     for prefix, module in model.named_modules():
         for name, weight in module.named_parameters(prefix, recurse=False):
             shape, layers = weight.shape, config.model.layers
@@ -142,13 +148,15 @@ def alone(config: Config, text: Text, change: Change | None = None, steps: int =
     """Train without ranks: no mesh, no sharding, no micro-batches."""
     model = plain_model(config, change)
     weights, notes, serving = dict(model.named_parameters()), note(model), Serving(text)
-    initial, results = _full(weights), []
+    initial, results, records = _full(weights), [], routings(model)
     optimizer = _plain_adamw(config.train, weights)
     for step in range(1, steps + 1):
+        records.clear()
         batch = serving.batch(range((step - 1) * BATCH, step * BATCH))
         draws = Draws(step_key(config.seed, step), batch.token_id_BL.flatten())
         output = plain_forward(model, batch, "train", draws)
-        losses = loss, balance_loss, z_loss = plain_losses(config, output, batch)
+        scope = config.moe.balance_scope
+        losses = loss, balance_loss, z_loss = plain_losses(config, output, records, batch, scope)
         moe = config.moe
         optimizer.zero_grad()
         (loss + moe.balance_coef * balance_loss + moe.z_loss_coef * z_loss).backward()
@@ -157,9 +165,20 @@ def alone(config: Config, text: Text, change: Change | None = None, steps: int =
         if norm > CLIP_NORM:
             for weight in weights.values():
                 weight.grad *= CLIP_NORM / norm
-        results.append(Step(plain_means(losses, output), norm, grads))
         optimizer.step()
+        plain_rebalance(model, records, moe.bias_update_rate)
+        means = plain_means(losses, output, records)
+        results.append(Step(means, norm, grads, _full(dict(model.named_buffers()))))
     return Outcome(initial, results, _full(weights), fates(notes, serving.batches))
+
+
+def routings(model: nn.Module) -> list[Routing]:
+    """A list to which every router adds its record, layer by layer."""
+    records: list[Routing] = []
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(lambda _, inputs, record: records.append(record))
+    return records
 
 
 def plain_forward(model: Transformer, batch: Batch, mode: Any, draws: Draws | None) -> Output:
@@ -173,27 +192,95 @@ def plain_forward(model: Transformer, batch: Batch, mode: Any, draws: Draws | No
     )
 
 
-def plain_losses(config: Config, output: Output, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def plain_losses(
+    config: Config, output: Output, records: list[Routing], batch: Batch, scope: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy, balance and z-loss by their definition; a mean over nothing is 0."""
     assert output.logits_BLV is not None
-    group = LENGTH if config.moe.group == "sequence" else config.moe.group
-    assert isinstance(group, int)
-    tokens = [token for row in batch.valid_BL for token in row]
-    num_groups = sum(any(tokens[i : i + group]) for i in range(0, len(tokens), group))
     log_prob = output.logits_BLV.log_softmax(-1).flatten(0, 1)
     targets = batch.targets_BL.flatten().tolist()
     losses = [-log_prob[t, target] for t, target in enumerate(targets) if target != IGNORE]
+    nothing = 0 * log_prob.sum()
+    sets = _sets_of_tokens(config, batch.valid_BL.flatten().tolist(), scope)
+    tokens = [token for members in sets for token in members]
+    balance = [plain_balance(gate(config.moe), r, members) for r in records for members in sets]
+    z = [r.logits_TE[t].exp().sum().log() ** 2 for r in records for t in tokens]
     return (
-        torch.stack(losses).mean() if losses else 0 * log_prob.sum(),
-        torch.stack([layer.balance_sum for layer in output.layers]).mean() / max(1, num_groups),
-        torch.stack([layer.z_sum for layer in output.layers]).mean() / max(1, sum(tokens)),
+        torch.stack(losses).mean() if losses else nothing,
+        torch.stack(balance).mean() if balance else nothing,
+        torch.stack(z).mean() if z else nothing,
     )
 
 
-def plain_means(losses: tuple[Tensor, Tensor, Tensor], output: Output) -> Means:
+def _sets_of_tokens(config: Config, valid: list[bool], scope: str) -> list[list[int]]:
+    """The valid tokens of every set that is to be balanced, if it has any."""
+    group = LENGTH if config.moe.group == "sequence" else config.moe.group
+    assert isinstance(group, int)
+    size = group if scope == "group" else len(valid)
+    sets = [range(i, i + size) for i in range(0, len(valid), size)]
+    return [members for s in sets if (members := [t for t in s if valid[t]])]
+
+
+def plain_balance(gate: Gate, record: Routing, tokens: list[int]) -> Tensor:
+    """The balance loss of a set of tokens: 1 at perfect balance."""
+    prob_TE = record.prob_TE[tokens]
+    expert_TK = record.expert_TK[tokens, : 1 if gate.name == "gshard" else None]
+    num_experts = prob_TE.shape[1]
+    asked_E = torch.stack([(expert_TK == e).sum() for e in range(num_experts)]).double()
+    if gate.name == "noisy_topk":
+        assert record.load_TE is not None
+        gate_TK = record.gate_TK[tokens]
+        importance = [gate_TK[expert_TK == e].sum() for e in range(num_experts)]
+        both = torch.stack(importance), record.load_TE[tokens].sum(0)
+        return 1 + sum((x - x.mean()).square().mean() / x.mean() ** 2 for x in both)
+    if gate.name == "hierarchical":
+        return _plain_two_levels(gate.groups, expert_TK, asked_E, prob_TE)
+    return num_experts * (asked_E / asked_E.sum() * prob_TE.mean(0)).sum()
+
+
+def _plain_two_levels(
+    num_groups: int, expert_TK: Tensor, asked_E: Tensor, prob_TE: Tensor
+) -> Tensor:
+    """The mean of the loss over groups and of its mean inside the groups that somebody chose."""
+    size = len(asked_E) // num_groups
+    outer, inner = torch.zeros((), dtype=torch.float64), []
+    for a in range(num_groups):
+        members = slice(a * size, (a + 1) * size)
+        asked_e, prob_Te = asked_E[members], prob_TE[:, members]
+        outer = outer + num_groups * asked_e.sum() / asked_E.sum() * prob_Te.sum(1).mean()
+        chose_T = (expert_TK // size == a).any(1)
+        if chose_T.any():
+            within_Te = prob_Te[chose_T] / prob_Te[chose_T].sum(1, keepdim=True)
+            inner.append(size * (asked_e / asked_e.sum() * within_Te.mean(0)).sum())
+    return (outer + torch.stack(inner).mean()) / 2
+
+
+@torch.no_grad()
+def plain_rebalance(model: nn.Module, records: list[Routing], rate: float) -> None:
+    """Every bias a step towards the experts that were chosen less often than the mean."""
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    for router, record in zip(routers, records, strict=True):
+        if router.gate.name == "sigmoid":
+            chosen = record.expert_TK[record.valid_T].flatten().tolist()
+            mean = len(chosen) / router.num_experts
+            for expert in range(router.num_experts):
+                load = chosen.count(expert)
+                router.bias[expert] += rate * ((load < mean) - (load > mean))
+
+
+def plain_means(
+    losses: tuple[Tensor, Tensor, Tensor], output: Output, records: list[Routing]
+) -> Means:
     """The same as the numbers that a step reports."""
+    layers = []
+    for stats, record in zip(output.layers, records, strict=True):
+        outcome_O = stats.ledger.outcome_EKO.sum((0, 1))
+        lost = stats.gate_mass.dropped.item()
+        whole = record.gate_TK[record.sampled_TK & record.valid_T[:, None]].sum().item()
+        share = lost / whole if whole else 0.0
+        layers.append(LayerMeans(stats.ledger, share, (tuple(outcome_O.tolist()),)))
     loss, balance_loss, z_loss = (value.item() for value in losses)
-    return Means(loss, balance_loss, z_loss, tuple(layer.ledger for layer in output.layers))
+    return Means(loss, balance_loss, z_loss, tuple(layers))
 
 
 def _plain_adamw(train: TrainConfig, weights: Tensors) -> torch.optim.AdamW:
@@ -257,10 +344,12 @@ def evaluated(config: Config, text: Text, sequences: int) -> Means:
 
 def evaluated_alone(config: Config, text: Text, sequences: int) -> Means:
     """Evaluate without ranks, all sequences at once."""
-    batch = text.batch(range(sequences))
+    batch, model = text.batch(range(sequences)), plain_model(config)
+    records = routings(model)
     with torch.no_grad():
-        output = plain_forward(plain_model(config), batch, "eval", None)
-        return plain_means(plain_losses(config, output, batch), output)
+        output = plain_forward(model, batch, "eval", None)
+        losses = plain_losses(config, output, records, batch, "group")
+        return plain_means(losses, output, records)
 
 
 def build_run(config: Config, text: Text, change: Change | None = None) -> Run:
@@ -290,8 +379,9 @@ def on_rank(
     initial, results = _full(weights), []
     for step in range(steps):
         result = train_step(run, Position(step, step * BATCH, step * BATCH * LENGTH))
-        means = reduce(result.parts, result.counts, run.mesh)
-        results.append(Step(means, result.grad_norm, watched.grads))
+        means = reduce(result.parts, result.counts, run.mesh, result.batch_balance)
+        buffers = _full(watched.engine.buffers)
+        results.append(Step(means, result.grad_norm, watched.grads, buffers))
     serving: Any = run.samples
     return Outcome(initial, results, _full(weights), fates(notes, serving.batches))
 
@@ -317,21 +407,28 @@ def agree(ranks: list[Outcome], expected: Outcome) -> None:
 
 
 def agree_on_step(mine: Step, theirs: Step, where: str) -> None:
-    """Losses, ledgers, gradients and their norm in one step."""
+    """Losses, ledgers, gradients and their norm in one step, and biases after it."""
     agree_on_means(mine.means, theirs.means, where)
     for name, grad in theirs.grads.items():
         close(mine.grads[name], grad, f"{where}: the gradient of {name} is")
     close(mine.grad_norm, theirs.grad_norm, f"{where}: the global gradient norm is")
+    for name, buffer in theirs.buffers.items():
+        assert torch.equal(mine.buffers[name], buffer), f"{where}: {name} ends up otherwise"
 
 
 def agree_on_means(mine: Means, theirs: Means, where: str) -> None:
     """Losses up to rounding, ledgers exactly."""
     for field in ("loss", "balance_loss", "z_loss"):
         close(getattr(mine, field), getattr(theirs, field), f"{where}: {field} is")
-    for layer, (book, other) in enumerate(zip(mine.ledgers, theirs.ledgers, strict=True)):
+    for number, (layer, other) in enumerate(zip(mine.layers, theirs.layers, strict=True)):
+        message = f"of MoE layer {number}"
         for field in Ledger._fields:
-            message = f"{where}: {field} of MoE layer {layer}"
-            assert torch.equal(getattr(book, field), getattr(other, field)), message
+            book, theirs_ = getattr(layer.ledger, field), getattr(other.ledger, field)
+            assert torch.equal(book, theirs_), f"{where}: {field} {message}"
+        shares = layer.dropped_gate_mass, other.dropped_gate_mass
+        close(*shares, f"{where}: the gate weight dropped {message} is")
+        by_rank, (in_total,) = torch.tensor(layer.outcomes_by_rank), other.outcomes_by_rank
+        assert by_rank.sum(0).tolist() == list(in_total), f"{where}: outcomes by rank {message}"
 
 
 def close(actual: Tensor | float, expected: Tensor | float, what: str) -> None:
@@ -356,4 +453,4 @@ def _of_step(fates: Tensor, step: int) -> Tensor:
 def _same_fates(mine: Tensor, theirs: Tensor, where: str) -> None:
     assert torch.equal(mine[:, 0], theirs[:, 0]), f"{where}: other tokens than in the reference"
     differing = mine[(mine != theirs).any(1), 0].tolist()
-    assert not differing, f"{where}: other experts kept the tokens {differing}"
+    assert not differing, f"{where}: the tokens went to other experts: {differing}"

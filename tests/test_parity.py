@@ -2,78 +2,134 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, get_args
 
 import parity
 import pytest
 import torch
-from layouts import CASES, CLIP_NORM, EXPERTS, Case, Layout, Text, rotated, spread
+from layouts import CASES, CLIP_NORM, EXPERTS, GATES, Case, Layout, Text, pick, rotated, spread
 from parity import agree, alone, on_rank
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from moetrain import objective, optim, parallel, train
+from moetrain import objective, optim, parallel, step
 from moetrain.config import Config
 from moetrain.engines import torch as engines
 from moetrain.engines.torch import TorchEngine
-from moetrain.moe import OUTCOMES, Draws, MoE
+from moetrain.moe import OUTCOMES, Draws, Gate, MoE
+from moetrain.moe.router import RouterName
 from moetrain.objective import Counts, Sums
 from moetrain.testing import simulate_ranks
 
 ACCUMULATED = (Layout(1, 1, 1, micro=1), Layout(1, 1, 1, micro=4), Layout(1, 1, 1, micro=8))
+FEW_RANKS = (
+    Layout(2, ep=2, dp_replicate=1, micro=2),
+    Layout(4, ep=4, dp_replicate=1, micro=4),
+    Layout(4, ep=2, dp_replicate=2, micro=2),
+    Layout(4, ep=2, dp_replicate=1, micro=1),
+    Layout(4, ep=1, dp_replicate=1, micro=4),
+)
 MANY_RANKS = (
     Layout(8, ep=8, dp_replicate=1, micro=2),
     Layout(16, ep=16, dp_replicate=1, micro=1),
     Layout(16, ep=4, dp_replicate=2, micro=1),
 )
-SWITCH, SWITCH_DROPLESS, GSHARD, TOPK, TOPK_DROPLESS = (CASES[i] for i in (0, 1, 4, 6, 7))
+LAYOUTS = (*FEW_RANKS, Layout(8, ep=4, dp_replicate=1, micro=1), MANY_RANKS[0])
+SWITCH, SIGMOID, LIMITED = (pick(name, dropless=False) for name in ("switch", "sigmoid", "limited"))
+GSHARD, TOPK, NOISY = (pick(name, dropless=False) for name in ("gshard", "topk", "noisy_topk"))
+TOPK_DROPLESS, HIERARCHICAL = (pick(name, dropless=True) for name in ("topk", "hierarchical"))
+CHOSEN_BY_EXPERTS = pick("expert_choice", balance_scope="batch")
+
+
+@functools.cache
+def reference(case: Case) -> parity.Outcome:
+    return alone(case.config, case.text)
 
 
 def compare(case: Case, layout: Layout, text: Text | None = None, **options: Any) -> list[Any]:
     """Train both ways and compare; returns what each rank has."""
-    text = text or case.text
-    ranks = simulate_ranks(
-        layout.world, lambda: on_rank(spread(case.config, layout), text, **options)
-    )
-    agree(ranks, alone(case.config, text, **options))
+    config = spread(case.config, layout)
+    ranks = simulate_ranks(layout.world, lambda: on_rank(config, text or case.text, **options))
+    whole = alone(case.config, text or case.text, **options) if text or options else reference(case)
+    agree(ranks, whole)
     return ranks
 
 
-# ---- any layout ----------------------------------------------------------------------------------
+# ---- the reference -------------------------------------------------------------------------------
 
 
 def test_cases_hold_every_pair_of_settings() -> None:
-    fields = [field for field in vars(CASES[0]) if field != "jitter"]
-    for one, other in itertools.combinations(fields, 2):
+    """Where two go together: with every slot taken there is no order of who gets one."""
+    fields = [field.name for field in dataclasses.fields(Case)]
+    for one, other in itertools.combinations(fields[1:], 2):
         values = [{getattr(case, field) for case in CASES} for field in (one, other)]
         found = {(getattr(case, one), getattr(case, other)) for case in CASES}
-        assert found == set(itertools.product(*values)), (one, other)
-    with_jitter = {case.capacity_factor for case in CASES if case.jitter}
-    assert with_jitter == {1.0, None}
+        wanted = set(itertools.product(*values))
+        if (one, other) == ("dropless", "drop_policy"):
+            wanted = {pair for pair in wanted if pair[0] is False or pair[1] == "position"}
+        assert found == wanted, (one, other)
+    for field in ("dropless", "balance_scope", "documents", "every", "tied", "qk_norm", "group"):
+        for name in GATES.keys() - {"expert_choice"}:
+            found = {getattr(case, field) for case in CASES if case.gate == name}
+            assert len(found) == 2, (name, field)
+    assert {case.config.moe.router for case in CASES} == set(get_args(RouterName))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_reference_clips_and_drops(case: Case) -> None:
     """Otherwise agreeing with it would prove little."""
-    for step in alone(case.config, case.text).steps:
-        assert step.grad_norm > 2 * CLIP_NORM
-        for book in step.means.ledgers:
+    can_drop = not case.dropless and case.gate != "expert_choice"
+    for taken in reference(case).steps:
+        assert taken.grad_norm > 2 * CLIP_NORM
+        for book in taken.means.ledgers:
             outcome = dict(zip(OUTCOMES, book.outcome_EKO.sum((0, 1)).tolist(), strict=True))
-            assert (outcome["dropped"] > 0) == (case.capacity_factor is not None)
-            assert (outcome["not_sampled"] > 0) == (case.router == "gshard")
+            assert (outcome["dropped"] > 0) == can_drop
+            assert (outcome["spilled"] > 0) == (case.drop_policy == "spill")
+            assert (outcome["not_sampled"] > 0) == (case.gate == "gshard")
             assert outcome["kept"] > 0
 
 
-@pytest.mark.parametrize(("case", "layout"), rotated(ACCUMULATED))
+@pytest.mark.parametrize("case", [SIGMOID, LIMITED], ids=str)
+def test_the_bias_moves_and_changes_who_is_chosen(case: Case) -> None:
+    outcome = reference(case)
+    for number, taken in enumerate(outcome.steps, 1):
+        for bias_E in taken.buffers.values():
+            assert bias_E.abs().max() == pytest.approx(0.05 * number, rel=1e-12)
+            assert bias_E.unique().numel() > 1
+    sections = case.config.model_dump()
+    sections["moe"]["bias_update_rate"] = 0.0
+    still = alone(Config.model_validate(sections), case.text)
+    assert not any(bias_E.any() for bias_E in still.steps[-1].buffers.values())
+    assert not torch.equal(outcome.fates[0], still.fates[0])
+
+
+# ---- any layout ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("case", "layout"), rotated(CASES, LAYOUTS))
+def test_every_layout_equals_one_process(case: Case, layout: Layout) -> None:
+    """Dropped and spilled tokens, losses, every gradient, the norm, biases, and the weights after
+    three steps."""
+    compare(case, layout)
+
+
+IN_PARTS = (SWITCH, NOISY, SIGMOID, pick("hierarchical", dropless=False), CHOSEN_BY_EXPERTS, GSHARD)
+
+
+@pytest.mark.parametrize(("case", "layout"), rotated(IN_PARTS, ACCUMULATED))
 def test_accumulation_equals_the_whole_batch(case: Case, layout: Layout) -> None:
     compare(case, layout)
 
 
-@pytest.mark.parametrize(("case", "layout"), rotated(MANY_RANKS)[:7])
+MANY = ((LIMITED, MANY_RANKS[1]), (GSHARD, MANY_RANKS[1]), (HIERARCHICAL, MANY_RANKS[2]))
+
+
+@pytest.mark.parametrize(("case", "layout"), MANY, ids=str)
 def test_many_ranks_equal_one_process(case: Case, layout: Layout) -> None:
-    """Dropped tokens, losses, every gradient, the norm, and the weights after three steps."""
     compare(case, layout)
 
 
@@ -100,38 +156,41 @@ def test_every_label_masked(coefficient: float) -> None:
     config = Config.model_validate(sections)
     ranks = simulate_ranks(4, lambda: on_rank(spread(config, layout), text, steps=1))
     agree(ranks, alone(config, text, steps=1))
-    for step in ranks[0].steps:
-        assert step.means.loss == 0
-        assert (step.grad_norm > 0) == (coefficient > 0)
-        for name, grad in step.grads.items():
-            assert grad.isfinite().all(), name
+    (taken,) = ranks[0].steps
+    assert taken.means.loss == 0
+    assert (taken.grad_norm > 0) == (coefficient > 0)
+    for name, grad in taken.grads.items():
+        assert grad.isfinite().all(), name
 
 
-@pytest.mark.parametrize("case", [SWITCH, SWITCH_DROPLESS, GSHARD, TOPK, TOPK_DROPLESS], ids=str)
-@pytest.mark.parametrize("ep", [1, 2, 4])
-def test_ties_go_to_the_first_experts(case: Case, ep: int) -> None:
-    """A router of zeros makes all logits equal, before jitter and after."""
-    layout = Layout(ep, ep, dp_replicate=1, micro=4)
+TIED = (SWITCH, GSHARD, TOPK_DROPLESS, LIMITED, HIERARCHICAL, CHOSEN_BY_EXPERTS)
+
+
+@pytest.mark.parametrize(("case", "layout"), rotated(TIED, (FEW_RANKS[1], FEW_RANKS[3])))
+def test_ties_go_to_the_first_experts(case: Case, layout: Layout) -> None:
+    """A router of zeros makes all logits equal, before jitter and after. Of groups the first two
+    are chosen, and of each as many experts; experts that choose take the first tokens."""
     choices = torch.arange(case.config.moe.top_k)
+    if case.gate == "hierarchical":
+        choices = torch.tensor([0, 1, 4, 5])
+    if case.gate == "expert_choice":
+        choices = torch.arange(EXPERTS)
     for rank in compare(case, layout, change=torch.zeros_like, steps=1):
         for table in rank.fates:
-            assert ((table[:, 1:] == choices) | (table[:, 1:] == -1)).all()
-            assert (table[0, 1:2] == choices[:1]).all()
+            firsts = table[:, 1:] == choices
+            if case.drop_policy != "spill":
+                assert (firsts | (table[:, 1:] == -1)).all()
+            assert firsts[0, :1].all()
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
 
 
-EVALUATED = (
-    *ACCUMULATED,
-    Layout(2, 2, 1, 2),
-    Layout(4, 2, 2, 1),
-    Layout(4, 4, 1, 4),
-    MANY_RANKS[0],
-)
+EVALUATED = (*ACCUMULATED, *FEW_RANKS[:3], MANY_RANKS[0])
+EACH_GATE = [next(case for case in CASES[::-1] if case.gate == name) for name in GATES]
 
 
-@pytest.mark.parametrize(("case", "layout"), rotated(EVALUATED))
+@pytest.mark.parametrize(("case", "layout"), rotated(EACH_GATE, EVALUATED))
 def test_evaluation_depends_on_no_layout(case: Case, layout: Layout) -> None:
     """Of 11 sequences some ranks get fewer than others, or none; nothing is drawn at random."""
     text = Text(case.documents, sequences=11)
@@ -141,6 +200,8 @@ def test_evaluation_depends_on_no_layout(case: Case, layout: Layout) -> None:
     config = spread(case.config, layout)
     for means in simulate_ranks(layout.world, parity.evaluated, config, text, 64):
         parity.agree_on_means(means, expected, str(layout))
+    (again,) = simulate_ranks(1, parity.evaluated, spread(case.config, ACCUMULATED[0]), text, 64)
+    parity.agree_on_means(again, expected, "again")
 
 
 # ---- what peers got wrong, planted ---------------------------------------------------------------
@@ -168,13 +229,13 @@ def experts_times_ep(patch: pytest.MonkeyPatch) -> None:
 def replicas_counted_twice(patch: pytest.MonkeyPatch) -> None:
     """A shard held by two ranks enters the norm twice (DeepSpeed #8475 and its like)."""
     norm = optim.global_grad_norm
-    patch.setattr(engines, "global_grad_norm", lambda weights, _: norm(weights, 1))
+    patch.setattr(engines, "global_grad_norm", lambda weights, _, **also: norm(weights, 1, **also))
 
 
 def each_rank_its_own_norm(patch: pytest.MonkeyPatch) -> None:
     """Every rank clips by what it holds (NeMo Automodel #3816)."""
 
-    def wrong(weights: Iterable[Any], _: int) -> Tensor:
+    def wrong(weights: Iterable[Any], _: int, also_finite: Tensor) -> Tensor:
         return torch.nn.utils.get_total_norm([weight.grad.to_local() for weight in weights])
 
     patch.setattr(engines, "global_grad_norm", wrong)
@@ -195,10 +256,12 @@ def means_of_every_part(patch: pytest.MonkeyPatch) -> None:
     their weight grows with world size (FastMoE) or accumulation (NeMo Automodel #3359)."""
     right = objective.objective
 
-    def wrong(local: Sums, counts: Counts, balance_coef: float, z_coef: float) -> Tensor:
-        return right(local, counts, 4 * balance_coef, 4 * z_coef)
+    def wrong(
+        local: Sums, counts: Counts, balance_coef: float, z_coef: float, whole: Any
+    ) -> Tensor:
+        return right(local, counts, 4 * balance_coef, 4 * z_coef, whole)
 
-    patch.setattr(train, "objective", wrong)
+    patch.setattr(step, "objective", wrong)
 
 
 def first_experts_everywhere(patch: pytest.MonkeyPatch) -> None:
@@ -213,7 +276,48 @@ def first_experts_everywhere(patch: pytest.MonkeyPatch) -> None:
 
 def draws_by_place(patch: pytest.MonkeyPatch) -> None:
     """Random draws that know a token's place in the micro-batch only."""
-    patch.setattr(train, "Draws", lambda key, ids: Draws(key, torch.arange(len(ids))))
+    patch.setattr(step, "Draws", lambda key, ids: Draws(key, torch.arange(len(ids))))
+
+
+def balance_of_own_tokens(patch: pytest.MonkeyPatch) -> None:
+    """Batch balance that sums no rank's counts but its own."""
+    right = step.batch_balance
+
+    def wrong(gate: Gate, parts: Any, mesh: Any) -> Any:
+        return right(gate, parts, Alone(mesh))
+
+    patch.setattr(step, "batch_balance", wrong)
+
+
+def balance_of_every_micro_batch(patch: pytest.MonkeyPatch) -> None:
+    """Batch balance that forgets the micro-batches still to come."""
+    patch.setattr(step, "_survey", lambda *_: None)
+
+
+def bias_of_own_tokens(patch: pytest.MonkeyPatch) -> None:
+    """A bias that follows the load of a rank's own tokens."""
+    right = step.loads
+    patch.setattr(step, "loads", lambda parts, mesh: right(parts, Alone(mesh)))
+
+
+def bias_after_drops(patch: pytest.MonkeyPatch) -> None:
+    """A bias that follows the rows which experts got (Megatron-Core with padding)."""
+
+    def wrong(parts: list[Sums], mesh: Any) -> Tensor:
+        rows = [torch.stack([book.row_E for book in part.ledgers]) for part in parts]
+        return mesh.sum(torch.stack(rows).sum(0))
+
+    patch.setattr(step, "loads", wrong)
+
+
+class Alone:
+    """A mesh whose sums are those of one rank."""
+
+    def __init__(self, mesh: Any):
+        self.mesh = mesh
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().clone()
 
 
 def name(value: object) -> str:
@@ -232,8 +336,12 @@ BUGS = [
     (means_of_every_part, TOPK, EP4, "step 1: the gradient of"),
     (means_of_every_part, TOPK, ACCUMULATED[1], "step 1: the gradient of"),
     (first_experts_everywhere, TOPK, EP4, "experts.w_gate_up starts otherwise"),
-    (draws_by_place, GSHARD, EP4, "MoE layer 0: other experts kept the tokens"),
-    (draws_by_place, SWITCH, EP4, "MoE layer 0: other experts kept the tokens"),
+    (draws_by_place, GSHARD, EP4, "MoE layer 0: the tokens went to other experts"),
+    (draws_by_place, NOISY, EP4, "MoE layer 0: the tokens went to other experts"),
+    (balance_of_own_tokens, SIGMOID, EP4, "balance_loss is"),
+    (balance_of_every_micro_batch, SIGMOID, ACCUMULATED[1], "balance_loss is"),
+    (bias_of_own_tokens, SIGMOID, EP4, r"moe\.router\.bias ends up otherwise"),
+    (bias_after_drops, LIMITED, EP4, r"moe\.router\.bias ends up otherwise"),
 ]
 
 
@@ -259,5 +367,5 @@ def test_the_comparison_notices_capacity_over_a_micro_batch() -> None:
     sections["moe"]["group"] = "microbatch"
     config = spread(Config.model_validate(sections), EP4)
     ranks = simulate_ranks(4, lambda: on_rank(config, SWITCH.text, steps=1))
-    with pytest.raises(AssertionError, match="other experts kept the tokens"):
+    with pytest.raises(AssertionError, match="the tokens went to other experts"):
         agree(ranks, alone(SWITCH.config, SWITCH.text, steps=1))
