@@ -116,7 +116,8 @@ class Router(nn.Module):
 
         `load_E` (int64) counts the choices of a whole optimizer step before drops, over all ranks.
         """
-        self.bias += rate * torch.sign(load_E.sum() - load_E * self.num_experts)
+        below_mean_E = load_E.sum() - load_E * self.num_experts
+        self.bias += rate * below_mean_E.sign().to(self.bias.dtype)
 
     def forward(self, inputs: Inputs) -> Routing:
         """Route every token.
