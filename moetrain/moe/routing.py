@@ -215,8 +215,9 @@ def hierarchical(
     by_index_TK = expert_TK.argsort(dim=1)  # so that the stable sort settles ties by index
     gate_TK = gate_TK.gather(1, by_index_TK)
     by_gate_TK = gate_TK.detach().sort(dim=1, descending=True, stable=True).indices
-    prob_TE = (outer_prob_TA[:, :, None] * inner_prob_TAe).flatten(1)
-    logits_TE = (outer_TA[:, :, None] + inner_TE.unflatten(1, (num_groups, size))).flatten(1)
+    # Not views: FSDP2 hangs its hooks on what a router returns, and warns of views.
+    prob_TE = outer_prob_TA.repeat_interleave(size, 1) * inner_prob_TAe.flatten(1)
+    logits_TE = outer_TA.repeat_interleave(size, 1) + inner_TE
     return _record(
         expert_TK.gather(1, by_index_TK).gather(1, by_gate_TK),
         gate_TK.gather(1, by_gate_TK),
