@@ -75,17 +75,17 @@ def run(
 ) -> None:
     """Print a prompt and its continuation by the model of a run or checkpoint.
 
-    Ends early at the end-of-text token. Raises UserError for an empty prompt, several ranks, and a
-    model whose routing looks at later tokens.
+    Ends early at the end-of-text token. Raises UserError for an empty prompt, several ranks, or a
+    model whose experts choose their tokens.
     """
     if rank_and_world()[1] > 1:
         raise UserError("generate runs in one process; start it without torchrun")
     found = restore.find(path)
-    moe = found.config.moe
-    if moe.experts and moe.router == "expert_choice":
+    if found.config.moe.experts and found.config.moe.router == "expert_choice":
         raise UserError(
-            f"moe.router (expert_choice) of {found.path} gives a token experts by what comes after "
-            "it, which does not exist yet when a text is generated; train with another router"
+            f"moe.router (expert_choice) of {found.path} cannot generate: its experts choose among "
+            "all tokens of a text, those still to be written included; evaluate it with moetrain "
+            "eval, or train one with another moe.router"
         )
     tokenizer = restore.tokenizer(found)
     prompt_ids = tokenizer.encode_batch([prompt])[0].tolist()

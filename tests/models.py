@@ -33,6 +33,8 @@ def initialised(
     model = build_model(config, vocab_size).to_empty(device="cpu").to(dtype)
     experts = range(config.moe.experts)
     with torch.no_grad():
+        for buffer in model.buffers():
+            buffer.zero_()
         for prefix, module in model.named_modules():
             for name, parameter in module.named_parameters(prefix, recurse=False):
                 value = initial_value(

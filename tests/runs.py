@@ -67,7 +67,8 @@ def save_model(run: Path, config: Config, model: Transformer, text: str = "") ->
         "tokenizer": "bytes",
         "order": {"data": text},
     }
-    tensors = {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
+    named = [*model.named_parameters(), *model.named_buffers()]
+    tensors = {f"model.{name}": value.detach() for name, value in named}
     with process_group():
         return checkpoint.save(run, 1, tensors, extra)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from moetrain import cli
 from moetrain.config import Config
 from moetrain.generate import continuations, greedy, sampler
-from moetrain.model import Transformer
+from moetrain.model import KVCache, Transformer
 
 LOGITS_V = torch.log(torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2]))
 DRAWS = 20_000
@@ -138,6 +138,42 @@ def test_greedy_with_a_cache_is_greedy_without(sections, prompt_length):
     assert len(set(text_BL.flatten().tolist())) > 5
 
 
+GATES: dict[str, dict[str, object]] = {
+    "switch": {"top_k": 1, "jitter": 0.1},
+    "gshard": {},
+    "topk": {"drop_policy": "spill"},
+    "noisy_topk": {"drop_policy": "random"},
+    "sigmoid": {"expert_groups": 2, "top_groups": 1, "drop_policy": "probability"},
+    "hash": {},
+    "random": {},
+    "balanced": {"top_k": 1},
+    "dense": {"top_k": 4},
+    "hierarchical": {"expert_groups": 2, "top_groups": 2},
+}
+
+
+@pytest.mark.parametrize("router", GATES)
+@torch.no_grad()
+def test_every_gate_routes_a_token_alike_with_and_without_a_cache(router):
+    """Also those that go by position or vocabulary id; nothing is drawn and nothing dropped."""
+    config = small_config(moe={"router": router, "capacity_factor": 0.1, **GATES[router]})
+    model = initialised(config)
+    for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+        if "router" in name:  # zero at first where noise or bias is to decide
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    tokens_BL = random_tokens(2, 9)
+    whole = model(tokens_BL, mode="generate")
+    cache = KVCache(len(model.blocks), 9)
+    parts = [model(t, mode="generate", cache=cache) for t in tokens_BL.split([4, 1, 1, 3], dim=1)]
+    torch.testing.assert_close(
+        torch.cat([part.logits_BLV for part in parts], 1), whole.logits_BLV, rtol=1e-10, atol=1e-12
+    )
+    for layer, stats in enumerate(whole.layers):
+        counts = [part.layers[layer].ledger.outcome_EKO for part in parts]
+        assert torch.equal(torch.stack(counts).sum(0), stats.ledger.outcome_EKO)
+        assert stats.ledger.outcome_EKO[..., 0].sum() == 2 * 9 * config.moe.top_k
+
+
 @torch.no_grad()
 def test_generation_never_drops():
     moe = {"capacity_factor": 0.1, "eval_capacity_factor": 0.1}
@@ -228,12 +264,18 @@ def test_a_seed_repeats_the_text_and_another_does_not(checkpointed, capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_a_model_that_routes_by_later_tokens_cannot_generate(tmp_path, capsys):
-    moe = {"router": "expert_choice", "allow_noncausal": True}
-    config = small_config(moe={"experts": 4, **moe})
-    save_model(tmp_path, config, initialised(config, vocab_size=257))
+def test_a_model_whose_experts_choose_is_refused(tmp_path, capsys, monkeypatch):
+    """What they choose depends on text that is not written yet."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    config = small_config(moe={"router": "expert_choice", "allow_noncausal": True})
+    save_model(tmp_path, config, initialised(config, torch.float32, vocab_size=257))
     assert generate(tmp_path, "--prompt", "a") == 2
-    assert "moe.router (expert_choice)" in capsys.readouterr().err
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert "moe.router (expert_choice) of" in error
+    assert "cannot generate" in error
+    assert "moetrain eval" in error
 
 
 def test_an_empty_prompt_and_a_missing_run_are_refused(checkpointed, capsys, tmp_path):
