@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import cmath
 import itertools
+import math
+from typing import Any
 
-import layers
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,13 +17,24 @@ from torch import Tensor
 
 from moetrain.build import build_model
 from moetrain.loss import IGNORED
-from moetrain.model import Attention, FeedForward, KVCache, RMSNorm, initial_value, rotate
-from moetrain.moe import Experts
+from moetrain.model import Attention, FeedForward, KVCache, RMSNorm, Tokens, initial_value, rotate
+from moetrain.moe import Experts, Gate, MoE
 
 FEW = settings(max_examples=20, deadline=None)
 THETA = 50.0
 DROPLESS = {"capacity_factor": None, "eval_capacity_factor": None}
-ROUTERS = {"switch": 1, "gshard": 2, "topk": 3}
+ROUTERS: dict[str, dict[str, Any]] = {
+    "switch": {"top_k": 1},
+    "gshard": {"top_k": 2},
+    "topk": {"top_k": 3},
+    "noisy_topk": {},
+    "sigmoid": {"expert_groups": 2, "top_groups": 1},
+    "hash": {},
+    "random": {},
+    "balanced": {},
+    "dense": {"top_k": 4},
+    "hierarchical": {"expert_groups": 2, "top_groups": 2},
+}
 
 
 # ---------------------------------------------------------------- parts against loops
@@ -161,8 +173,8 @@ def replaced(tokens_BL: Tensor, position: int) -> Tensor:
 MODELS = {
     "dense": {"moe": {"experts": 0}},
     **{
-        f"{router}, dropless": {"moe": {"router": router, "top_k": k, **DROPLESS}}
-        for router, k in ROUTERS.items()
+        f"{router}, dropless": {"moe": {"router": router, **options, **DROPLESS}}
+        for router, options in ROUTERS.items()
     },
     "switch, 1 slot": {
         "moe": {"router": "switch", "top_k": 1, "eval_capacity_factor": 0.1, "shared_experts": 1}
@@ -185,11 +197,17 @@ def test_no_token_sees_a_later_one(kind):
 @torch.no_grad()
 def test_with_capacity_and_two_choices_a_later_first_choice_beats_an_earlier_second_one():
     """What `position` means: first choices of the whole group come before any second choice."""
-    layer = layers.build(layers.TOP2, 3, capacity_factor=0.1)  # one slot per expert
-    valid = torch.ones(1, 2, dtype=torch.bool)
+    layer = MoE(0, 3, 5, 3, Gate("topk", 2), eval_capacity_factor=0.1).double()  # one slot each
+    generator = torch.Generator().manual_seed(0)
+    for parameter in layer.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    x_BLD, valid = torch.eye(2, 3, dtype=torch.float64)[None], torch.ones(1, 2, dtype=torch.bool)
 
-    def first_token(choices: list[tuple[int, ...]]) -> Tensor:
-        return layer(layers.asks(layer, choices), valid, "eval")[0][0, 0]
+    def first_token(choices: list[tuple[int, int]]) -> Tensor:
+        layer.router.weight.zero_()
+        for token, (first, second) in enumerate(choices):
+            layer.router.weight[[first, second], token] = torch.tensor([2.0, 1.0]).double()
+        return layer(x_BLD, valid, "eval")[0][0, 0]
 
     alone = first_token([(0, 1), (2, 0)])
     robbed = first_token([(0, 1), (1, 2)])
@@ -260,7 +278,7 @@ def assert_same_training(one, two):
 @pytest.mark.parametrize("factor", [None, 0.5, 2.0])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_padding_on_the_right_is_invisible(router, factor):
-    moe = {"router": router, "top_k": ROUTERS[router], "eval_capacity_factor": factor}
+    moe = {"router": router, **ROUTERS[router], "eval_capacity_factor": factor}
     model = initialised(small_config(moe=moe))
     valid_BL = torch.tensor([[True] * 4 + [False] * 4, [True] * 8, [False] * 8])
     tokens_BL = random_tokens(3, 8)
@@ -269,7 +287,7 @@ def test_padding_on_the_right_is_invisible(router, factor):
     assert_same_training(real, other)
     for stats in real[0].layers:
         assert stats.ledger.tokens == 12
-        assert stats.ledger.outcome_EKO.sum() == 12 * ROUTERS[router]
+        assert stats.ledger.outcome_EKO.sum() == 12 * stats.ledger.outcome_EKO.shape[1]
     with torch.no_grad():
         close(*(logits(model, t, valid_BL=valid_BL)[valid_BL] for t in (tokens_BL, other_BL)))
 
@@ -333,17 +351,26 @@ def test_every_layout_of_blocks(every, first_dense, experts_at):
     assert output.loss_sum.isfinite()
 
 
+@pytest.mark.parametrize("kind", ["none", "sigmoid", "softmax"])
 @torch.no_grad()
-def test_shared_experts_stand_beside_the_routed_ones():
-    model = initialised(small_config(moe={"shared_experts": 3}))
+def test_shared_experts_stand_beside_the_routed_ones(kind):
+    model = initialised(small_config(moe={"shared_experts": 3, "shared_gate": kind}))
     block = model.blocks[0]
     assert block.feed_forward.w_down.weight.shape == (16, 3 * 12)
     x_BLD = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0)).double()
-    valid = torch.ones(1, 8, dtype=torch.bool)
+    tokens = Tokens(torch.ones(1, 8, dtype=torch.bool), "eval", None, random_tokens(1, 8), 0)
     h_BLD = x_BLD + block.attention(block.attention_norm(x_BLD), None, None)
     n_BLD = block.ffn_norm(h_BLD)
-    expected = h_BLD + block.feed_forward(n_BLD) + block.moe(n_BLD, valid, "eval")[0]
-    close(block(x_BLD, valid, None, "eval", None, None)[0], expected)
+    routed, shared = block.moe(n_BLD, *tokens)[0], block.feed_forward(n_BLD)
+    for t in range(8):
+        of_routed, of_shared = 1.0, 1.0
+        if kind == "sigmoid":
+            of_shared = 1 / (1 + math.exp(-(block.shared_gate.weight[0] @ n_BLD[0, t])))
+        if kind == "softmax":
+            powers = [math.exp(row @ n_BLD[0, t]) for row in block.shared_gate.weight]
+            of_routed, of_shared = (power / sum(powers) for power in powers)
+        expected = h_BLD[0, t] + of_routed * routed[0, t] + of_shared * shared[0, t]
+        close(block(x_BLD, tokens, None, None)[0][0, t], expected)
 
 
 # ---------------------------------------------------------------- initial values

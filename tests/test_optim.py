@@ -182,7 +182,7 @@ def sharded_norm(dp_replicate: int, dp_shard: int) -> float:
         parameter = nn.Parameter(distribute_tensor(grad, mesh, placements))
         parameter.grad = distribute_tensor(grad, mesh, placements)  # type: ignore[assignment]
         members.append(parameter)
-    norm = global_grad_norm(members, dp_replicate).item()
+    norm = global_grad_norm(members, dp_replicate, also_finite=torch.zeros(())).item()
     scale_grads(members, 0.5)
     for parameter, grad in zip(members, gradients(), strict=True):
         assert isinstance(parameter.grad, DTensor)
@@ -198,14 +198,15 @@ def test_every_layout_has_the_norm_of_the_whole_gradient(dp_replicate, dp_shard)
     assert len(set(norms)) == 1
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_one_bad_gradient_on_one_rank_is_seen_by_all(bad):
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+def test_what_is_not_finite_on_one_rank_is_seen_by_all(where, bad):
     def norm() -> float:
-        parameter = nn.Parameter(torch.ones(3))
+        parameter, loss = nn.Parameter(torch.ones(3)), torch.zeros(())
         parameter.grad = torch.ones(3)
         if torch.distributed.get_rank() == 1:
-            parameter.grad[2] = bad
-        return global_grad_norm([parameter], replicas=1).item()
+            (loss if where == "loss" else parameter.grad[2]).fill_(bad)
+        return global_grad_norm([parameter], replicas=1, also_finite=loss).item()
 
     norms = simulate_ranks(3, norm)
     assert not any(math.isfinite(norm) for norm in norms)
@@ -214,7 +215,8 @@ def test_one_bad_gradient_on_one_rank_is_seen_by_all(bad):
 def test_parameters_without_gradient_count_nothing():
     with_grad, without = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
     with_grad.grad = torch.full((4,), 2.0)
-    (norm,) = simulate_ranks(1, lambda: global_grad_norm([with_grad, without], 1).item())
+    finite = torch.tensor(5.0)
+    (norm,) = simulate_ranks(1, lambda: global_grad_norm([with_grad, without], 1, finite).item())
     assert norm == 4.0
     scale_grads([with_grad, without], 0.25)
     assert with_grad.grad.eq(0.5).all()
