@@ -24,8 +24,9 @@ from moetrain.mesh import Mesh
 from moetrain.metrics import EvalLine, LayerLine, TrainLine
 from moetrain.optim import lr_at
 from moetrain.sinks import read_metrics
+from moetrain.step import sample_indices
 from moetrain.testing import simulate_ranks
-from moetrain.train import sample_indices, set_up
+from moetrain.train import set_up
 from moetrain.train import train as train_run
 
 STEPS, EXPERTS, TOP_K, STEP_TOKENS = 8, 4, 2, 8 * 32
