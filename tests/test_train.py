@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 import types
 import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +25,8 @@ from runs import (
 )
 
 from moetrain import checkpoint, settings
+from moetrain.engines import Engine
+from moetrain.errors import DivergedError
 from moetrain.mesh import Mesh
 from moetrain.metrics import EvalLine, LayerLine, TrainLine
 from moetrain.optim import lr_at
@@ -29,6 +36,7 @@ from moetrain.testing import simulate_ranks
 from moetrain.train import set_up
 from moetrain.train import train as train_run
 
+ROOT = Path(__file__).parents[1]
 STEPS, EXPERTS, TOP_K, STEP_TOKENS = 8, 4, 2, 8 * 32
 
 
@@ -42,7 +50,9 @@ def _one_rank():
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    return write_config(tmp_path_factory.mktemp("train"))
+    """With a router whose bias is state beside the weights, and a loss over whole batches."""
+    moe = {"router": "sigmoid", "bias_update_rate": 0.01, "balance_scope": "batch"}
+    return write_config(tmp_path_factory.mktemp("train"), moe=moe)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +117,10 @@ def test_the_ledger_is_conserved_in_every_line(run):
         assert layer["assigned"] == sum(outcomes)
         assert layer["slots"] == layer["assigned"]  # capacity factor 1
         assert len(layer["load"]) == len(layer["kept_load"]) == EXPERTS
-        assert sum(layer["dropped_by_choice"]) == layer["dropped"]
+        assert sum(layer["row_load"]) == layer["kept"] + layer["spilled"]
+        assert sum(map(sum, layer["outcomes_by_rank"])) == layer["assigned"]
+        by_choice = layer["drop_rate_by_choice"]
+        assert sum(by_choice) / TOP_K == pytest.approx(layer["drop_rate"])
         assert line["drop_rate"] == layer["dropped"] / layer["assigned"]
         assert line["token_drop_rate"] == layer["lost_tokens"] / STEP_TOKENS
         assert line["max_vio"] == pytest.approx(
@@ -139,7 +152,14 @@ def test_a_run_leaves_its_settings_checkpoints_and_plots(config, run):
     experts = tensors["model.blocks.1.moe.experts.w_gate_up"]
     assert experts.shape == (EXPERTS, 16, 2 * 16)
     position = checkpoint.read_manifest(run / "checkpoints" / "step-00000008").extra["position"]
-    assert position == {"step": STEPS, "samples": 8 * STEPS, "tokens": STEP_TOKENS * STEPS}
+    assert position == {
+        "step": STEPS, "samples": 8 * STEPS, "tokens": STEP_TOKENS * STEPS,
+        "bad_steps": 0, "bad_in_a_row": 0,
+    }  # fmt: skip
+    bias_E = tensors["model.blocks.1.moe.router.bias"]
+    assert bias_E.dtype == torch.float32
+    assert bias_E.unique().numel() > 1
+    assert 0.01 <= bias_E.abs().max() <= 0.01 * STEPS * 1.0001
 
 
 def test_samples_of_all_ranks_and_micro_batches_make_the_global_batch(config):
@@ -200,45 +220,184 @@ def test_without_log_evaluation_and_checkpoints_a_run_still_trains(config, capsy
     assert line.endswith("from the start")
 
 
-def train_on(world: int, config: Path, *flags: object) -> Path:
-    """Train on simulated ranks; returns the folder of the run."""
+class Spoiled:
+    """An engine in front of the real one, in which the loss of rank 1 is NaN in some steps."""
+
+    def __init__(self, engine: Engine, rank: int, first: int, bad: frozenset[int]):
+        """`first` is the step to come."""
+        self.engine, self.model, self.state = engine, engine.model, engine.state
+        self.rank, self.coming, self.bad = rank, first, bad
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """See `Engine`."""
+        is_bad = self.rank == 1 and self.coming in self.bad
+        self.engine.backward(loss * math.nan if is_bad else loss, last)
+
+    def step(self, lr: float) -> float:
+        """See `Engine`."""
+        self.coming += 1
+        return self.engine.step(lr)
+
+
+def train_on(
+    world: int, config: Path, *flags: object, bad: frozenset[int] = frozenset(), first: int = 1
+) -> tuple[Path, list[str]]:
+    """Train on simulated ranks, with bad steps on the way; returns the folder of the run and what
+    each rank has to say at the end."""
     made = settings.load(config, [str(flag) for flag in flags])
 
-    def of_rank() -> None:
+    def of_rank() -> str:
         mesh = Mesh(torch.device("cpu"), made.parallel.ep, made.parallel.dp_replicate)
-        train_run(set_up(made, made.out / made.name, mesh))
+        run = set_up(made, made.out / made.name, mesh)
+        spoiled = Spoiled(run.engine, mesh.rank, first, bad)
+        try:
+            train_run(dataclasses.replace(run, engine=spoiled))
+        except DivergedError as error:
+            return str(error)
+        return ""
 
-    simulate_ranks(world, of_rank)
-    return made.out / made.name
+    return made.out / made.name, simulate_ranks(world, of_rank)
 
 
 @pytest.mark.usefixtures("_no_plots")
-def test_a_run_that_changes_its_layout_on_the_way_trains_the_same(tmp_path):
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"router": "gshard", "shared_experts": 1},
+        {"router": "sigmoid", "bias_update_rate": 0.02, "balance_scope": "batch"},
+    ],
+    ids=lambda moe: moe["router"],
+)
+def test_a_run_that_changes_its_layout_on_the_way_trains_the_same(tmp_path, moe):
     config = write_config(
         tmp_path,
         name="whole",
         engine={"precision": "fp64"},
-        moe={"router": "gshard", "shared_experts": 1, "capacity_factor": 0.75},
+        moe={"capacity_factor": 0.75, **moe},
         data={"mask_documents": True},
         train={"steps": 6, "micro_batch": 1},
         checkpoint={"every": 2, "keep": 3},
     )
-    whole = train_on(1, config)
+    whole, _ = train_on(1, config)
     start = whole
     for step, world, flags in (
         (2, 4, ["--parallel.ep", 4, "--train.micro-batch", 2]),
         (4, 4, ["--parallel.ep", 2, "--parallel.dp-replicate", 2]),
     ):
         flags += ["--checkpoint.resume", start / "checkpoints" / f"step-{step:08d}"]
-        start = train_on(world, config, "--name", f"from-{step}", *flags)
+        start, _ = train_on(world, config, "--name", f"from-{step}", *flags)
         last = (run / "checkpoints" / "step-00000006" for run in (start, whole))
         ours, theirs = map(saved_tensors, last)
         for name, tensor in ours.items():
             torch.testing.assert_close(tensor, theirs[name], rtol=1e-9, atol=1e-11, msg=name)
-        expected = [line for line in lines_without_timings(whole) if line["step"] > step]
-        for line, other in zip(lines_without_timings(start), expected, strict=True):
+            if name.endswith("router.bias"):
+                assert torch.equal(tensor, theirs[name])
+                assert tensor.any()
+        assert any(name.endswith("router.bias") for name in ours) == (moe["router"] == "sigmoid")
+        expected = [line for line in without_ranks(whole) if line["step"] > step]
+        for line, other in zip(without_ranks(start), expected, strict=True):
             assert line.pop("layers", None) == other.pop("layers", None)
             assert line == pytest.approx(other, rel=1e-9)
+
+
+def without_ranks(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run, with the outcomes of all ranks for those of each, and in the layers
+    counts alone: the gate weight dropped, of which a line has the mean, is rounded."""
+    lines = lines_without_timings(run)
+    for layer in (layer for line in lines for layer in line.get("layers", [])):
+        by_rank, _ = layer.pop("outcomes_by_rank"), layer.pop("dropped_gate_mass")
+        layer["outcomes"] = [sum(column) for column in zip(*by_rank, strict=True)]
+    return lines
+
+
+# ---------------------------------------------------------------- steps that are not finite
+
+
+@pytest.fixture(scope="module")
+def bad_run(tmp_path_factory) -> tuple[Path, Path]:
+    """The configuration and the folder of a run whose steps 3, 5 and 6 were bad; of a row of three
+    it would have died."""
+    config = write_config(
+        tmp_path_factory.mktemp("bad"),
+        name="bad",
+        moe={"router": "sigmoid", "bias_update_rate": 0.01},
+        parallel={"ep": 2},
+        checkpoint={"every": 1, "keep": 8},
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moetrain.report.write_plots", lambda *_: [])
+        run, errors = train_on(2, config, bad=frozenset({3, 5, 6}))
+    assert errors == ["", ""]
+    return config, run
+
+
+def counters(run: Path, step: int) -> tuple[int, int]:
+    position = checkpoint.read_manifest(run / "checkpoints" / f"step-{step:08d}").extra["position"]
+    return position["bad_steps"], position["bad_in_a_row"]
+
+
+def test_bad_steps_are_counted_in_metrics_and_checkpoints(bad_run):
+    _, run = bad_run
+    lines = [line for line in read_metrics(run) if "loss" in line]
+    assert [line["bad_steps"] for line in lines] == [0, 0, 1, 1, 2, 3, 3, 3]
+    for line in lines:
+        assert (line["grad_norm"] is None) == (line["step"] in (3, 5, 6))
+        assert line["layers"][0]["assigned"] == TOP_K * STEP_TOKENS
+    assert [line["tokens"] for line in lines] == [n * STEP_TOKENS for n in range(1, STEPS + 1)]
+    assert [counters(run, step) for step in range(2, 9)] == [
+        (0, 0), (1, 1), (1, 0), (2, 1), (3, 2), (3, 0), (3, 0),
+    ]  # fmt: skip
+
+
+def test_a_bad_step_changes_no_bit_of_what_is_saved(bad_run):
+    _, run = bad_run
+    saved = {step: saved_tensors(run / "checkpoints" / f"step-{step:08d}") for step in range(2, 9)}
+    for step in range(3, 9):
+        is_same = all(torch.equal(t, saved[step - 1][name]) for name, t in saved[step].items())
+        assert is_same == (step in (3, 5, 6))
+
+
+@pytest.mark.usefixtures("_no_plots")
+def test_counters_outlive_the_process(bad_run):
+    """Two bad steps in a row before the end, one after: three. A good one between starts anew."""
+    config, run = bad_run
+    resume = ["--checkpoint.resume", run / "checkpoints" / "step-00000006", "--checkpoint.every", 0]
+    folder, errors = train_on(2, config, "--name", "third", *resume, bad=frozenset({7}), first=7)
+    assert len(set(errors)) == 1, "all ranks give up alike"
+    assert "not finite in 3 steps in a row, up to step 7 (train.max_bad_steps 3)" in errors[0]
+    assert read_metrics(folder) == [], "nothing is reported of the step that ended it"
+    folder, errors = train_on(2, config, "--name", "later", *resume, bad=frozenset({8}), first=7)
+    assert errors == ["", ""]
+    assert [line["bad_steps"] for line in read_metrics(folder) if "loss" in line] == [3, 4]
+
+
+def test_a_run_that_diverges_ends_with_code_1_and_one_message(config, capsys):
+    """A learning rate at which the second step's weights are past what fp32 holds."""
+    flags = ("--name", "diverged", "--train.lr", 1e38, "--train.warmup-steps", 0)
+    assert train(config, *flags, "--train.max-bad-steps", 2) == 1
+    error = capsys.readouterr().err
+    assert error.count("moetrain: error: loss or gradient was not finite in 2 steps in a row") == 1
+    assert "up to step 3 (train.max_bad_steps 2)" in error
+    assert "Traceback" not in error
+    run = config.parent / "runs" / "diverged"
+    assert [line["bad_steps"] for line in read_metrics(run)] == [0, 1]
+
+
+def test_under_torchrun_it_is_code_1_and_one_message_too(config):
+    command = "-m moetrain.torchrun --nproc-per-node=2 -m moetrain train"
+    flags = "--name diverged-too --parallel.ep 2 --train.lr 1e38 --train.warmup-steps 0"
+    ended = subprocess.run(
+        [sys.executable, *command.split(), str(config), *flags.split()],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.count("loss or gradient was not finite in 3 steps in a row") == 1
+    assert "exitcode  : 1 " in ended.stderr
+    assert "DivergedError" not in ended.stderr, "the traceback is the launcher's own"
 
 
 # ---------------------------------------------------------------- refusals
