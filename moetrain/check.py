@@ -17,6 +17,8 @@ from moetrain.model import Block, Transformer
 from moetrain.moe import Draws, MoE, Router, capacity
 from moetrain.sizes import sizes, train_flops_per_token
 
+_KIND = 60
+"""Width of the column that says what a block is."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -51,7 +53,8 @@ def _mesh(config: Config, world_size: int) -> Iterator[str]:
 
 def _layers(model: Transformer) -> Iterator[str]:
     """One line for every run of equal blocks."""
-    yield "layers     blocks   feed-forward                       parameters      active  of each"
+    columns = f"{'feed-forward':{_KIND}s} {'parameters':>14s} {'active':>11s}"
+    yield f"layers     blocks   {columns}  of each"
     first = 0
     for row, alike in groupby(_layer(block) for block in model.blocks):  # type: ignore[arg-type]
         last = first + len(list(alike)) - 1
@@ -67,9 +70,21 @@ def _layer(block: Block) -> str:
         experts, top_k = block.moe.num_experts, block.moe.gate.top_k
         of_one = sum(p.numel() for p in block.moe.experts.parameters()) // experts
         active -= of_one * (experts - top_k)
-        kind = f"{block.moe.gate.name}, {top_k} of {experts} experts"
-        kind += " + shared" if block.feed_forward is not None else ""
-    return f"{kind:30s} {total:14,} {active:11,}"
+        kind = _kind(block, block.moe)
+    return f"{kind:{_KIND}s} {total:14,} {active:11,}"
+
+
+def _kind(block: Block, moe: MoE) -> str:
+    """Gate, drop policy where anything can be dropped, and shared experts."""
+    kind = f"{moe.gate.name}, {moe.gate.top_k} of {moe.num_experts} experts"
+    has_capacity = any(factor is not None for factor in moe.factors.values())
+    if has_capacity and moe.gate.name != "expert_choice":
+        kind += f", drop policy {moe.drop_policy}"
+    if block.feed_forward is not None:
+        kind += " + shared"
+    if block.shared_gate is not None:
+        kind += f" ({block.shared_gate.kind})"
+    return kind
 
 
 def _routing(config: Config) -> Iterator[str]:
@@ -77,7 +92,10 @@ def _routing(config: Config) -> Iterator[str]:
     if not moe.experts:
         return
     group = routing_group_tokens(config) or config.train.micro_batch * config.data.seq_len
-    yield f"routing    groups of {group} tokens, {moe.top_k} of {moe.experts} experts for each"
+    chosen = f"{moe.top_k} of {moe.experts} experts for each"
+    if moe.router == "expert_choice":
+        chosen = f"whose slots the {moe.experts} experts fill by themselves"
+    yield f"routing    groups of {group} tokens, {chosen}"
     for name, factor in (
         ("training", moe.capacity_factor),
         ("evaluation", moe.eval_capacity_factor),
@@ -177,6 +195,8 @@ def _activations(config: Config, vocab_size: int, compute: torch.dtype) -> int:
             dtype = torch.float32 if isinstance(module, Router) else compute
             for name, weight in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(torch.empty(weight.shape, dtype=dtype)))
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
             if isinstance(module, MoE):  # dropless counts rows on the host; factor 1 has as many
                 module.factors = {"train": module.factors["train"] or 1.0}
         weights = {p.untyped_storage()._cdata for p in model.parameters()}

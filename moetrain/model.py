@@ -148,13 +148,14 @@ class SharedGate(nn.Module):
 
     def __init__(self, kind: Literal["sigmoid", "softmax"], dim: int):
         super().__init__()
+        self.kind = kind
         self.weight = nn.Parameter(torch.empty(1 if kind == "sigmoid" else 2, dim))
 
     def forward(self, x_BLD: Tensor, routed_BLD: Tensor, shared_BLD: Tensor) -> Tensor:
         """The weighted sum, (B, L, D); the weights are computed in fp32 at least."""
         wide = torch.promote_types(x_BLD.dtype, torch.float32)
         logits = F.linear(x_BLD.to(wide), self.weight.to(wide))
-        if len(self.weight) == 1:
+        if self.kind == "sigmoid":
             return routed_BLD + logits.sigmoid().to(x_BLD.dtype) * shared_BLD
         share_BL2 = logits.softmax(dim=-1).to(x_BLD.dtype)
         return share_BL2[..., :1] * routed_BLD + share_BL2[..., 1:] * shared_BLD

@@ -64,7 +64,8 @@ def test_parameters_by_hand():
     active = sparse - 2 * 576
     text = check.report(config(moe={"first_dense": 1}), 1)
     assert re.search(rf" 0 +dense +{dense:,} +{dense:,}\n", text)
-    assert re.search(rf" 1 +topk, 2 of 4 experts +{sparse:,} +{active:,}\n", text)
+    kind = "topk, 2 of 4 experts, drop policy position"
+    assert re.search(rf" 1 +{kind} +{sparse:,} +{active:,}\n", text)
     total = dense + sparse + 16 + 257 * 16
     assert f"{total:,} in total, {total - 2 * 576:,} active per token" in text
     flops = 6 * (total - 2 * 576) + 12 * 2 * 16 * 8
@@ -94,9 +95,48 @@ def test_the_quickstart_by_hand():
 
 
 def test_shared_experts_are_named_and_counted():
-    text = check.report(config(moe={"shared_experts": 2}), 1)
-    sparse = 4 * 256 + 32 + 64 + 6 * 576
-    assert re.search(rf"topk, 2 of 4 experts \+ shared +{sparse:,} +{sparse - 2 * 576:,}\n", text)
+    for kind, of_gate in (("none", 0), ("sigmoid", 16), ("softmax", 32)):
+        text = check.report(config(moe={"shared_experts": 2, "shared_gate": kind}), 1)
+        sparse = 4 * 256 + 32 + 64 + 6 * 576 + of_gate
+        shared = r"\+ shared" + (rf" \({kind}\)" if of_gate else "")
+        assert re.search(rf"position {shared} +{sparse:,} +{sparse - 2 * 576:,}\n", text)
+
+
+# Every gate: settings, parameters of its router, and experts that a token passes.
+GATES = {
+    "switch": ({"top_k": 1, "jitter": 0.1}, 64, 1),
+    "gshard": ({}, 64, 2),
+    "topk": ({}, 64, 2),
+    "noisy_topk": ({}, 128, 2),
+    "sigmoid": ({"expert_groups": 2}, 64, 2),
+    "expert_choice": ({"allow_noncausal": True}, 64, 2),
+    "hash": ({}, 0, 2),
+    "random": ({}, 0, 2),
+    "balanced": ({}, 0, 2),
+    "dense": ({"top_k": 4}, 64, 4),
+    "hierarchical": ({"expert_groups": 2, "top_groups": 2}, 64 + 32, 2),
+}
+
+
+@pytest.mark.parametrize("router", GATES)
+def test_every_gate_by_hand(router):
+    options, of_router, top_k = GATES[router]
+    sparse = 4 * 256 + 32 + of_router + 4 * 576
+    text = check.report(config(moe={"router": router, **options}), 1)
+    kind = f"{router}, {top_k} of 4 experts"
+    if router != "expert_choice":
+        kind += ", drop policy position"
+        assert f"groups of 8 tokens, {top_k} of 4 experts for each" in text
+    else:
+        assert "groups of 8 tokens, whose slots the 4 experts fill by themselves" in text
+    assert re.search(rf" {kind} +{sparse:,} +{sparse - (4 - top_k) * 576:,}\n", text)
+
+
+def test_a_dropless_layer_has_no_drop_policy():
+    dropless = {"capacity_factor": None, "eval_capacity_factor": None, "drop_policy": "spill"}
+    assert "drop policy" not in check.report(config(moe=dropless), 1)
+    dropless["eval_capacity_factor"] = 1.0
+    assert "2 of 4 experts, drop policy spill " in check.report(config(moe=dropless), 1)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +250,14 @@ ROOM = {"dim": 64, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 96}
         {"moe": {"capacity_factor": None}},
         {"moe": {"router": "gshard", "shared_experts": 1, "every": 2}, "model": {"qk_norm": True}},
         {"moe": {"router": "switch", "top_k": 1, "jitter": 0.01}},
+        {"moe": {"router": "noisy_topk", "drop_policy": "spill"}},
+        {"moe": {"router": "sigmoid", "drop_policy": "probability", "expert_groups": 2}},
+        {"moe": {"router": "expert_choice", "allow_noncausal": True}},
+        {"moe": {"router": "hierarchical", "expert_groups": 4, "top_groups": 2}},
+        {"moe": {"router": "hash", "shared_experts": 1, "shared_gate": "softmax"}},
+        {"moe": {"router": "random", "drop_policy": "random"}},
+        {"moe": {"router": "balanced"}},
+        {"moe": {"router": "dense", "top_k": 8, "capacity_factor": None}},
         {"engine": {"precision": "bf16"}},
         {"parallel": {"ep": 4}},
     ],

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import parity
 import pytest
 import torch
-from layouts import BATCH, CASES, Case, Layout, Text, rotated, spread
+from layouts import BATCH, Case, Layout, Text, pick, rotated, spread
 from parity import agree, alone, build_run, on_rank
 
 from moetrain.config import Config
 from moetrain.moe import MoE
 from moetrain.objective import reduce
+from moetrain.step import Position, train_step
 from moetrain.testing import RankPool
-from moetrain.train import Position, train_step
 
 TWO_RANKS = (
     Layout(2, ep=2, dp_replicate=1, micro=4),
@@ -29,7 +29,27 @@ FOUR_RANKS = (
     Layout(4, ep=1, dp_replicate=2, micro=4),
 )
 EP4 = FOUR_RANKS[0]
-TOPK, TOPK_DROPLESS = CASES[6], CASES[7]
+TOPK, TOPK_DROPLESS = (pick("topk", dropless=dropless) for dropless in (False, True))
+SWITCH, GSHARD, SIGMOID, LIMITED, HIERARCHICAL = (
+    pick(name, dropless=False)
+    for name in ("switch", "gshard", "sigmoid", "limited", "hierarchical")
+)
+"""SWITCH and LIMITED spill; SIGMOID, LIMITED and HIERARCHICAL balance the batch. At EP 4 every group
+of experts of LIMITED and HIERARCHICAL is on a rank of its own, and tokens choose from two."""
+CASES = (
+    SWITCH,
+    LIMITED,
+    HIERARCHICAL,
+    SIGMOID,
+    TOPK,
+    TOPK_DROPLESS,
+    GSHARD,
+    pick("expert_choice", group=4),
+    pick("noisy_topk", dropless=True),
+    pick("renormalized", dropless=True),
+    pick("hierarchical", dropless=True),
+    pick("sigmoid", dropless=True),
+)
 BOTH = pytest.mark.parametrize("case", [TOPK, TOPK_DROPLESS], ids=str)
 
 
@@ -40,13 +60,17 @@ def compare(pool: RankPool, case: Case, layout: Layout, text: Text, *options: An
     return ranks
 
 
-@pytest.mark.parametrize(("case", "layout"), rotated(TWO_RANKS))
+@pytest.mark.parametrize(("case", "layout"), rotated(CASES, TWO_RANKS))
 def test_two_ranks_equal_one_process(ranks2: RankPool, case: Case, layout: Layout) -> None:
-    """Dropped tokens, losses, every gradient, the norm, and the weights after three steps."""
+    """Where tokens went, losses, every gradient, the norm, biases, and the weights after three
+    steps."""
     compare(ranks2, case, layout, case.text)
 
 
-@pytest.mark.parametrize(("case", "layout"), rotated(FOUR_RANKS, times=2))
+AT_FOUR = [*rotated(CASES, FOUR_RANKS), *rotated((HIERARCHICAL, SIGMOID, SWITCH), (EP4,))]
+
+
+@pytest.mark.parametrize(("case", "layout"), AT_FOUR)
 def test_four_ranks_equal_one_process(ranks4: RankPool, case: Case, layout: Layout) -> None:
     compare(ranks4, case, layout, case.text)
 
@@ -73,7 +97,7 @@ def test_ranks_whose_experts_nobody_chooses(ranks4: RankPool, case: Case) -> Non
                 assert (grad[6:] == 0).all(), name
 
 
-@pytest.mark.parametrize("case", CASES[:8:2], ids=str)
+@pytest.mark.parametrize("case", [SWITCH, HIERARCHICAL, TOPK_DROPLESS, SIGMOID], ids=str)
 def test_evaluation_depends_on_no_layout(ranks4: RankPool, case: Case) -> None:
     """Of 11 sequences the ranks get 4, 4, 3 and 0."""
     text = Text(case.documents, sequences=11)
@@ -101,17 +125,20 @@ def dtypes(config: Config, text: Text) -> Dtypes:
     seen = Dtypes(0.0, set(), set(), set(), {})
     for module in engine.model.modules():
         if isinstance(module, MoE):
-            module.router.register_forward_hook(lambda _, x, logits: seen.logits.add(logits.dtype))
+            module.router.register_forward_hook(
+                lambda _, x, record: seen.logits.update(t.dtype for t in record[1:5])
+            )
             module.experts.register_forward_pre_hook(
                 lambda _, arguments: seen.rows.add(arguments[0].dtype)
             )
     result = train_step(run, Position())
     seen.weights.update(weight.dtype for weight in engine.engine.weights.values())
+    seen.weights.update(bias.dtype for bias in engine.engine.buffers.values())
     seen.grads.update({name: grad.dtype for name, grad in engine.grads.items()})
     return seen._replace(loss=reduce(result.parts, result.counts, run.mesh).loss)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[4], TOPK, TOPK_DROPLESS], ids=str)
+@pytest.mark.parametrize("case", [SWITCH, GSHARD, SIGMOID, TOPK_DROPLESS], ids=str)
 def test_bf16_computes_experts_in_bf16_and_routes_in_fp32(ranks2: RankPool, case: Case) -> None:
     """bf16 has 8 bits: losses differ by well under 2^-8 of themselves. Weights stay in fp32."""
     losses = {}
