@@ -25,7 +25,7 @@ from moetrain.moe.capacity import plan_capacity, plan_dropless
 from moetrain.moe.ledger import Ledger, ledger
 from moetrain.moe.spill import spill
 
-MANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+MANY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 DIM = 3
 GATES = (

@@ -56,7 +56,7 @@ def assert_same_gradients(ours: Tensor, theirs: Tensor, leaves: dict[str, Tensor
 
 @pytest.mark.parametrize("kind", GATES)
 def test_losses_and_their_gradients_agree_with_the_oracle(kind: str) -> None:
-    @settings(MANY, max_examples=40)
+    @settings(MANY, max_examples=20)
     @given(case=cases(kind))
     def agree(case: Case) -> None:
         leaves = case.leaves()
@@ -80,7 +80,7 @@ def test_a_batch_cut_anywhere_has_the_loss_and_gradient_of_the_whole(kind: str) 
     """Σ gradient·mass of the parts, as micro-batches and ranks add it up, against the oracle's loss
     on all tokens as one set. The parts respect no routing group, and some are empty."""
 
-    @settings(MANY, max_examples=40)
+    @settings(MANY, max_examples=20)
     @given(case=cases(kind), cuts=st.lists(st.integers(0, 21), max_size=4))
     def agree(case: Case, cuts: list[int]) -> None:
         leaves = case.leaves()

@@ -122,7 +122,7 @@ def hashed_token(seed: int, step: int, layer: int, purpose: str, token: int) -> 
 NUMBERS = st.integers(0, 2**62)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     step=st.integers(0, 2**31),

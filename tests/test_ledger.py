@@ -38,7 +38,7 @@ def assert_ledger(book: Ledger, expected: oracle.Ledger) -> None:
 def test_ledger_and_gate_mass_agree_with_the_oracle(kind: str, policy: str) -> None:
     dropless = policy == "dropless"
 
-    @settings(MANY, max_examples=15)
+    @settings(MANY, max_examples=8)
     @given(case=cases(kind, dropless, "position" if dropless else policy))
     def agree(case: Case) -> None:
         leaves = case.leaves()
@@ -55,7 +55,7 @@ def test_ledger_and_gate_mass_agree_with_the_oracle(kind: str, policy: str) -> N
 # ---- conservation --------------------------------------------------------------------------------
 
 
-@settings(MANY, max_examples=150)
+@settings(MANY, max_examples=80)
 @given(case=cases())
 def test_every_ledger_is_conserved(case: Case) -> None:
     book = book_of(case)
@@ -75,7 +75,7 @@ def test_every_ledger_is_conserved(case: Case) -> None:
         assert outcome_O["not_sampled"] == 0
 
 
-@settings(MANY, max_examples=150)
+@settings(MANY, max_examples=80)
 @given(
     case=cases(),
     field=st.sampled_from(["outcome_EKO", "assigned", "row_E"]),

@@ -172,7 +172,7 @@ def test_a_first_choice_of_probability_zero_still_gives_finite_weights() -> None
 def test_experts_and_weights_agree_with_the_oracle(kind: str) -> None:
     """Also the gradients of the weights, of spilled and of kept choices."""
 
-    @settings(MANY, max_examples=30)
+    @settings(MANY, max_examples=20)
     @given(case=cases(kind, dropless=False, policy="spill"))
     def agree(case: Case) -> None:
         leaves = case.leaves()
