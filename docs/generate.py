@@ -1,7 +1,9 @@
-"""Write docs/configuration.md from the sections of `moetrain.config`: python docs/generate.py"""
+"""Write docs/configuration.md and docs/metrics.md from the code: python docs/generate.py"""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +13,13 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 from typing_extensions import TypeIs
 
+from moetrain import metrics
 from moetrain.config import Config, Section
 from moetrain.constraints import spell
 
-PAGE = Path(__file__).with_name("configuration.md")
+HERE = Path(__file__).parent
 
-INTRODUCTION = """\
+SETTINGS = """\
 # Settings
 
 Every setting, its default and the values it takes. In YAML a setting stands below its section
@@ -27,17 +30,71 @@ each other are refused before anything starts.
 This page is written by `python docs/generate.py` from `moetrain/config.py`.
 """
 
+METRICS = """\
+# metrics.jsonl
+
+A run writes one JSON object a line to `OUT/NAME/metrics.jsonl`, at once. A training line is written
+every `log.every` steps and after the last; it describes that one step, not a mean since the line
+before (the speed does). An evaluation writes a line of its own. NaN and infinity are `null`.
+
+What the counts mean and where they come from: [the drop ledger](concepts.md#the-drop-ledger). The
+same figures as pictures: [running](running.md#pictures).
+
+This page is written by `python docs/generate.py` from `moetrain/metrics.py`.
+"""
+
+_LINES = {
+    "A training line": (metrics.TrainLine, metrics.Speed),
+    "Each of `layers`": (metrics.LayerLine,),
+    "An evaluation line": (metrics.EvalLine,),
+}
+_NUMBERS = {
+    "int": "integer",
+    "float": "number",
+    "float | None": "number",
+    "list[int]": "E integers",
+    "list[float]": "K numbers",
+    "list[list[int]]": "4 integers a rank",
+    "list[LayerLine]": "objects",
+}
 _NAMES = {int: "integer", float: "number", bool: "`true`, `false`", str: "text", Path: "path"}
 _SIGNS = {Gt: "> {0.gt}", Ge: "≥ {0.ge}", Lt: "< {0.lt}", Le: "≤ {0.le}"}
 
 
-def page() -> str:
-    """The text of docs/configuration.md."""
+def pages() -> dict[str, str]:
+    """The text of each page by its file's name."""
+    return {"configuration.md": _settings_page(), "metrics.md": _metrics_page()}
+
+
+def _metrics_page() -> str:
+    tree = ast.parse(inspect.getsource(metrics))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    sections = [METRICS]
+    for title, types_of_line in _LINES.items():
+        nodes = [classes[line_type.__name__] for line_type in types_of_line]
+        about = " ".join((ast.get_docstring(nodes[0]) or "").split())
+        rows = [row for node in nodes for row in _field_rows(node)]
+        table = ["| field | value | meaning |", "|---|---|---|", *rows]
+        sections.append(f"## {title}\n\n{about}\n\n" + "\n".join(table) + "\n")
+    return "\n".join(sections)
+
+
+def _field_rows(node: ast.ClassDef) -> Iterator[str]:
+    """One row for every field of a typed dictionary and the docstring below it."""
+    for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+        if isinstance(field, ast.AnnAssign):
+            assert isinstance(after, ast.Expr), f"{ast.unparse(field)} has no docstring"
+            meaning = " ".join(ast.literal_eval(after.value).split())
+            value = _NUMBERS[ast.unparse(field.annotation)]
+            yield f"| `{ast.unparse(field.target)}` | {value} | {meaning} |"
+
+
+def _settings_page() -> str:
     sections = [_section("The run", "", Config)]
     for name, field in Config.model_fields.items():
         if (annotation := field.annotation) and _is_section(annotation):
             sections.append(_section(f"`{name}`", f"{name}.", annotation))
-    return "\n".join([INTRODUCTION, *sections])
+    return "\n".join([SETTINGS, *sections])
 
 
 def _section(title: str, prefix: str, section: type[Section]) -> str:
@@ -83,4 +140,5 @@ def _bounded(kind: str, bounds: list[Any]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    for name, text in pages().items():
+        (HERE / name).write_text(text, encoding="utf-8")

@@ -121,7 +121,8 @@ class MoEConfig(Section):
     `microbatch` (a rank's tokens in one pass) what is dropped depends on train.micro_batch."""
     drop_policy: Literal["position", "probability", "random", "spill"] = "position"
     """Who keeps a slot of a full expert: lower choices, then earlier tokens (position); higher
-    gates (probability); a keyed draw (random). With spill, position, and losers move on."""
+    gates (probability); a keyed draw (random, in training; elsewhere position). spill is position,
+    but losers go on to their next experts."""
     spill_depth: PositiveInt = 1
     """spill only: how many further experts a losing choice may ask."""
     balance_coef: NonNegativeFloat = 0.01

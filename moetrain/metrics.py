@@ -21,107 +21,124 @@ from moetrain.objective import LayerMeans, Means
 
 
 class LayerLine(TypedDict):
-    """One MoE layer over one optimizer step. Counts are exact integers."""
+    """One MoE layer over one optimizer step and all ranks. Counts are exact integers; shares and
+    rates are 0 where there is nothing to divide by."""
 
     assigned: int
-    """(token, choice) pairs = kept + spilled + dropped + not_sampled."""
+    """Assignments: (token, choice) pairs. = kept + spilled + dropped + not_sampled."""
     kept: int
+    """Assignments computed by the expert they chose."""
     spilled: int
-    """Lost by the expert chosen, and taken by another."""
+    """Assignments whose expert was full and that another took (drop policy spill)."""
     dropped: int
-    """Lost because the expert was full."""
+    """Assignments lost because the expert, and any they could spill to, was full."""
     not_sampled: int
     """Second choices that GShard's random draw left out; they ask for no slot."""
     lost_tokens: int
-    """Tokens with no expert left."""
+    """Tokens that no routed expert computed: the layer adds nothing of one to them."""
     slots: int
-    """Expert slots provided, filled or not."""
+    """Expert slots provided, filled or not, in groups that hold a token; dropless, those filled."""
     drop_rate: float
     """dropped / assigned."""
     drop_rate_by_choice: list[float]
-    """[K] the same of each choice, the best first."""
+    """The same of each of the K choices, the best first."""
     token_drop_rate: float
     """lost_tokens / tokens."""
     dropped_gate_mass: float
-    """Share of the gate weight that was dropped for lack of capacity."""
+    """Gate weight of the dropped assignments / that of all assignments that were sampled."""
     padding_waste: float
-    """Share of the slots that stayed empty."""
+    """Empty slots / slots."""
     effective_capacity_factor: float
-    """slots / assigned: the configured factor after rounding and min_capacity."""
+    """slots / assigned: the configured factor after rounding up and min_capacity. (Dropless provides
+    just the slots it fills, and expert_choice asks for just the slots there are.)"""
     max_vio: float
-    """(max load − mean load) / mean load, before drops (2408.15664, eq. 4)."""
+    """(largest load - mean load) / mean load (2408.15664 eq. 4): 0 when even."""
     load_cv: float
-    """Standard deviation of the load over its mean."""
+    """Standard deviation of the load over its mean: 0 when even."""
     load_entropy: float
-    """exp(entropy of the load's distribution) / E: 1 when even, 1/E when one expert has all."""
+    """exp(entropy of the load's shares) / E: 1 when even, 1/E when one expert has all."""
     dead_experts: int
     """Experts that nobody chose."""
     load: list[int]
-    """[E] assignments by the expert chosen, before drops; sums to assigned."""
+    """Assignments by the expert chosen, before drops; they add up to assigned."""
     kept_load: list[int]
-    """[E] assignments kept by the expert they chose; sums to kept."""
+    """Assignments kept, by expert; they add up to kept."""
     row_load: list[int]
-    """[E] assignments each expert computed, with those spilled to it; sums to kept + spilled."""
+    """Assignments each expert computed, spilled ones too; they add up to kept + spilled."""
     outcomes_by_rank: list[list[int]]
-    """[ranks] kept, spilled, dropped and not_sampled assignments of each rank's own tokens."""
+    """For each rank, what became of its own tokens' assignments: kept, spilled, dropped, not
+    sampled."""
 
 
 class Speed(TypedDict):
     """How fast an optimizer step was."""
 
     tokens_per_s: float
-    """Over all devices."""
+    """Tokens per second over all devices."""
     tflops_per_device: float
-    """Model TFLOP/s: what the mathematics needs, recomputation not counted."""
+    """Model TFLOP/s: 6 × active parameters that are multiplied, plus attention; neither empty slots
+    nor recomputation count."""
     mfu: float | None
-    """Model FLOPs utilisation, a share of 1; None where the device's peak is unknown."""
+    """Model FLOPs utilisation: that over the device's dense peak, a share of 1; null where the peak
+    is not known, on CPUs too."""
     step_time_s: float
+    """Mean seconds per step since the line before, without evaluation and checkpoints."""
 
 
 class TrainLine(Speed):
-    """One optimizer step."""
+    """One optimizer step, over all ranks."""
 
     step: int
     """The step just finished, counted from 1."""
     tokens: int
     """Tokens trained on so far."""
     loss: float
-    """Global mean cross-entropy in nats per token, without auxiliary terms."""
+    """Mean cross-entropy over the global batch in nats per token, without auxiliary losses."""
     balance_loss: float
-    """Mean over MoE layers; 1 at perfect balance; 0 in a dense model."""
+    """Mean over the MoE layers of the balance loss, without its coefficient: 1 when balanced."""
     z_loss: float
-    """Mean over MoE layers of the mean squared logsumexp of the router logits."""
+    """Mean over the MoE layers of the router z-loss, without its coefficient."""
     grad_norm: float
-    """Global norm before clipping."""
+    """Global norm of the gradient before clipping; null in a step that was skipped."""
     lr: float
+    """Learning rate of the step."""
     drop_rate: float
-    """Σ dropped / Σ assigned over the MoE layers; 0 in a dense model."""
+    """Σ dropped / Σ assigned over the MoE layers."""
     token_drop_rate: float
-    """Σ lost tokens / Σ tokens over the MoE layers; 0 in a dense model."""
+    """Σ lost tokens / Σ tokens over the MoE layers."""
     dropped_gate_mass: float
-    """Mean over the MoE layers, as the four that follow; 0 in a dense model."""
+    """Mean over the MoE layers."""
     padding_waste: float
+    """Mean over the MoE layers."""
     effective_capacity_factor: float
+    """Mean over the MoE layers."""
     max_vio: float
+    """Mean over the MoE layers."""
     load_cv: float
+    """Mean over the MoE layers."""
     load_entropy: float
+    """Mean over the MoE layers."""
     dead_experts: int
     """Σ over the MoE layers."""
     bad_steps: int
     """Steps skipped so far because loss or gradient was not finite."""
     memory_gib: float
+    """Peak memory so far on rank 0: allocated by torch on its GPU, else resident in the process."""
     layers: list[LayerLine]
-    """One entry per MoE layer, first to last."""
+    """One object per MoE layer, first to last; empty in a dense model, where the rates are 0."""
 
 
 class EvalLine(TypedDict):
-    """One evaluation on held-out text."""
+    """One evaluation on held-out text, under the evaluation capacity factor."""
 
     step: int
+    """The step after which it was made."""
     eval_loss: float
     """Mean cross-entropy in nats per token."""
     eval_nats_per_byte: float
+    """The same per byte of text, comparable across tokenizers."""
     eval_drop_rate: float
+    """Σ dropped / Σ assigned over the MoE layers; 0 in a dense model."""
 
 
 def train_line(

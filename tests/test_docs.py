@@ -8,12 +8,13 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from moetrain import cli, settings
 from moetrain.cli import Check, Train
-from moetrain.config import Config
+from moetrain.config import Config, MoEConfig
 from moetrain.constraints import check_world
 from moetrain.metrics import EvalLine, LayerLine, TrainLine
 
@@ -130,15 +131,30 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_page_of_settings_is_in_step_with_the_config() -> None:
-    page = runpy.run_path(str(ROOT / "docs" / "generate.py"))["page"]()
-    assert TEXT["docs/configuration.md"] == page, "run: python docs/generate.py"
+def test_generated_pages_are_in_step_with_the_code() -> None:
+    pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["pages"]()
+    assert pages.keys() == {"configuration.md", "metrics.md"}
+    for name, text in pages.items():
+        assert TEXT[f"docs/{name}"] == text, "run: python docs/generate.py"
 
 
 def test_every_metric_is_described() -> None:
-    described = TEXT["docs/running.md"]
-    fields = {*TrainLine.__annotations__, *EvalLine.__annotations__, *LayerLine.__annotations__}
-    assert {name for name in fields if f"`{name}`" not in described} == set()
+    for line in (TrainLine, LayerLine, EvalLine):
+        fields = [f"| `{name}` | " for name in line.__annotations__]
+        assert [field for field in fields if field not in TEXT["docs/metrics.md"]] == []
+
+
+def test_every_router_policy_and_figure_of_the_ledger_is_explained() -> None:
+    concepts = TEXT["docs/concepts.md"]
+    moe = MoEConfig.model_fields
+    names = [n for field in ("router", "drop_policy") for n in get_args(moe[field].annotation)]
+    figures = [name for name in LayerLine.__annotations__ if name not in ("kept_load", "slots")]
+    assert [name for name in (*names, *figures) if f"`{name}`" not in concepts] == []
+
+
+def test_every_picture_is_named() -> None:
+    for picture in ("overview", "loss", "drops", "slots", "load", "balance", "throughput"):
+        assert f"`{picture}.png`" in TEXT["docs/running.md"]
 
 
 def test_python_blocks_run(tmp_path: Path) -> None:
