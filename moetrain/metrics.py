@@ -49,7 +49,7 @@ class LayerLine(TypedDict):
     padding_waste: float
     """Empty slots / slots."""
     effective_capacity_factor: float
-    """slots / assigned: the configured factor after rounding up and min_capacity. (Dropless provides
+    """slots / assigned: the configured factor after rounding up and min_capacity. (Dropless has
     just the slots it fills, and expert_choice asks for just the slots there are.)"""
     max_vio: float
     """(largest load - mean load) / mean load (2408.15664 eq. 4): 0 when even."""
