@@ -224,6 +224,8 @@ def test_padding_moves_deepspeeds_loss_and_not_ours(deepspeed: ModuleType) -> No
     close(mine(logits_TE, used_T), mine(logits_TE[:8], every(8)))
     close(mine(logits_TE[:8], every(8)), theirs(logits_TE[:8], None))
     assert theirs(logits_TE, used_T.long()) < 0.6 * theirs(logits_TE[:8], None)
+    for gate in (deepspeed.top2gating, deepspeed.topkgating):
+        assert "used_token" not in inspect.signature(gate).parameters
 
 
 # ---- two experts a token -------------------------------------------------------------------------
@@ -297,9 +299,11 @@ def test_deepspeed_draws_which_expert_is_second_and_gshard_whether_it_is(
     the second drawn in proportion to its probability. (It also adds the noise to its argument.)"""
     logits_TE = torch.tensor([[0.6, 0.25, 0.1, 0.05]]).log()
     noise_TE = torch.tensor([[0.0, 0.0, 5.0, 0.0]])
+    given_TE = logits_TE.clone()
     with gumbel(deepspeed, noise_TE):
-        answer = deepspeed.top2gating(logits_TE.clone(), 4.0, 1, sparse_routes=True)
+        answer = deepspeed.top2gating(given_TE, 4.0, 1, sparse_routes=True)
     assert answer[3].T.tolist() == [[0, 2]]
+    assert torch.equal(given_TE, logits_TE + noise_TE)
     second = 0.25 / 0.85
     for uniform, is_sampled in [(2 * second - 0.01, True), (2 * second + 0.01, False)]:
         record = routing.gshard(logits_TE, every(1), torch.tensor([uniform]))
