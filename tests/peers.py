@@ -47,6 +47,22 @@ def weighted(values: Tensor) -> Tensor:
     return (values.flatten() * torch.linspace(-1, 2, values.numel())).sum()
 
 
+def table(expert_TK: Tensor, slot_TK: Tensor, gate_TK: Tensor, experts: int, slots: int) -> Tensor:
+    """The weight with which each token reaches each slot: (T, E, C); expert −1 is none."""
+    token_T1 = torch.arange(len(expert_TK))[:, None]
+    cell_TK = (token_T1 * experts + expert_TK) * slots + slot_TK
+    cell_TK = cell_TK.where(expert_TK >= 0, len(expert_TK) * experts * slots)
+    empty = gate_TK.new_zeros(len(expert_TK) * experts * slots + 1)
+    return empty.scatter(0, cell_TK.flatten(), gate_TK.flatten())[:-1].view(-1, experts, slots)
+
+
+def renormalised_after_drops(gate_TK: Tensor, kept_TK: Tensor) -> Tensor:
+    """The weights as DeepSpeed defines them: those of the kept choices, adding up to 1."""
+    kept_gate_TK = gate_TK.where(kept_TK, 0)
+    total_T1 = kept_gate_TK.sum(1, keepdim=True)
+    return kept_gate_TK / total_T1.clamp(min=torch.finfo(gate_TK.dtype).eps)
+
+
 @contextmanager
 def selection(deepspeed: ModuleType, uniform_TE: Tensor) -> Iterator[None]:
     """Let DeepSpeed's random token selection draw these numbers."""

@@ -26,8 +26,10 @@ from peers import (
     close,
     descending,
     every,
+    renormalised_after_drops,
     same_gradient,
     selection,
+    table,
     weighted,
 )
 from torch import Tensor
@@ -77,15 +79,6 @@ def cases(draw: st.DrawFn, k: int | None = None) -> Case:
         factor=draw(st.sampled_from([0.25, 0.5, 1.0, 1.25, 2.0])),
         seed=draw(st.integers(0, 10_000)),
     )
-
-
-def table(expert_TK: Tensor, slot_TK: Tensor, gate_TK: Tensor, experts: int, slots: int) -> Tensor:
-    """The weight with which each token reaches each slot: (T, E, C); expert −1 is none."""
-    token_T1 = torch.arange(len(expert_TK))[:, None]
-    cell_TK = (token_T1 * experts + expert_TK) * slots + slot_TK
-    cell_TK = cell_TK.where(expert_TK >= 0, len(expert_TK) * experts * slots)
-    empty = gate_TK.new_zeros(len(expert_TK) * experts * slots + 1)
-    return empty.scatter(0, cell_TK.flatten(), gate_TK.flatten())[:-1].view(-1, experts, slots)
 
 
 def ours(record: Routing, plan: Plan, slots: int, gate_TK: Tensor | None = None) -> Tensor:
@@ -264,13 +257,6 @@ def test_gshard_is_deepspeeds_top2_until_its_weights_are_renormalised(
     agree()
 
 
-def renormalised_after_drops(gate_TK: Tensor, kept_TK: Tensor) -> Tensor:
-    """The weights as DeepSpeed defines them: those of the kept choices, adding up to 1."""
-    kept_gate_TK = gate_TK.where(kept_TK, 0)
-    total_T1 = kept_gate_TK.sum(1, keepdim=True)
-    return kept_gate_TK / total_T1.clamp(min=torch.finfo(gate_TK.dtype).eps)
-
-
 def test_deepspeed_gives_weight_one_to_the_expert_that_is_left(deepspeed: ModuleType) -> None:
     """Both want experts 0 and 1 with 0.6 and 0.2; one slot each. Algorithm 1 says 0.6/0.8."""
     logits_TE = torch.tensor([[0.6, 0.2, 0.1, 0.1], [0.2, 0.1, 0.6, 0.1]]).log()
@@ -350,6 +336,29 @@ def test_topk_is_deepspeeds_topk_with_its_order_of_service(
         same_gradient(loss, answer[0], logits_TE)
 
     agree()
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_in_fp64_deepspeeds_index_form_differs_by_rounding_alone(
+    deepspeed: ModuleType, k: int
+) -> None:
+    """Its top-1 and top-K gates; what else it has multiplies by fp32 masks."""
+    case = Case(tokens=64, experts=8, k=k, factor=0.5, seed=11)
+    logits_TE = case.logits().detach().double()
+    record = raw_topk(case, logits_TE)
+    if k == 1:
+        with selection(deepspeed, descending(case.tokens, case.experts)):
+            answer = deepspeed.top1gating(logits_TE, case.factor, 1, sparse_routes=True)
+        plan, gate_TK = plan_capacity(record, case.tokens, case.slots), record.gate_TK
+    else:
+        answer = deepspeed.topkgating(logits_TE, k, case.factor, 1, sparse_routes=True)
+        plan = plan_capacity(record, case.tokens, case.slots, record.gate_TK)
+        gate_TK = renormalised_after_drops(record.gate_TK, plan.row_TK < plan.source_R.numel())
+    mine = ours(record, plan, case.slots, gate_TK).sum(-1)
+    assert (mine > 0).sum() < case.tokens * k
+    torch.testing.assert_close(mine, sparse(answer).sum(-1), rtol=1e-13, atol=1e-13)
+    loss = balance_of(Gate("topk", k), record)
+    torch.testing.assert_close(loss, answer[0], rtol=1e-13, atol=0)
 
 
 def test_deepspeeds_topk_serves_an_early_second_choice_before_a_late_first(
