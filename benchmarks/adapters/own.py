@@ -89,6 +89,7 @@ class Notes:
     def __init__(self, layer: MoE):
         self.records: list[Routing] = []
         self.plans: list[Plan] = []
+        self.gates: list[Tensor] = []
         self.dispatcher: Dispatcher = layer.dispatcher
         layer.router.register_forward_hook(lambda *seen: self.records.append(seen[2]))
         layer.dispatcher = self
@@ -100,6 +101,7 @@ class Notes:
 
     def combine(self, rows: Tensor, arrived: Any, plan: Plan, gate_TK: Tensor) -> Tensor:
         """See `Dispatcher`."""
+        self.gates.append(gate_TK.detach())
         return self.dispatcher.combine(rows, arrived, plan, gate_TK)
 
     def routes(self, calls: int) -> Routes:
@@ -107,9 +109,7 @@ class Notes:
         records, plans = self.records[:calls], self.plans[:calls]
         chosen = [r.expert_TK.masked_fill(~r.asks_TK, -1) for r in records]
         placed = [_expert_of_row(plan).take(plan.row_TK) for plan in plans]
-        return Routes(
-            torch.cat(chosen), torch.cat(placed), torch.cat([r.gate_TK.detach() for r in records])
-        )
+        return Routes(torch.cat(chosen), torch.cat(placed), torch.cat(self.gates[:calls]))
 
 
 def _expert_of_row(plan: Plan) -> Tensor:
@@ -131,7 +131,8 @@ class ShardedEngine:
 
     def whole(self, _name: str, tensor: Tensor) -> Tensor:
         """See `PlainEngine`."""
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+        return whole.detach()
 
     @torch.no_grad()
     def set(self, _name: str, tensor: Tensor, value: Tensor) -> None:

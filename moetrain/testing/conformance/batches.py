@@ -145,7 +145,7 @@ def collapsed_apart(
     adapter: Adapter, state: dict[str, Tensor], tokens: Tokens
 ) -> tuple[dict[str, Tensor], Tokens]:
     """Either layer wants one expert, not the same."""
-    return _collapse(adapter, state, (0, 1)), tokens
+    return _collapse(adapter, state, (0, -1)), tokens
 
 
 def _collapse(
