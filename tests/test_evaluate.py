@@ -104,12 +104,48 @@ def test_the_mean_is_over_targets_and_not_over_batches(data, prepared):
     assert means.loss == pytest.approx(total / targets, rel=1e-10)
 
 
-def test_twice_is_the_same_and_nothing_is_drawn_at_random(data, prepared):
-    """gshard samples its second experts in training alone."""
-    config = configured(data)
-    first, again = (on_ranks(1, config, prepared, 10) for _ in range(2))
-    assert first[:3] == again[:3]
+# Each gate with all that it draws in training.
+GATES = {
+    "switch": {"top_k": 1, "jitter": 0.2, "drop_policy": "random"},
+    "gshard": {"drop_policy": "probability"},
+    "topk": {"drop_policy": "spill"},
+    "noisy_topk": {},
+    "sigmoid": {"expert_groups": 2, "drop_policy": "random"},
+    "expert_choice": {"allow_noncausal": True},
+    "hash": {},
+    "random": {"drop_policy": "random"},
+    "balanced": {"drop_policy": "spill"},
+    "dense": {"top_k": 4, "drop_policy": "probability"},
+    "hierarchical": {"expert_groups": 2, "top_groups": 2},
+}
+
+
+def identical(one: Means, other: Means) -> bool:
+    """Losses in every bit, and ledgers."""
+    books = zip(one.ledgers, other.ledgers, strict=True)
+    return one[:3] == other[:3] and all(
+        torch.equal(ours, theirs)
+        for book, its in books
+        for ours, theirs in zip(book, its, strict=True)
+    )
+
+
+@pytest.mark.parametrize("router", GATES)
+def test_twice_is_the_same_and_nothing_is_drawn_at_random(data, prepared, router):
+    """The seed of draws plays no part, nor does torch's own generator; gshard keeps every second
+    expert, and policy `random` goes by position."""
+    config = configured(data, router=router, **GATES[router])
+    torch.manual_seed(0)
+    first = on_ranks(1, config, prepared, 10)
+    torch.manual_seed(1)
+    assert identical(first, on_ranks(1, config.model_copy(update={"seed": 5}), prepared, 10))
     assert first.ledgers[0].outcome_EKO[..., 3].sum() == 0
+    if GATES[router].get("drop_policy") == "random":
+        moe = config.moe.model_copy(update={"drop_policy": "position"})
+        assert identical(first, on_ranks(1, config.model_copy(update={"moe": moe}), prepared, 10))
+    assert_same(
+        on_ranks(2, configured(data, 2, 3, router=router, **GATES[router]), prepared, 10), first
+    )
 
 
 def test_nothing_is_kept_for_a_backward_pass(data, prepared):
