@@ -101,23 +101,27 @@ def support() -> list[dict[str, Any]]:
     """Every gate and policy: the EP sizes at which it equals one process, or why it is refused."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for size in SIZES:
-        layout, adapter = Layout(max(2, size), size), own.Own()
-        lab, asked = Lab(adapter, timeout=600), []
         for gate in own.GATES:
-            for policy in POLICIES:
-                case = _combination(gate, policy, max(8, layout.ranks))
+            for policy, holds, refused in _supported(gate, Layout(max(2, size), size)):
                 entry = found.setdefault(
-                    (gate, policy), {"gate": gate, "policy": policy, "ep": [], "refused": None}
+                    (gate, policy), {"gate": gate, "policy": policy, "ep": [], "refused": refused}
                 )
-                entry["refused"] = adapter.refusal(case, layout)
-                if entry["refused"] is None:
-                    asked.append((entry, case))
-        for where in (layout, ALONE):
-            lab.prepare(where, [Order(case) for _, case in asked])
-        for entry, case in asked:
-            if _same_as_alone(lab, case, layout):
-                entry["ep"].append(size)
+                entry["ep"] += [size] if holds else []
     return list(found.values())
+
+
+def _supported(gate: str, layout: Layout) -> list[tuple[str, bool, str | None]]:
+    """Every policy at one layout: whether it equals one process, and why it is refused."""
+    lab = Lab(own.Own(), timeout=600)
+    cases = {policy: _combination(gate, policy, max(8, layout.ranks)) for policy in POLICIES}
+    refused = {policy: lab.adapter.refusal(case, layout) for policy, case in cases.items()}
+    orders = [Order(case) for policy, case in cases.items() if refused[policy] is None]
+    for where in (layout, ALONE):
+        lab.prepare(where, orders)
+    return [
+        (policy, refused[policy] is None and _same_as_alone(lab, case, layout), refused[policy])
+        for policy, case in cases.items()
+    ]
 
 
 def _combination(gate: str, policy: str, size: int) -> Case:
@@ -177,16 +181,16 @@ INTRODUCTION = """\
 # Conformance: which invariants hold
 
 Every invariant is a function of `moetrain.testing.conformance`
-([docs/conformance.md](../../docs/conformance.md)); every verdict, gate by gate and layout by layout,
-stands in `conformance.json`. A cell names what was seen at 2 ranks with EP 2 where that is what
-fails, otherwise at the first layout that does.
+([docs/conformance.md](../../docs/conformance.md)); every verdict, gate by gate and layout by
+layout, stands in `conformance.json`. A cell shows what was seen first, at 2 ranks with EP 2 where
+it fails there.
 
-moetrain: {gates} gates, simulated ranks, fp64. DeepSpeed: deepspeed.moe.layer.MoE with k = 1, 2 and
-4 (`top1`, `top2`, `topk`) under its own engine, Gloo processes, fp32, EP 1, 2 and 4, AdamW with ZeRO
-stages 0 and 1. Converted first: `min_capacity` is 1, capacity factors mean slots over K·S/E on both
-sides, DeepSpeed's reference is one process with the same calls because its routing group is a rank's
-call, and its random choices (`use_rts`, `top2_2nd_expert_sampling`) are off but for I6 and I8, which
-are about them.
+moetrain: {gates} gates, simulated ranks, fp64. DeepSpeed: deepspeed.moe.layer.MoE with k = 1, 2
+and 4 (`top1`, `top2`, `topk`) under its own engine, Gloo processes, fp32, EP 1, 2 and 4, AdamW with
+ZeRO stages 0 and 1. Converted first: `min_capacity` is 1, a capacity factor means slots over K·S/E
+on both sides, the reference for DeepSpeed is one process with the same calls (its routing group is
+a rank's call) but in I3, and its random choices (`use_rts`, `top2_2nd_expert_sampling`) are off but
+in I6 and I8, which are about them.
 """
 
 

@@ -383,7 +383,7 @@ def test_a_checkpoint_by_local_expert_is_caught(monkeypatch: Patch) -> None:
     experts_by_place_on_the_rank(monkeypatch)
     verdict = check("I11", Lab(Own("engine")), case("topk"), TWO)
     assert verdict.status == "fails"
-    assert re.search(r"experts\.w_down differs in rows \[0, 1, 2", verdict.detail), verdict
+    assert re.search(r"experts\.w_gate_up differs in rows \[0, 1, 2", verdict.detail), verdict
 
 
 def test_what_is_not_shown_never_holds() -> None:

@@ -277,7 +277,9 @@ class Own:
     def __init__(self, kind: Kind = "layer"):
         self.kind: Kind = kind
         without = "saved by the engine, not by the layer"
-        self.hidden = {} if kind == "engine" else {"save": without, "restore": without}
+        self.hidden: Mapping[str, str] = (
+            {} if kind == "engine" else {"save": without, "restore": without}
+        )
 
     def config(self, case: Case, layout: Layout) -> Config:
         """The settings of a run; raises ValidationError where they contradict each other."""

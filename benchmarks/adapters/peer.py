@@ -100,9 +100,10 @@ class PeerLayer:
         with contextlib.redirect_stdout(io.StringIO()):
             stack = Stack(case, layout.ep)
             group = {"params": list(stack.parameters()), "name": "all"}
+            groups: Any = split_params_into_different_moe_groups_for_optimizer(group)
             self.engine: Any = deepspeed.initialize(
                 model=stack,
-                model_parameters=split_params_into_different_moe_groups_for_optimizer(group),
+                model_parameters=groups,
                 config=_settings(case, layout, stage),
                 dist_init_required=False,
             )[0]

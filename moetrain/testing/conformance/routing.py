@@ -259,7 +259,9 @@ def extremes(lab: Lab, case: Case, layout: Layout) -> str:
         "C > S": dataclasses.replace(case, capacity_factor=100.0 * case.experts),
         "K·factor > E": dataclasses.replace(case, capacity_factor=case.experts / case.top_k + 1),
         "K = E": dataclasses.replace(case, top_k=case.experts),
-        "one token a group": dataclasses.replace(case, sequences=layout.ranks, length=1),
+        "one token a group": dataclasses.replace(
+            case, sequences=layout.ranks * layout.calls, length=1
+        ),
     }
     seen = []
     for what, variant in variants.items():
