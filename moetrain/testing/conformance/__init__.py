@@ -74,7 +74,11 @@ INVARIANTS: dict[str, Callable[[Lab, Case, Layout], str]] = {
 def check(invariant: str, lab: Lab, case: Case, layout: Layout) -> Verdict:
     """Put one invariant to the test. Never raises for what the system does: an error is a failure,
     and so is a run longer than the lab's timeout.
+
+    Raises ValueError where the layout cannot share the sequences of the case equally.
     """
+    if case.sequences % (layout.ranks * layout.calls):
+        raise ValueError(f"case.sequences ({case.sequences}) must be a multiple of {layout}")
     reason = lab.adapter.refusal(case, layout)
     if reason:
         return Verdict("not supported", reason)
