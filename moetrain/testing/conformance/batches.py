@@ -159,5 +159,6 @@ def _collapse(
 
 def _without_router(adapter: Adapter, layer: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Zeros for all that the router of a layer has."""
-    prefix = adapter.router(layer).rpartition(".")[0] + "."
+    module, dot, name = adapter.router(layer).rpartition(".")
+    prefix = module + dot if dot else name
     return {n: torch.zeros_like(v) if n.startswith(prefix) else v for n, v in state.items()}
