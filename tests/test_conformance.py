@@ -189,28 +189,29 @@ Patch = pytest.MonkeyPatch
 
 
 def statistics_after_drops(patch: Patch) -> None:
-    honest = MoE._stats
+    honest = MoE.stats
 
-    def stats(self, record, settled, plan, group_size):
+    def stats(self, routed):
+        record, plan = routed.record, routed.plan
         lost_TK = plan.row_TK >= plan.source_R.numel()
         kept = record._replace(expert_TK=record.expert_TK.masked_fill(lost_TK, record.num_experts))
-        demand = balance.demand(self.gate, kept, group_size)
-        loss = balance.balance(self.gate, demand).sum()
-        return honest(self, record, settled, plan, group_size)._replace(balance_sum=loss)
+        loss = honest(self, routed._replace(record=kept, settled=kept)).balance_sum
+        return honest(self, routed)._replace(balance_sum=loss)
 
-    patch.setattr(MoE, "_stats", stats)
+    patch.setattr(MoE, "stats", stats)
 
 
 def renormalised_after_drops(patch: Patch) -> None:
-    honest = MoE._plan
+    honest = MoE.route
 
-    def plan(self, *args):
-        settled, plan = honest(self, *args)
+    def route(self, *args):
+        routed = honest(self, *args)
+        plan, settled = routed.plan, routed.settled
         kept_TK = settled.gate_TK.where(plan.row_TK < plan.source_R.numel(), 0)
-        total_T1 = kept_TK.sum(1, keepdim=True).clamp(min=1e-9)
-        return settled._replace(gate_TK=kept_TK / total_T1), plan
+        gate_TK = kept_TK / kept_TK.sum(1, keepdim=True).clamp(min=1e-9)
+        return routed._replace(settled=settled._replace(gate_TK=gate_TK))
 
-    patch.setattr(MoE, "_plan", plan)
+    patch.setattr(MoE, "route", route)
 
 
 def capacity_per_choice(patch: Patch) -> None:
