@@ -34,7 +34,9 @@ def test_untied_embeddings_count_twice_and_qk_norm_once_per_block():
     assert of(model={"qk_norm": True}).total - tied.total == 2 * 2 * 4
 
 
-@pytest.mark.parametrize(("router", "top_k"), [("switch", 1), ("topk", 3), ("topk", 4), ("sigmoid", 2), ("dense", 4)])
+@pytest.mark.parametrize(
+    ("router", "top_k"), [("switch", 1), ("topk", 3), ("topk", 4), ("sigmoid", 2), ("dense", 4)]
+)
 def test_experts_by_hand(router, top_k):
     counted = of(
         model=MODEL,
