@@ -169,7 +169,7 @@ def _sigmoid(router: Router, heard: Heard) -> Token:
     ranking = [e for e in best_first(biased) if e in allowed]
     chosen = ranking[: router.k]
     total = add([scores[e] for e in chosen])
-    choices = [Choice(e, router.scale * scores[e] / total) for e in chosen]
+    choices = [Choice(e, router.scale * (scores[e] / total)) for e in chosen]
     every = add(scores)
     return Token(choices, [s / every for s in scores], list(heard.logits), ranking)
 

@@ -255,7 +255,7 @@ def check_verdicts(case: Case, plan: Plan, answer: oracle.Answer, slots: int) ->
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", GATES)
 def test_slots_agree_with_the_oracle(kind: str, policy: str) -> None:
-    @settings(MANY, max_examples=8)
+    @settings(MANY, max_examples=6)
     @given(case=cases(kind, dropless=False, policy=policy))
     def agree(case: Case) -> None:
         leaves = case.leaves()

@@ -71,7 +71,7 @@ def check_layer(case: Case, as_sequences: bool) -> None:
 def test_layer_and_all_its_gradients_agree_with_the_oracle(kind: str, policy: str) -> None:
     dropless = policy == "dropless"
 
-    @settings(MANY, max_examples=8)
+    @settings(MANY, max_examples=6)
     @given(
         case=cases(kind, dropless, "position" if dropless else policy), as_sequences=st.booleans()
     )

@@ -38,7 +38,7 @@ def assert_ledger(book: Ledger, expected: oracle.Ledger) -> None:
 def test_ledger_and_gate_mass_agree_with_the_oracle(kind: str, policy: str) -> None:
     dropless = policy == "dropless"
 
-    @settings(MANY, max_examples=8)
+    @settings(MANY, max_examples=6)
     @given(case=cases(kind, dropless, "position" if dropless else policy))
     def agree(case: Case) -> None:
         leaves = case.leaves()
