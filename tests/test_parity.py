@@ -38,7 +38,7 @@ MANY_RANKS = (
     Layout(16, ep=16, dp_replicate=1, micro=1),
     Layout(16, ep=4, dp_replicate=2, micro=1),
 )
-LAYOUTS = (*FEW_RANKS, Layout(8, ep=4, dp_replicate=1, micro=1), MANY_RANKS[0])
+LAYOUTS = (*FEW_RANKS, ACCUMULATED[1], MANY_RANKS[0])
 SWITCH, SIGMOID, LIMITED = (pick(name, dropless=False) for name in ("switch", "sigmoid", "limited"))
 GSHARD, TOPK, NOISY = (pick(name, dropless=False) for name in ("gshard", "topk", "noisy_topk"))
 TOPK_DROPLESS, HIERARCHICAL = (pick(name, dropless=True) for name in ("topk", "hierarchical"))
@@ -117,7 +117,7 @@ def test_every_layout_equals_one_process(case: Case, layout: Layout) -> None:
     compare(case, layout)
 
 
-IN_PARTS = (SWITCH, NOISY, SIGMOID, pick("hierarchical", dropless=False), CHOSEN_BY_EXPERTS, GSHARD)
+IN_PARTS = (SWITCH, SIGMOID, pick("hierarchical", dropless=False))
 
 
 @pytest.mark.parametrize(("case", "layout"), rotated(IN_PARTS, ACCUMULATED))
