@@ -204,7 +204,7 @@ def plain_losses(
     sets = _sets_of_tokens(config, batch.valid_BL.flatten().tolist(), scope)
     tokens = [token for members in sets for token in members]
     balance = [plain_balance(gate(config.moe), r, members) for r in records for members in sets]
-    z = [r.logits_TE[t].exp().sum().log() ** 2 for r in records for t in tokens]
+    z = [(r.logits_TE[tokens].exp().sum(1).log() ** 2).mean() for r in records if tokens]
     return (
         torch.stack(losses).mean() if losses else nothing,
         torch.stack(balance).mean() if balance else nothing,
