@@ -50,9 +50,11 @@ class PlainEngine:
         """A weight, or its gradient, with all experts."""
         if not _is_expert(name) or self.mesh.ep == 1:
             return tensor.detach().clone()
-        parts = [torch.empty_like(tensor) for _ in range(self.mesh.ep)]
-        dist.all_gather(parts, tensor.detach(), group=self.mesh.expert_parallel.get_group())
-        return torch.cat(parts)
+        whole = tensor.new_zeros(self.mesh.ep * len(tensor), *tensor.shape[1:])
+        mine = self._mine(len(whole))
+        whole[mine.start : mine.stop] = tensor.detach()
+        dist.all_reduce(whole, group=self.mesh.expert_parallel.get_group())
+        return whole
 
     @torch.no_grad()
     def set(self, name: str, tensor: Tensor, value: Tensor) -> None:
