@@ -49,6 +49,30 @@ KNOWN = (
 )
 """Defects that DeepSpeed had or has, where they are reported, and the invariant they break."""
 
+CAUSES = """\
+## Why
+
+Read in DeepSpeed {version}, and seen again by calling the function named:
+
+- I2: without ZeRO, in fp32, `clip_grad_norm_` (runtime/utils.py) takes each rank's norm, of the
+  router and of its own experts, and averages the norms over the ranks. ZeRO 1 is right.
+- I3: a rank's call is the routing group, so what is dropped and what is balanced change with the
+  layout. That is its definition of capacity (ours with `moe.group: microbatch`), not an error.
+- I4: `top2gating` and `topkgating` divide gates by their sum after the drops: a token that lost its
+  second expert gets weight 1 for the first, where GShard's Algorithm 1 has g1/(g1 + g2).
+- I5: `top1gating` masks choices by `used_token`, but the mean probability in its balance loss is
+  over all tokens; for k > 1 `used_token` is not passed on.
+- I6: `use_rts` and `top2_2nd_expert_sampling`, both on by default, do not look at `training`.
+- I7: `torch.topk` over a 0/1 mask (k = 1) and over gates (k > 2) leaves the order of ties open.
+- I8: what is drawn comes from the rank's generator.
+- I9: with drops, capacity follows from the rank's own number of tokens, so ranks with different
+  numbers exchange buffers of different sizes, and Gloo aborts. Dropless, the ranks agree on one.
+- I12: nothing tells the effective factor; no expert takes more than its capacity.
+- I13: `Experts` deep-copies one module.
+
+I11 reads back the weights of its checkpoint (`load_module_only`), not its optimizer's state.
+"""
+
 
 class Row(NamedTuple):
     """One verdict."""
@@ -203,7 +227,9 @@ def report(systems: dict[str, list[Row]]) -> str:
         ]
         lines.append([title, *cells])
     table = record.table(["invariant", *systems], lines)
-    return "\n".join([INTRODUCTION.format(gates=len(own.GATES)), table, "", *known(systems)])
+    head = INTRODUCTION.format(gates=len(own.GATES))
+    causes = CAUSES.format(version=peer.Peer().version)
+    return "\n".join([head, table, "", *known(systems), "", causes])
 
 
 def summary(found: Sequence[Row]) -> str:
