@@ -43,7 +43,8 @@ KNOWN = (
     ("random choices at evaluation", "", "I6"),
     ("gates renormalised after drops", "", "I4"),
     ("ranks without tokens hang", "DeepSpeed #4808, #5066, #7461", "I9"),
-    ("identical experts at the start", "DeepSpeed #6589", "I13"),
+    ("identical experts at the start", "", "I13"),
+    ("the same experts loaded on two ranks", "DeepSpeed #6589", "I11"),
     ("counts in int32", "DeepSpeed #8261", "I14"),
     ("more choices than tokens fail", "DeepSpeed #5353", "I15"),
 )
@@ -58,7 +59,7 @@ Read in DeepSpeed {version}, and seen again by calling the function named:
   router and of its own experts, and averages the norms over the ranks. ZeRO 1 is right.
 - I3: a rank's call is the routing group, so what is dropped and what is balanced change with the
   layout. That is its definition of capacity (ours with `moe.group: microbatch`), not an error.
-- I4: `top2gating` and `topkgating` divide gates by their sum after the drops: a token that lost its
+- I4: drops are not counted. `top2gating` and `topkgating` divide gates by their sum after the drops: a token that lost its
   second expert gets weight 1 for the first, where GShard's Algorithm 1 has g1/(g1 + g2).
 - I5: `top1gating` masks choices by `used_token`, but the mean probability in its balance loss is
   over all tokens; for k > 1 `used_token` is not passed on.
@@ -193,9 +194,10 @@ def support_page(results: dict[str, Any]) -> str:
 def _cell(entry: dict[str, Any], reasons: list[str]) -> str:
     if entry["refused"] is None:
         return " ".join(map(str, entry["ep"])) or "none"
-    if entry["refused"] not in reasons:
-        reasons.append(entry["refused"])
-    return f"refused ({reasons.index(entry['refused']) + 1})"
+    reason = entry["refused"].replace("\n", "; ")
+    if reason not in reasons:
+        reasons.append(reason)
+    return f"refused ({reasons.index(reason) + 1})"
 
 
 # ---- the comparison ------------------------------------------------------------------------------
@@ -222,9 +224,10 @@ def report(systems: dict[str, list[Row]]) -> str:
     lines = []
     for invariant, judge in INVARIANTS.items():
         title = " ".join((judge.__doc__ or "").split("\n\n")[0].split())
-        cells = [
-            summary([r for r in found if r.invariant == invariant]) for found in systems.values()
-        ]
+        cells: list[str] = []
+        for found in systems.values():
+            cell = summary([row for row in found if row.invariant == invariant])
+            cells.append("as to its left" if cell != "holds" and cell in cells[-1:] else cell)
         lines.append([title, *cells])
     table = record.table(["invariant", *systems], lines)
     head = INTRODUCTION.format(gates=len(own.GATES))
@@ -266,7 +269,7 @@ def known(systems: dict[str, list[Row]]) -> list[str]:
         for defect, issues, invariant in KNOWN
     ]
     header = ["defect", "reported", "invariant", *names]
-    return ["## Defects reported of DeepSpeed, and this version", "", record.table(header, lines)]
+    return ["## Known defects of DeepSpeed, and this version", "", record.table(header, lines)]
 
 
 def _statuses(found: Sequence[Row]) -> str:

@@ -58,7 +58,8 @@ class Layout:
     """Micro-batches: forward and backward passes of a rank for one step."""
 
     def __str__(self) -> str:
-        return f"{self.ranks} ranks, EP {self.ep}, {self.calls} calls"
+        ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
+        return f"{ranks}, EP {self.ep}" + (f", {self.calls} calls" if self.calls > 1 else "")
 
 
 ALONE = Layout(ranks=1, ep=1)

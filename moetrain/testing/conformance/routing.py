@@ -50,9 +50,9 @@ def ledger(lab: Lab, case: Case, layout: Layout) -> str:
             seen.append(judge(lab, case, layout, ranks))
         except NotExposedError as reason:
             missing.append(str(reason))
-    if missing and not seen:
-        raise NotExposedError("; ".join(missing))
-    return ", ".join(seen) + "".join(f"; not exposed: {reason}" for reason in missing)
+    if missing:
+        raise NotExposedError("; ".join(missing) + (f" ({', '.join(seen)})" if seen else ""))
+    return ", ".join(seen)
 
 
 def _unchanged_by_drops(lab: Lab, case: Case, ranks: list[Pass], ample: list[Pass]) -> list[str]:
