@@ -59,8 +59,9 @@ Read in DeepSpeed {version}, and seen again by calling the function named:
   router and of its own experts, and averages the norms over the ranks. ZeRO 1 is right.
 - I3: a rank's call is the routing group, so what is dropped and what is balanced change with the
   layout. That is its definition of capacity (ours with `moe.group: microbatch`), not an error.
-- I4: drops are not counted. `top2gating` and `topkgating` divide gates by their sum after the drops: a token that lost its
-  second expert gets weight 1 for the first, where GShard's Algorithm 1 has g1/(g1 + g2).
+- I4: drops are not counted. `top2gating` and `topkgating` divide gates by their sum after the
+  drops: a token that lost its second expert gets weight 1 for the first, where GShard's Algorithm 1
+  has g1/(g1 + g2).
 - I5: `top1gating` masks choices by `used_token`, but the mean probability in its balance loss is
   over all tokens; for k > 1 `used_token` is not passed on.
 - I6: `use_rts` and `top2_2nd_expert_sampling`, both on by default, do not look at `training`.
