@@ -79,7 +79,7 @@ def test_every_gate_holds_every_invariant(gate: str) -> None:
         (Layout(16, 16), tuple(GATES)),
         (Layout(64, 64), ("gshard", "sigmoid", "hierarchical")),  # the others: docs/support.md
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, Layout) else "",
 )
 def test_sizes_of_expert_parallelism(layout: Layout, gates: tuple[str, ...]) -> None:
     size = max(8, layout.ranks)
@@ -113,7 +113,7 @@ def test_gloo_processes_agree(ranks2: RankPool, ranks4: RankPool) -> None:
         return simulate_ranks(num_ranks, fn, *args, timeout=timeout)
 
     lab, cases = Lab(Own(), launch), [case(gate) for gate in GATES]
-    for layout in (TWO, Layout(4, 4), Layout(4, 2)):
+    for layout in (TWO, Layout(4, 4)):
         lab.prepare(layout, [Order(each) for each in cases])
         for each in cases:
             require_all(check_all(lab, each, layout, CHEAP))
