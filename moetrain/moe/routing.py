@@ -131,19 +131,22 @@ def noisy_topk(
     noisy_TE = clean_TE if normal_TE is None else clean_TE + normal_TE * std_TE
     expert_TK = choose(noisy_TE, k)
     gate_TK = noisy_TE.gather(1, expert_TK).softmax(dim=-1)
-    load_TE = _probability_in_top_k(clean_TE, noisy_TE, std_TE, k)
+    load_TE = _probability_in_top_k(clean_TE, noisy_TE, std_TE, expert_TK)
     record = _record(expert_TK, gate_TK, noisy_TE.softmax(dim=-1), noisy_TE, valid_T, noisy_TE)
     return record._replace(load_TE=load_TE)
 
 
-def _probability_in_top_k(clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, k: int) -> Tensor:
-    if k == clean_TE.shape[1]:
+def _probability_in_top_k(
+    clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, expert_TK: Tensor
+) -> Tensor:
+    if expert_TK.shape == clean_TE.shape:
         return torch.ones_like(clean_TE)
-    expert_TK = choose(noisy_TE, k + 1)
-    best_TK = noisy_TE.gather(1, expert_TK)
-    is_chosen_TE = torch.zeros_like(clean_TE, dtype=torch.bool).scatter(1, expert_TK[:, :k], True)
+    is_chosen_TE = _one_hot(expert_TK, clean_TE.shape[1])
+    best_other_T1 = choose(noisy_TE.masked_fill(is_chosen_TE, -torch.inf), 1)
     # the k-th largest of the others: for a chosen expert that is the best one not chosen
-    threshold_TE = torch.where(is_chosen_TE, best_TK[:, k:], best_TK[:, k - 1 : k])
+    threshold_TE = torch.where(
+        is_chosen_TE, noisy_TE.gather(1, best_other_T1), noisy_TE.gather(1, expert_TK[:, -1:])
+    )
     return torch.special.ndtr((clean_TE - threshold_TE) / std_TE)
 
 
