@@ -140,9 +140,9 @@ class MoE(nn.Module):
             slots,
         )
         record = self.router(inputs)
-        settled = record
         if slots is None:
-            return Routed(record, settled, plan_dropless(record), group_size)
+            return Routed(record, record, plan_dropless(record), group_size)
+        settled = record
         if self.drop_policy == "spill":
             settled = spill(record, group_size, slots, self.spill_depth)
         plan = plan_capacity(settled, group_size, slots, self._priority(settled, draws))
