@@ -64,11 +64,6 @@ class Gate:
             or (self.name == "gshard" and self.random_second)
         )
 
-    @property
-    def needs_ids(self) -> bool:
-        """Whether the gate looks at the vocabulary ids of tokens."""
-        return self.name in ("hash", "random")
-
 
 class Inputs(NamedTuple):
     """What a gate may know of the tokens."""
@@ -124,18 +119,14 @@ class Router(nn.Module):
 
         Raises ValueError where the gate needs draws, vocabulary ids or a capacity and has none.
         """
-        return ROUTES[self.gate.name](self, inputs)
+        # Once for all of the router's weights, because autograd keeps what they multiply.
+        x_TD = inputs.x_TD.to(torch.promote_types(inputs.x_TD.dtype, torch.float32))
+        return ROUTES[self.gate.name](self, inputs._replace(x_TD=x_TD))
 
 
 def _logits(weight_ED: Tensor, x_TD: Tensor) -> Tensor:
-    """(T, E) in fp32, or fp64 for fp64 input."""
-    wide = _wide(x_TD)
-    return F.linear(x_TD.to(wide), weight_ED.to(wide))
-
-
-def _wide(x_TD: Tensor) -> torch.dtype:
-    """What routing is computed in."""
-    return torch.promote_types(x_TD.dtype, torch.float32)
+    """(T, E), as precise as x."""
+    return F.linear(x_TD, weight_ED.to(x_TD.dtype))
 
 
 def _switch(router: Router, inputs: Inputs) -> Routing:
@@ -222,7 +213,7 @@ def _balanced(router: Router, inputs: Inputs) -> Routing:
 
 def _ranked(router: Router, inputs: Inputs, score_TE: Tensor) -> Routing:
     """By given scores; the weights 1/k are as precise as those of the other gates."""
-    return routing.ranked(score_TE.to(_wide(inputs.x_TD)), inputs.valid_T, router.gate.top_k)
+    return routing.ranked(score_TE.to(inputs.x_TD.dtype), inputs.valid_T, router.gate.top_k)
 
 
 def _ids(router: Router, inputs: Inputs) -> Tensor:
