@@ -1,12 +1,12 @@
 """Losses on the router: every balance loss is 1 at perfect balance, whatever K.
 
-A loss is a function of what a set of tokens adds up to: how often each expert was chosen, counted
-before any drop, and masses such as its summed probability, through which gradients flow. So the
-same formula serves a routing group (`group_balance`) and the whole global batch
-(`batch_balance_weights`), and depends on neither ranks nor micro-batches.
+A loss is a function of what a set of tokens adds up to (`Demand`): how often each expert was
+chosen, counted before any drop, and masses such as its summed probability, through which gradients
+flow. So the same formula serves a routing group (`balance`) and, joined, the whole global batch
+(`mass_gradient`), and depends on neither ranks nor micro-batches.
 
-Shape suffixes: T tokens, S tokens of one routing group, G sets of tokens, M masses, K choices,
-E experts, A groups of experts.
+Shape suffixes: T tokens, S tokens of one routing group, G sets of tokens, N assignments of one,
+M masses, K choices, E experts, A groups of experts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moetrain.moe.router import Gate
-from moetrain.moe.routing import Routing
+from moetrain.moe.routing import Routing, occurrences
 
 
 class Demand(NamedTuple):
@@ -40,12 +40,10 @@ def demand(gate: Gate, routing: Routing, group_size: int) -> Demand:
     asked_GN = torch.where(
         valid_GS.repeat_interleave(k, 1), expert_TK.view(num_groups, -1), routing.num_experts
     )
-    count_GE = asked_GN.new_zeros(num_groups, routing.num_experts + 1)
-    count_GE.scatter_add_(1, asked_GN, torch.ones_like(asked_GN))
     mass_TME = _MASSES.get(gate.name, _probability)(gate, routing)
     mass_TME = mass_TME.where(routing.valid_T[:, None, None], 0)
     mass_GME = mass_TME.unflatten(0, (num_groups, group_size)).sum(1)
-    return Demand(count_GE[:, : routing.num_experts], mass_GME, valid_GS.sum(1))
+    return Demand(occurrences(asked_GN, routing.num_experts), mass_GME, valid_GS.sum(1))
 
 
 def balance(gate: Gate, demand: Demand) -> Tensor:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moetrain.moe.routing import Routing
+from moetrain.moe.routing import Routing, occurrences
 
 
 class Plan(NamedTuple):
@@ -76,9 +76,7 @@ def _queue(routing: Routing, group_size: int, priority_TK: Tensor | None = None)
         served_GN = priority_GN.sort(dim=1, descending=True, stable=True).indices
         sorted_GN, place_GN = expert_GN.gather(1, served_GN).sort(dim=1, stable=True)
         order_GN = served_GN.gather(1, place_GN)
-    count_GE = expert_GN.new_zeros(expert_GN.shape[0], num_experts + 1)
-    count_GE.scatter_add_(1, expert_GN, torch.ones_like(expert_GN))
-    count_GE = count_GE[:, :num_experts]
+    count_GE = occurrences(expert_GN, num_experts)
     return _Queues(sorted_GN, order_GN, count_GE, count_GE.cumsum(1) - count_GE)
 
 

@@ -1,7 +1,8 @@
 """Gates: router logits -> Routing, one pure function per algorithm.
 
 Shape suffixes: T tokens on this rank, E experts, K choices per token, A groups of experts with e
-each, M of them open to a token, k choices inside each of those, G routing groups, S tokens of one.
+each, M of them open to a token, k choices inside each of those, G routing groups, S tokens of one,
+N assignments of one.
 A gate knows nothing of capacity or transport; its record is all that they need.
 """
 
@@ -60,6 +61,13 @@ def choose(score_TE: Tensor, k: int) -> Tensor:
         chosen.append(best_T1)
         remaining_TE.scatter_(1, best_T1, -torch.inf)
     return torch.cat(chosen, dim=1)
+
+
+def occurrences(expert_GN: Tensor, num_experts: int) -> Tensor:
+    """How often each expert occurs in each row, where E means none: int64 (G, E)."""
+    count_GE = expert_GN.new_zeros(len(expert_GN), num_experts + 1)
+    count_GE.scatter_add_(1, expert_GN, torch.ones_like(expert_GN))
+    return count_GE[:, :num_experts]
 
 
 def _record(

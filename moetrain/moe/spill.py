@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moetrain.moe.capacity import plan_capacity
-from moetrain.moe.routing import Routing, choose
+from moetrain.moe.routing import Routing, choose, occurrences
 
 
 def spill(routing: Routing, group_size: int, slots: int, depth: int) -> Routing:
@@ -62,10 +62,7 @@ def _ranking_beyond_choices(routing: Routing, most: int) -> Tensor:
 
 def _taken(expert_TK: Tensor, group_size: int, num_experts: int) -> Tensor:
     """How many assignments of each group go to each expert: int64 (G, E)."""
-    expert_GN = expert_TK.reshape(-1, group_size * expert_TK.shape[1])
-    count_GE = expert_GN.new_zeros(len(expert_GN), num_experts + 1)
-    count_GE.scatter_add_(1, expert_GN, torch.ones_like(expert_GN))
-    return count_GE[:, :num_experts]
+    return occurrences(expert_TK.reshape(-1, group_size * expert_TK.shape[1]), num_experts)
 
 
 def _first_come(wanted_T: Tensor, free_GE: Tensor) -> Tensor:
@@ -73,7 +70,7 @@ def _first_come(wanted_T: Tensor, free_GE: Tensor) -> Tensor:
     num_groups, num_experts = free_GE.shape
     wanted_GS = wanted_T.view(num_groups, -1)
     sorted_GS, order_GS = wanted_GS.sort(dim=1, stable=True)
-    count_GE = _taken(wanted_T[:, None], wanted_GS.shape[1], num_experts)
+    count_GE = occurrences(wanted_GS, num_experts)
     none_G1 = torch.zeros_like(free_GE[:, :1])
     limit_GE = torch.cat([count_GE.cumsum(1) - count_GE + free_GE, none_G1], 1)
     place_S = torch.arange(wanted_GS.shape[1], device=wanted_T.device)
