@@ -182,15 +182,17 @@ def reduce(
     targets, tokens, groups = (max(1, int(n)) for n in counts)
     if batch_balance is not None:
         balance, groups = batch_balance.loss_N.tolist(), 1
-    lost = [part / whole if whole else 0.0 for part, whole in zip(dropped_mass, mass, strict=True)]
-    books = _reduce_ledgers([p.ledgers for p in parts], mesh)
+    dropped_share = [
+        dropped / total if total else 0.0 for dropped, total in zip(dropped_mass, mass, strict=True)
+    ]
+    ledgers = _reduce_ledgers([p.ledgers for p in parts], mesh)
     return Means(
         loss=loss / targets,
         balance_loss=sum(balance) / max(1, num_layers) / groups,
         z_loss=sum(z) / max(1, num_layers) / tokens,
         layers=tuple(
             LayerMeans(ledger, share, by_rank)
-            for (ledger, by_rank), share in zip(books, lost, strict=True)
+            for (ledger, by_rank), share in zip(ledgers, dropped_share, strict=True)
         ),
     )
 

@@ -93,16 +93,16 @@ def train_step(run: Run, position: Position) -> StepResult:
     group_size = routing_group_tokens(config)
     counts = count_all([count(batch, group_size) for batch in batches], mesh)
     key = step_key(config.seed, step, mesh.device)
-    parts, whole = [], _survey(run, batches, key)
+    parts, balance = [], _survey(run, batches, key)
     for number, batch in enumerate(batches, start=1):
         part = _forward(run, batch, key)
-        if whole is None and config.balances_batch:
-            whole = batch_balance(gate(config.moe), [part.demands], mesh)
+        if balance is None and config.balances_batch:
+            balance = batch_balance(gate(config.moe), [part.demands], mesh)
         coefs = config.moe.balance_coef, config.moe.z_loss_coef
-        run.engine.backward(objective(part, counts, *coefs, whole), last=number == len(batches))
+        run.engine.backward(objective(part, counts, *coefs, balance), last=number == len(batches))
         parts.append(part.detach())
     lr = _lr(config.train, step)
-    result = StepResult(parts, counts, whole, run.engine.step(lr), lr)
+    result = StepResult(parts, counts, balance, run.engine.step(lr), lr)
     _check_ledgers(parts)
     if not result.is_bad:
         _rebalance(run, parts)
@@ -130,9 +130,9 @@ def _survey(run: Run, batches: list[Batch], key: Tensor) -> BatchBalance | None:
 def _check_ledgers(parts: list[Sums]) -> None:
     """Every assignment of this rank is accounted for: looked at after the step, when the device has
     nothing left to do."""
-    books = [ledger for part in parts for ledger in part.ledgers]
-    if books and not torch.stack([is_conserved(ledger) for ledger in books]).all():
-        raise AssertionError(f"a drop ledger does not add up: {books}")
+    ledgers = [ledger for part in parts for ledger in part.ledgers]
+    if ledgers and not torch.stack([is_conserved(ledger) for ledger in ledgers]).all():
+        raise AssertionError(f"a drop ledger does not add up: {ledgers}")
 
 
 def _rebalance(run: Run, parts: list[Sums]) -> None:
