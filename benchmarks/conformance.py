@@ -53,7 +53,7 @@ KNOWN = (
 CAUSES = """\
 ## Why
 
-Read in DeepSpeed {version}, and seen again by calling the function named:
+Read in DeepSpeed {version}; where a function is named, seen again by calling it:
 
 - I2: without ZeRO, in fp32, `clip_grad_norm_` (runtime/utils.py) takes each rank's norm, of the
   router and of its own experts, and averages the norms over the ranks. ZeRO 1 is right.

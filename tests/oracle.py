@@ -155,13 +155,14 @@ def spill(
                 asked[t].add(left[0])
                 if taken[left[0]] < slots:
                     taken[left[0]] += 1
-                    verdicts[rank] = Verdict(SPILLED, left[0], spilled_gate(token, left[0]))
+                    verdicts[rank] = Verdict(SPILLED, left[0], spilled_gate(token, rank, left[0]))
 
 
-def spilled_gate(token: Token, expert: int) -> Tensor:
-    """The first gate, scaled by how probable the new expert is beside the first choice."""
-    first = token.choices[0]
-    return first.gate * token.probs[expert] / token.probs[first.expert]
+def spilled_gate(token: Token, rank: int, expert: int) -> Tensor:
+    """The gate that was lost, less as much as the new expert is less probable than the lost one."""
+    lost = token.choices[rank]
+    old, new = token.probs[lost.expert], token.probs[expert]
+    return lost.gate * new / old if new <= old else lost.gate
 
 
 # --- the ledger ------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ def spill(routing: Routing, group_size: int, slots: int, depth: int) -> Routing:
     take the free slots in token order. An expert that turned a token away is not asked again by it.
 
     Returns the routing as it will be carried out: with the new expert, weighing
-    gate₀·p(new)/p(first choice), or E where no expert had room. Nobody loses in a plan of it.
+    gate·min(1, p(new)/p(lost)), or E where no expert had room. Nobody loses in a plan of it.
     """
     plan = plan_capacity(routing, group_size, slots)
     num_experts, k = routing.num_experts, routing.expert_TK.shape[1]
@@ -79,10 +79,16 @@ def _first_come(wanted_T: Tensor, free_GE: Tensor) -> Tensor:
 
 
 def _settled_gates(routing: Routing, expert_TK: Tensor, lost_TK: Tensor) -> Tensor:
-    """Gates after spilling; the place of the first choice sets the scale of the new one."""
+    """Gates after spilling: as probable as the new expert is, and never above what was lost.
+
+    Most gates are c·p, and so is the new one. Where a bias or a group chose, p of the lost expert
+    may be the smaller by far, which must not blow the weight up.
+    """
     num_experts = routing.num_experts
-    spilled_TK = lost_TK & (expert_TK < num_experts)
-    prob_TK = routing.prob_TE.gather(1, expert_TK.clamp(max=num_experts - 1))
-    first_T1 = routing.prob_TE.gather(1, routing.expert_TK[:, :1].clamp(max=num_experts - 1))
-    first_T1 = first_T1.clamp(min=torch.finfo(first_T1.dtype).tiny)
-    return torch.where(spilled_TK, routing.gate_TK[:, :1] * prob_TK / first_T1, routing.gate_TK)
+    new_TK, old_TK = (
+        routing.prob_TE.gather(1, experts.clamp(max=num_experts - 1))
+        for experts in (expert_TK, routing.expert_TK)
+    )
+    shrinks_TK = lost_TK & (expert_TK < num_experts) & (new_TK <= old_TK)
+    divisor_TK = old_TK.where(shrinks_TK, 1).clamp(min=torch.finfo(old_TK.dtype).tiny)
+    return torch.where(shrinks_TK, routing.gate_TK * new_TK / divisor_TK, routing.gate_TK)

@@ -79,10 +79,9 @@ def check(invariant: str, lab: Lab, case: Case, layout: Layout) -> Verdict:
     """
     if case.sequences % (layout.ranks * layout.calls):
         raise ValueError(f"case.sequences ({case.sequences}) must be a multiple of {layout}")
-    reason = lab.adapter.refusal(case, layout)
-    if reason:
-        return Verdict("not supported", reason)
     try:
+        if reason := lab.adapter.refusal(case, layout):
+            return Verdict("not supported", reason)
         return Verdict("holds", INVARIANTS[invariant](lab, case, layout))
     except InvariantError as seen:
         return Verdict("fails", str(seen))
