@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from moetrain.constraints import problems
+from moetrain.constraints import BALANCED_BY_DESIGN, problems
 
 # Strict: "8", 8.0 and true are not the number 8, and "on" is not true.
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
@@ -292,8 +292,10 @@ class Config(Section):
 
     @property
     def balances_batch(self) -> bool:
-        """Whether the balance loss looks at the global batch as a whole."""
-        return self.moe.experts > 0 and self.moe.balance_scope == "batch"
+        """Whether there is a balance loss to train by that looks at the global batch as a whole."""
+        moe = self.moe
+        has_loss = moe.experts > 0 and moe.balance_coef > 0 and moe.router not in BALANCED_BY_DESIGN
+        return has_loss and moe.balance_scope == "batch"
 
     def dp_shard(self, world_size: int) -> int:
         """Ranks over which one copy of the model is sharded."""

@@ -28,7 +28,7 @@ _ROUTERS_OF_FIELD = {
     "moe.allow_noncausal": ("expert_choice",),
 }
 _WITHOUT_WEIGHTS = ("hash", "random", "balanced")
-_BALANCED_BY_DESIGN = (*_WITHOUT_WEIGHTS, "dense", "expert_choice")
+BALANCED_BY_DESIGN = (*_WITHOUT_WEIGHTS, "dense", "expert_choice")
 
 
 def problems(config: Config) -> list[str]:
@@ -284,14 +284,16 @@ def _idle_moe_settings(moe: MoEConfig) -> Iterator[tuple[str, str]]:
         if moe.router not in routers:
             verb = "reads" if len(routers) == 1 else "read"
             yield field, f"with moe.router {moe.router}; only {' and '.join(routers)} {verb} it"
-    if moe.router in _BALANCED_BY_DESIGN:
+    if moe.router in BALANCED_BY_DESIGN:
         reason = f"with moe.router {moe.router}, which no loss can balance"
         yield "moe.balance_coef", reason
         yield "moe.balance_scope", reason
+    elif moe.balance_coef == 0:
+        yield "moe.balance_scope", "when moe.balance_coef is 0"
     if moe.router in _WITHOUT_WEIGHTS:
         yield "moe.z_loss_coef", f"with moe.router {moe.router}, which has no weights"
     if moe.capacity_factor is None and moe.eval_capacity_factor is None:
-        for field in ("moe.min_capacity", "moe.drop_policy"):
+        for field in ("moe.min_capacity", "moe.drop_policy", "moe.spill_depth"):
             yield field, "when both capacity factors are null (dropless)"
     elif moe.drop_policy == "random" and moe.capacity_factor is None:
         yield (
@@ -302,8 +304,6 @@ def _idle_moe_settings(moe: MoEConfig) -> Iterator[tuple[str, str]]:
         yield "moe.spill_depth", f"with moe.drop_policy {moe.drop_policy}; only spill reads it"
     elif moe.spill_depth > (most := _experts_to_spill_to(moe)):
         yield "moe.spill_depth", f"beyond the {most} experts that a token has not chosen"
-    if moe.balance_coef == 0:
-        yield "moe.balance_scope", "on the weights when moe.balance_coef is 0"
     if moe.shared_experts == 0:
         yield "moe.shared_gate", "when moe.shared_experts is 0"
 

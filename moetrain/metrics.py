@@ -157,6 +157,10 @@ def train_line(
     Raises AssertionError when a ledger does not conserve its assignments.
     """
     layers = [layer_line(layer) for layer in means.layers]
+
+    def mean(field: str) -> float:
+        return _mean([layer[field] for layer in layers])
+
     return TrainLine(
         step=step,
         tokens=tokens,
@@ -167,12 +171,12 @@ def train_line(
         lr=lr,
         drop_rate=drop_rate(means.ledgers),
         token_drop_rate=token_drop_rate(means.ledgers),
-        dropped_gate_mass=_mean([layer["dropped_gate_mass"] for layer in layers]),
-        padding_waste=_mean([layer["padding_waste"] for layer in layers]),
-        effective_capacity_factor=_mean([layer["effective_capacity_factor"] for layer in layers]),
-        max_vio=_mean([layer["max_vio"] for layer in layers]),
-        load_cv=_mean([layer["load_cv"] for layer in layers]),
-        load_entropy=_mean([layer["load_entropy"] for layer in layers]),
+        dropped_gate_mass=mean("dropped_gate_mass"),
+        padding_waste=mean("padding_waste"),
+        effective_capacity_factor=mean("effective_capacity_factor"),
+        max_vio=mean("max_vio"),
+        load_cv=mean("load_cv"),
+        load_entropy=mean("load_entropy"),
         dead_experts=sum(layer["dead_experts"] for layer in layers),
         bad_steps=bad_steps,
         **speed,

@@ -176,9 +176,9 @@ def reduce(
             for p in parts
         ]
     )
-    loss, *auxiliary = mesh.sum(floats.sum(0)).tolist()
-    columns = [auxiliary[i : i + num_layers] for i in range(0, 4 * num_layers, num_layers or 1)]
-    balance, z, mass, dropped_mass = columns or [[], [], [], []]
+    total = mesh.sum(floats.sum(0)).cpu()
+    loss = total[0].item()
+    balance, z, mass, dropped_mass = total[1:].view(4, num_layers).tolist()
     targets, tokens, groups = (max(1, int(n)) for n in counts)
     if batch_balance is not None:
         balance, groups = batch_balance.loss_N.tolist(), 1

@@ -16,7 +16,7 @@ from moetrain.data import Batch, Prepared, Samples
 from moetrain.engines import Engine
 from moetrain.evaluate import forward, on_device
 from moetrain.mesh import Mesh
-from moetrain.moe import Draws, Router
+from moetrain.moe import Draws, Ledger, Router
 from moetrain.moe.keyed import step_key
 from moetrain.moe.ledger import is_conserved
 from moetrain.objective import (
@@ -131,7 +131,10 @@ def _check_ledgers(parts: list[Sums]) -> None:
     """Every assignment of this rank is accounted for: looked at after the step, when the device has
     nothing left to do."""
     ledgers = [ledger for part in parts for ledger in part.ledgers]
-    if ledgers and not torch.stack([is_conserved(ledger) for ledger in ledgers]).all():
+    if not ledgers:
+        return
+    stacked = Ledger(*(torch.stack(entries) for entries in zip(*ledgers, strict=True)))
+    if not is_conserved(stacked).all():
         raise AssertionError(f"a drop ledger does not add up: {ledgers}")
 
 

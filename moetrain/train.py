@@ -100,8 +100,7 @@ def _give_up_if_stuck(position: Position, train: TrainConfig) -> None:
         raise DivergedError(
             f"loss or gradient was not finite in {position.bad_in_a_row} steps in a row, up to "
             f"step {position.step} (train.max_bad_steps {train.max_bad_steps}); try a lower "
-            "train.lr, more train.warmup_steps or train.clip_norm 1, and continue from an earlier "
-            "checkpoint"
+            "train.lr or more train.warmup_steps, and continue from an earlier checkpoint"
         )
 
 

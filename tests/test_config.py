@@ -434,7 +434,7 @@ IDLE = {
     ),
     "scope of no loss": (
         Config(moe=MoEConfig(balance_coef=0, balance_scope="batch")),
-        "moe.balance_scope (batch) has no effect on the weights when moe.balance_coef is 0",
+        "moe.balance_scope (batch) has no effect when moe.balance_coef is 0",
     ),
     "scope of a router that is even": (
         Config(moe=MoEConfig(router="balanced", balance_scope="batch")),

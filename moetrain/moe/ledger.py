@@ -60,15 +60,15 @@ def ledger(routing: Routing, settled: Routing, plan: Plan) -> Ledger:
 def is_conserved(ledger: Ledger) -> Tensor:
     """Whether every assignment has one outcome, and every row one assignment: bool, 0-d.
 
-    True of a sum of ledgers when it is true of each. Needs no look at the host.
+    True of a sum of ledgers when it is true of each. Entries may be stacked along a first
+    dimension, which the answer then has, too. Needs no look at the host.
     """
-    outcome_EKO = ledger.outcome_EKO
-    row_E = outcome_EKO[:, :, KEPT].sum(1)
-    arrived = row_E.sum() + outcome_EKO[:, :, SPILLED].sum()
+    outcome_EO = ledger.outcome_EKO.sum(-2)
+    arrived = outcome_EO[..., KEPT].sum(-1) + outcome_EO[..., SPILLED].sum(-1)
     return (
-        (outcome_EKO.sum() == ledger.assigned)
-        & (ledger.row_E.sum() == arrived)
-        & (ledger.row_E >= row_E).all()
+        (outcome_EO.sum((-2, -1)) == ledger.assigned)
+        & (ledger.row_E.sum(-1) == arrived)
+        & (ledger.row_E >= outcome_EO[..., KEPT]).all(-1)
         & (arrived <= ledger.slots)
     )
 
