@@ -4,7 +4,7 @@
 
 Runs the conformance suite (`moetrain.testing.conformance`) on moetrain's gates with simulated ranks
 and on DeepSpeed's MoE layer with Gloo processes, all on CPU. Writes conformance.{json,md} into
-results/ and docs/support.md. Takes some minutes.
+results/, docs/support.md and the table in README.md. Takes some minutes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from moetrain.testing.conformance import (
 )
 
 PAGE = record.ROOT / "docs" / "support.md"
+README = record.ROOT / "README.md"
 SIZES = (1, 2, 4, 8, 16, 64)
 POLICIES = ("position", "probability", "random", "spill", "dropless")
 OWN_LAYOUTS = (Layout(2, 2), Layout(4, 4), Layout(4, 2, calls=2))
@@ -98,6 +99,7 @@ def main() -> None:
     data: dict[str, Any] = {"systems": systems, "support": support()}
     record.write("conformance", data, report(systems))
     PAGE.write_text(support_page(data), encoding="utf-8")
+    README.write_text(with_table(README.read_text(encoding="utf-8"), data), encoding="utf-8")
     print((record.RESULTS / "conformance.md").read_text())
 
 
@@ -223,17 +225,43 @@ in I6 and I8, which are about them.
 
 def report(systems: dict[str, list[Row]]) -> str:
     lines = []
-    for invariant, judge in INVARIANTS.items():
-        title = " ".join((judge.__doc__ or "").split("\n\n")[0].split())
+    for invariant in INVARIANTS:
         cells: list[str] = []
         for found in systems.values():
             cell = summary([row for row in found if row.invariant == invariant])
             cells.append("as to its left" if cell != "holds" and cell in cells[-1:] else cell)
-        lines.append([title, *cells])
+        lines.append([_title(invariant), *cells])
     table = record.table(["invariant", *systems], lines)
     head = INTRODUCTION.format(gates=len(own.GATES))
     causes = CAUSES.format(version=peer.Peer().version)
     return "\n".join([head, table, "", *known(systems), "", causes])
+
+
+def _title(invariant: str) -> str:
+    return " ".join((INVARIANTS[invariant].__doc__ or "").split("\n\n")[0].split())
+
+
+def with_table(text: str, results: dict[str, Any]) -> str:
+    """The text with its table of verdicts, between two marks, brought up to date."""
+    begin, end = "<!-- conformance -->\n", "<!-- /conformance -->"
+    before, rest = text.split(begin)
+    systems = {n: [Row(*row) for row in found] for n, found in results["systems"].items()}
+    lines = [
+        [_title(i), *(_brief([r for r in found if r.invariant == i]) for found in systems.values())]
+        for i in INVARIANTS
+    ]
+    table = record.table(["invariant", *systems], lines)
+    return f"{before}{begin}{table}\n{end}{rest.split(end)[1]}"
+
+
+def _brief(found: Sequence[Row]) -> str:
+    """Every verdict of an invariant, and for how many gates it is so."""
+    gates = list(dict.fromkeys(row.gate for row in found))
+    worst = [_worst([row for row in found if row.gate == gate]).status for gate in gates]
+    counts = {status: worst.count(status) for status in dict.fromkeys(worst)}
+    if len(counts) == 1:
+        return worst[0]
+    return ", ".join(f"{status} ({count} of {len(gates)})" for status, count in counts.items())
 
 
 def summary(found: Sequence[Row]) -> str:

@@ -3,10 +3,10 @@
     python benchmarks/layer.py [--tokens 8192] [--experts 64] [--top-k 8] [--device cuda] ...
 
 One layer, forward and backward, for every gate and drop policy, on one device. *Planning* is all
-before any row moves: router logits, gate, drop policy, slots. *Bookkeeping* is the ledger and the
-losses. The *limit* is the experts' matrix products, forward and backward, on as many rows in equal
-groups. All are measured in turn, repeatedly, in one run; the table shows medians of ratios and
-their range. Writes layer.{json,md} into results/ (layer-cuda on a GPU).
+before any row moves: router logits, gate, drop policy, slots. *Bookkeeping* is the ledger, the check
+that it adds up, and the losses. The *limit* is the experts' matrix products, forward and backward,
+on as many rows in equal groups. All are measured in turn, repeatedly, in one run; the table shows
+medians of ratios and their range. Writes layer.{json,md} into results/ (layer-cuda on a GPU).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from moetrain.moe import Draws, Gate, MoE, keyed
+from moetrain.moe.ledger import is_conserved
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("topk", {}),
@@ -102,7 +103,7 @@ class Case:
             return self.moe.route(*arguments)
 
         def bookkeeping() -> object:
-            return self.moe.stats(routed)
+            return bool(is_conserved(self.moe.stats(routed).ledger))
 
         def layer() -> None:
             x_BLD = self.x_BLD.detach().requires_grad_()
@@ -178,8 +179,9 @@ def report(options: argparse.Namespace, rows: list[list[str]]) -> str:
 
 {record.table(header, rows)}
 
-*Planning*: router logits, gate, drop policy, slots. *Bookkeeping*: ledger and losses, forward.
-*Limit*: the experts' matrix products alone, forward and backward, on as many rows."""
+*Planning*: router logits, gate, drop policy, slots. *Bookkeeping*: the ledger, the check that it
+adds up, and the losses, forward. *Limit*: the experts' matrix products alone, forward and backward,
+on as many rows."""
 
 
 if __name__ == "__main__":

@@ -428,10 +428,12 @@ def test_deepspeed_runs_under_the_suite(ranks2: RankPool) -> None:
 # ---- what the documentation says of it -----------------------------------------------------------
 
 
-def test_the_support_page_is_in_step_with_what_ran() -> None:
+def test_the_pages_are_in_step_with_what_ran() -> None:
     results = json.loads((ROOT / "benchmarks/results/conformance.json").read_text())
-    page = runpy.run_path(str(ROOT / "benchmarks/conformance.py"))["support_page"](results)
-    assert (ROOT / "docs/support.md").read_text() == page, "run: python benchmarks/conformance.py"
+    benchmark = runpy.run_path(str(ROOT / "benchmarks/conformance.py"))
+    readme = (ROOT / "README.md").read_text()
+    assert (ROOT / "docs/support.md").read_text() == benchmark["support_page"](results)
+    assert readme == benchmark["with_table"](readme, results), "python benchmarks/conformance.py"
 
 
 def test_every_gate_ran_at_every_size() -> None:
