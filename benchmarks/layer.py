@@ -3,10 +3,10 @@
     python benchmarks/layer.py [--tokens 8192] [--experts 64] [--top-k 8] [--device cuda] ...
 
 One layer, forward and backward, for every gate and drop policy, on one device. *Planning* is all
-before any row moves: router logits, gate, drop policy, slots. *Bookkeeping* is the ledger, the check
-that it adds up, and the losses. The *limit* is the experts' matrix products, forward and backward,
-on as many rows in equal groups. All are measured in turn, repeatedly, in one run; the table shows
-medians of ratios and their range. Writes layer.{json,md} into results/ (layer-cuda on a GPU).
+before any row moves: router logits, gate, drop policy, slots. *Bookkeeping* is the ledger, its
+check and the losses. The *limit* is the experts' matrix products, forward and backward, on as many
+rows in equal groups. All are measured in turn, repeatedly, in one run; the table shows medians of
+ratios and their range. Writes layer.{json,md} into results/ (layer-cuda on a GPU).
 """
 
 from __future__ import annotations
