@@ -17,7 +17,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import torch
-from oracle_gates import Heard, Router, Token, ask, scalar, take
+from oracle_gates import Heard, Router, Token, ask, half, scalar, take
 from oracle_losses import balance, z_loss
 from torch import Tensor
 
@@ -117,7 +117,7 @@ def in_line(group: Sequence[Token | None], rules: Rules, start: int) -> list[tup
     def priority(t: int, rank: int) -> float:
         token = group[t]
         if rules.policy == "probability" and token is not None:
-            return token.choices[rank].gate.item()
+            return half(token.choices[rank].gate.item())
         if rules.policy == "random" and rules.priority is not None:
             return rules.priority[start + t][rank]
         return 0.0

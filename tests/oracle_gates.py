@@ -9,6 +9,7 @@ expert choice (2202.09368).
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -216,11 +217,16 @@ def _expert_choice(_router: Router, heard: Heard) -> Token:
     return Token([], probs, list(heard.logits), best_first(numbers(probs)))
 
 
+def half(weight: float) -> float:
+    """A weight in fp32, as tokens are compared: equal but for rounding is equal."""
+    return struct.unpack("f", struct.pack("f", weight))[0]
+
+
 def take(group: Sequence[Token | None], slots: int) -> None:
     """expert_choice: every expert takes the tokens of a group that want it most."""
     tokens = [token for token in group if token is not None]
     for e in range(len(tokens[0].probs) if tokens else 0):
-        for t in best_first([token.probs[e].item() for token in tokens])[:slots]:
+        for t in best_first([half(token.probs[e].item()) for token in tokens])[:slots]:
             tokens[t].choices.append(Choice(e, tokens[t].probs[e]))
     for token in tokens:
         token.choices.sort(key=lambda choice: (-choice.gate.item(), choice.expert))

@@ -260,7 +260,9 @@ class Case:
             return Settled(record, record, plan_dropless(record))
         if self.policy == "spill":
             settled = spill(record, self.group_size, slots, self.depth)
-        priority_TK = record.gate_TK if self.policy == "probability" else self.priority()
+        priority_TK = (
+            routing.comparable(record.gate_TK) if self.policy == "probability" else self.priority()
+        )
         plan = plan_capacity(settled, self.group_size, slots, priority_TK)
         return Settled(record, settled, plan)
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from strategies import GATES, MANY, POLICIES, Case, Settled, asking, cases, topk_record
 
-from moetrain.moe import OUTCOMES, Plan, Routing, capacity
+from moetrain.moe import OUTCOMES, Plan, Routing, capacity, routing
 from moetrain.moe.capacity import plan_capacity, plan_dropless
 from moetrain.moe.ledger import ledger
 
@@ -295,7 +295,9 @@ def part_of(case: Case, whole: Settled, start: int, stop: int) -> Settled:
     )
     if case.slots is None:
         return Settled(record, settled, plan_dropless(settled))
-    priority_TK = record.gate_TK if case.policy == "probability" else case.priority()
+    priority_TK = (
+        routing.comparable(record.gate_TK) if case.policy == "probability" else case.priority()
+    )
     if case.policy == "random" and priority_TK is not None:
         priority_TK = priority_TK[start:stop]
     return Settled(

@@ -380,3 +380,20 @@ def test_round_robin_gives_every_expert_its_turn() -> None:
 def test_more_choices_than_experts_are_refused() -> None:
     with pytest.raises(ValueError, match=r"top-k \(5\) must not exceed .* \(4\)"):
         routing.choose(torch.zeros(2, 4), 5)
+
+
+# ---- tokens that repeat --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-15), (torch.float32, 1e-6)])
+def test_tokens_that_are_equal_but_for_rounding_tie(dtype: torch.dtype, rounding: float) -> None:
+    """Eight tokens alike, each off by some rounding, as another layout would have it: the experts
+    that choose take the first two, and so does a rank by weight."""
+    generator = torch.Generator().manual_seed(0)
+    noise_TE = rounding * torch.randn(8, 4, generator=generator, dtype=dtype)
+    logits_TE = torch.tensor([[0.3, -0.2, 0.9, 0.1]], dtype=dtype) + noise_TE
+    record = routing.expert_choice(logits_TE, every(8), group_size=8, slots=2)
+    assert (record.expert_TK < 4).all(1).tolist() == [True] * 2 + [False] * 6
+    gate_TK = routing.switch(logits_TE, every(8)).gate_TK
+    assert len(set(gate_TK.flatten().tolist())) > 1
+    assert len(set(routing.comparable(gate_TK).flatten().tolist())) == 1

@@ -19,7 +19,7 @@ from moetrain.moe.experts import Experts
 from moetrain.moe.keyed import Draws
 from moetrain.moe.ledger import GateMass, Ledger, gate_mass, ledger
 from moetrain.moe.router import Gate, Inputs, Router
-from moetrain.moe.routing import Routing
+from moetrain.moe.routing import Routing, comparable
 from moetrain.moe.spill import spill
 
 Mode = Literal["train", "eval", "generate"]
@@ -187,7 +187,7 @@ class MoE(nn.Module):
     def _priority(self, record: Routing, draws: Draws | None) -> Tensor | None:
         """Who is served first, where it is not by position."""
         if self.drop_policy == "probability":
-            return record.gate_TK
+            return comparable(record.gate_TK)
         if self.drop_policy == "random" and draws is not None:
             return keyed.uniform(draws, self.layer, "drop", record.expert_TK.shape[1])
         return None

@@ -70,6 +70,16 @@ def occurrences(expert_GN: Tensor, num_experts: int) -> Tensor:
     return count_GE[:, :num_experts]
 
 
+def comparable(weight: Tensor) -> Tensor:
+    """Weights by which tokens are ranked against each other: in half the precision, no gradient.
+
+    Tokens that repeat have equal weights but for rounding, and rounding depends on the layout. In
+    half the precision they tie, and the order of tokens decides.
+    """
+    half = torch.float32 if weight.dtype == torch.float64 else torch.bfloat16
+    return weight.detach().to(half).to(weight.dtype)
+
+
 def _record(
     expert_TK: Tensor,
     gate_TK: Tensor,
@@ -241,13 +251,14 @@ def hierarchical(
 def expert_choice(logits_TE: Tensor, valid_T: Tensor, group_size: int, slots: int) -> Routing:
     """Every expert takes the `slots` tokens of a group that want it most (2202.09368 §3.2).
 
+    The earlier token wins a tie, `comparable` saying what ties.
     A token's weight for an expert is its softmax over experts. Any number of experts may take it,
     so K = E; those that did come first, by weight, and the choices it lacks are E. An expert sees
     the whole group, so a token's experts depend on later tokens.
     """
     prob_TE = logits_TE.softmax(dim=-1)
     num_experts = prob_TE.shape[1]
-    wanted_TE = prob_TE.detach().masked_fill(~valid_T[:, None], -torch.inf)
+    wanted_TE = comparable(prob_TE).masked_fill(~valid_T[:, None], -torch.inf)
     wanted_GSE = wanted_TE.unflatten(0, (-1, group_size))
     order_GSE = wanted_GSE.sort(dim=1, descending=True, stable=True).indices
     taken_GSE = torch.zeros_like(wanted_GSE, dtype=torch.bool)

@@ -70,9 +70,17 @@ def by_layer(lines: Lines, name: str) -> np.ndarray:
 
 
 def drop_rate_by_choice(lines: Lines) -> np.ndarray:
-    """(choices, lines): the mean over the MoE layers of each choice's drop rate."""
-    rates = [[layer["drop_rate_by_choice"] for layer in line["layers"]] for line in lines]
-    return np.array(rates, float).mean(axis=1).T
+    """(choices, lines): the mean over the MoE layers of each choice's drop rate.
+
+    As many choices as at the end; NaN where a line has fewer, since a run may be continued with
+    another moe.top_k.
+    """
+    num_choices = len(lines[-1]["layers"][0]["drop_rate_by_choice"])
+    rates = np.full((len(lines), num_choices), math.nan)
+    for row, line in zip(rates, lines, strict=True):
+        means = np.mean([layer["drop_rate_by_choice"] for layer in line["layers"]], axis=0)
+        row[: len(means)] = means[:num_choices]
+    return rates.T
 
 
 def spill_rate(lines: Lines) -> np.ndarray:
