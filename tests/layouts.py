@@ -181,10 +181,12 @@ class Text:
 
     def _sequence(self, index: int) -> Batch:
         generator = torch.Generator().manual_seed(100 + index)
-        # Some words are common, so that the experts they choose fill up; none comes twice, because
-        # two that only follow themselves are one and the same vector, up to rounding.
+        # Some words are common, so that the experts they choose fill up. Those that begin every
+        # other sequence only follow themselves: the same vector up to rounding, which must tie.
         common = torch.arange(1, VOCAB + 1).double().reciprocal()
-        words = torch.multinomial(common, LENGTH + 1, generator=generator)
+        words = torch.multinomial(common, LENGTH + 1, replacement=True, generator=generator)
+        if index % 2:
+            words[:3] = words[0]
         starts = torch.rand(LENGTH, generator=generator) < 0.3
         position = torch.arange(LENGTH)
         real = LENGTH - 3 if index % 5 == 3 else LENGTH
