@@ -312,6 +312,12 @@ def _doubtful(config: Config) -> Iterator[str]:
     moe, train = config.moe, config.train
     if moe.experts > 1:
         yield from _gates_that_teach_nothing(moe)
+    if moe.router == "expert_choice" and moe.eval_capacity_factor != moe.capacity_factor:
+        yield (
+            f"moe.eval_capacity_factor ({moe.eval_capacity_factor}) gives a token another number "
+            f"of experts in evaluation than moe.capacity_factor ({moe.capacity_factor}) does in "
+            "training, since moe.router expert_choice has no other limit; set them equal"
+        )
     if train.warmup_steps >= train.steps:
         yield (
             f"train.warmup_steps ({train.warmup_steps}) lasts for all train.steps "

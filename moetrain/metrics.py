@@ -41,7 +41,7 @@ class LayerLine(TypedDict):
     drop_rate: float
     """dropped / assigned."""
     drop_rate_by_choice: list[float]
-    """The same of each of the K choices, the best first."""
+    """The same of each of the K choices (with expert_choice: of E), the best first."""
     token_drop_rate: float
     """lost_tokens / tokens."""
     dropped_gate_mass: float

@@ -77,7 +77,7 @@ class Report:
         counted = sizes(model)
         self._progress.note(
             f"{folder}: {counted.total:,} parameters, {counted.active:,} active, on "
-            f"{self._mesh.world} ranks ({self._mesh.device.type}), "
+            f"{self._mesh.world} rank{'s' * (self._mesh.world > 1)} ({self._mesh.device.type}), "
             + _start(resume_step, config.train.steps)
         )
 

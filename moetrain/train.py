@@ -64,8 +64,8 @@ def train(run: Run) -> None:
             report.step_took(time.perf_counter() - started)
             if result.is_bad:
                 report.skipped(position.step, result.grad_norm)
-                _give_up_if_stuck(position, config.train)
-            if _due(position.step, config.log.every, steps):
+            is_stuck = position.bad_in_a_row >= config.train.max_bad_steps
+            if is_stuck or _due(position.step, config.log.every, steps):
                 means = reduce(result.parts, result.counts, run.mesh, result.batch_balance)
                 report.train(
                     position.step,
@@ -75,6 +75,8 @@ def train(run: Run) -> None:
                     result.grad_norm,
                     result.lr,
                 )
+            if is_stuck:
+                raise DivergedError(_diverged(position, config.train))
             if _due(position.step, config.eval.every, steps):
                 means = evaluate(model, run.held_out, config.eval.sequences, config, run.mesh)
                 report.evaluation(position.step, means)
@@ -95,13 +97,14 @@ def _advance(position: Position, config: Config, is_bad: bool) -> Position:
     )
 
 
-def _give_up_if_stuck(position: Position, train: TrainConfig) -> None:
-    if position.bad_in_a_row >= train.max_bad_steps:
-        raise DivergedError(
-            f"loss or gradient was not finite in {position.bad_in_a_row} steps in a row, up to "
-            f"step {position.step} (train.max_bad_steps {train.max_bad_steps}); try a lower "
-            "train.lr or more train.warmup_steps, and continue from an earlier checkpoint"
-        )
+def _diverged(position: Position, train: TrainConfig) -> str:
+    return (
+        f"loss or gradient was not finite in {position.bad_in_a_row} "
+        f"step{'s' * (position.bad_in_a_row > 1)} in a row, up to step {position.step} "
+        f"(train.max_bad_steps {train.max_bad_steps}); try a train.lr below {train.lr:g} or more "
+        "train.warmup_steps, from an earlier checkpoint (checkpoint.resume PATH) or from the start "
+        "(another name)"
+    )
 
 
 def _due(step: int, every: int, last: int) -> bool:

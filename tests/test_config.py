@@ -492,7 +492,7 @@ FITTING = {  # what each router needs beside the defaults
     "topk": {},
     "noisy_topk": {},
     "sigmoid": {},
-    "expert_choice": {"allow_noncausal": True},
+    "expert_choice": {"allow_noncausal": True, "eval_capacity_factor": 1.25},
     "hash": {},
     "random": {},
     "balanced": {},
@@ -599,6 +599,12 @@ USED = {
 @pytest.mark.parametrize("config", USED.values(), ids=USED.keys())
 def test_a_setting_with_effect_is_not_warned_of(config):
     assert cautions(config) == []
+
+
+def test_experts_that_choose_more_in_evaluation_are_warned_of():
+    (found,) = cautions(Config(moe=MoEConfig(router="expert_choice", allow_noncausal=True)))
+    assert found.startswith("moe.eval_capacity_factor (2.0) gives a token another number of expe")
+    assert "moe.capacity_factor (1.25)" in found
 
 
 def test_a_folder_is_a_local_source(tmp_path):

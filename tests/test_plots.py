@@ -9,7 +9,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from moetrain import plots
 from moetrain.errors import UserError
 from moetrain.plots.figures import figures
-from moetrain.plots.history import history, relative_load, running_mean, step_edges
+from moetrain.plots.history import (
+    drop_rate_by_choice,
+    history,
+    relative_load,
+    running_mean,
+    step_edges,
+)
 from moetrain.plots.panels import STYLE
 from moetrain.sinks import METRICS_FILE, MetricsLog, read_metrics
 
@@ -235,6 +241,18 @@ def test_what_spills_is_shown_where_something_does():
     lines[1]["layers"][0]["spilled"] = 500  # of 1000 in each of two layers
     _, shown = panel(draw(lines)["drops"], "Drops")
     np.testing.assert_allclose(shown["spilled"][1], [0, 25])
+
+
+def test_a_run_continued_with_another_top_k_is_drawn():
+    """First two choices, then three; the third has a curve from where it began."""
+    lines = [*train_lines(2, choices=2), *train_lines(2, choices=3)]
+    rates = drop_rate_by_choice(lines)
+    assert rates.shape == (3, 4)
+    assert rates[1].tolist() == pytest.approx([0.01] * 4)
+    assert np.isnan(rates[2, :2]).all()
+    assert rates[2, 2:].tolist() == pytest.approx([0.02] * 2)
+    assert drop_rate_by_choice(lines[::-1]).shape == (2, 4)
+    assert "drops" in figures(history("run", lines, {}))
 
 
 def test_one_choice_has_no_panel_of_its_own_and_very_many_have_a_scale():

@@ -365,7 +365,8 @@ def test_counters_outlive_the_process(bad_run):
     folder, errors = train_on(2, config, "--name", "third", *resume, bad=frozenset({7}), first=7)
     assert len(set(errors)) == 1, "all ranks give up alike"
     assert "not finite in 3 steps in a row, up to step 7 (train.max_bad_steps 3)" in errors[0]
-    assert read_metrics(folder) == [], "nothing is reported of the step that ended it"
+    (last,) = read_metrics(folder)
+    assert (last["step"], last["bad_steps"], last["loss"]) == (7, 4, None)
     folder, errors = train_on(2, config, "--name", "later", *resume, bad=frozenset({8}), first=7)
     assert errors == ["", ""]
     assert [line["bad_steps"] for line in read_metrics(folder) if "loss" in line] == [3, 4]
@@ -380,7 +381,7 @@ def test_a_run_that_diverges_ends_with_code_1_and_one_message(config, capsys):
     assert "up to step 3 (train.max_bad_steps 2)" in error
     assert "Traceback" not in error
     run = config.parent / "runs" / "diverged"
-    assert [line["bad_steps"] for line in read_metrics(run)] == [0, 1]
+    assert [line["bad_steps"] for line in read_metrics(run)] == [0, 1, 2]
 
 
 def test_under_torchrun_it_is_code_1_and_one_message_too(config):
