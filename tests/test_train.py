@@ -366,7 +366,7 @@ def test_counters_outlive_the_process(bad_run):
     assert len(set(errors)) == 1, "all ranks give up alike"
     assert "not finite in 3 steps in a row, up to step 7 (train.max_bad_steps 3)" in errors[0]
     (last,) = read_metrics(folder)
-    assert (last["step"], last["bad_steps"], last["loss"]) == (7, 4, None)
+    assert (last["step"], last["bad_steps"], last["grad_norm"]) == (7, 4, None)
     folder, errors = train_on(2, config, "--name", "later", *resume, bad=frozenset({8}), first=7)
     assert errors == ["", ""]
     assert [line["bad_steps"] for line in read_metrics(folder) if "loss" in line] == [3, 4]
