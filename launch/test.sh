@@ -6,4 +6,5 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
 cd "$root"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # ranks are many and small: one thread for each
 exec python -m pytest "$@"
