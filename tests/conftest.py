@@ -7,15 +7,16 @@ import pytest
 from moetrain.testing import RankPool
 
 
-@pytest.fixture(scope="session")
+# Not for the session: idle Gloo processes keep their threads, which take a share of the cores.
+@pytest.fixture(scope="module")
 def ranks2() -> Iterator[RankPool]:
-    """Two Gloo processes, shared by the session; a call that fails replaces them."""
+    """Two Gloo processes, shared by a module; a call that fails replaces them."""
     with RankPool(2) as pool:
         yield pool
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks4() -> Iterator[RankPool]:
-    """Four Gloo processes, shared by the session; a call that fails replaces them."""
+    """Four Gloo processes, shared by a module; a call that fails replaces them."""
     with RankPool(4) as pool:
         yield pool
