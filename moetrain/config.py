@@ -166,6 +166,12 @@ class EngineConfig(Section):
     """torch: FSDP2."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """bf16 keeps fp32 master weights and an fp32 router; fp64 is for parity tests on CPU."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again rather than find in memory. full: each block from its
+    input. selective: norms, activations and permutations, but no matrix product and nothing that
+    was communicated. Routing is never decided again."""
+    compile: Bool = False
+    """torch.compile the blocks; passes without a capacity compute their experts uncompiled."""
 
 
 class DataConfig(Section):

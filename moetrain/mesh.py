@@ -8,7 +8,7 @@ every expert group) hold the same ones. Every rank reads its own data.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -112,6 +112,15 @@ class Mesh:
         total = tensor.detach().clone()
         dist.all_reduce(total)
         return total
+
+    def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over all ranks, in one collective."""
+        if tensors:
+            total = torch.cat([tensor.flatten() for tensor in tensors])
+            dist.all_reduce(total)
+            parts = total.split([tensor.numel() for tensor in tensors])
+            for tensor, part in zip(tensors, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
 
 
 def on_first_local_rank(work: Callable[[], T], within: timedelta = timedelta(days=1)) -> T:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.loss import cross_entropy_sum
-from moetrain.moe import Draws, Experts, LayerStats, MoE, Router
+from moetrain.moe import Decisions, Draws, Experts, LayerStats, MoE, Router
 from moetrain.moe.experts import swiglu
 from moetrain.moe.layer import Mode
 
@@ -161,6 +161,13 @@ class SharedGate(nn.Module):
         return share_BL2[..., :1] * routed_BLD + share_BL2[..., 1:] * shared_BLD
 
 
+class Memory:
+    """What a first pass decided, for the pass that recomputes it; empty before the first."""
+
+    def __init__(self) -> None:
+        self.decisions: Decisions | None = None
+
+
 def _add(_x: Tensor, routed: Tensor, shared: Tensor) -> Tensor:
     return routed + shared
 
@@ -187,20 +194,37 @@ class Block(nn.Module):
         self.shared_gate = shared_gate
 
     def forward(
-        self, x_BLD: Tensor, tokens: Tokens, mask: Tensor | None, cache: KVCache | None
+        self,
+        x_BLD: Tensor,
+        tokens: Tokens,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        memory: Memory | None = None,
     ) -> tuple[Tensor, LayerStats | None]:
-        """Output (B, L, D) and, from an MoE block, its statistics."""
-        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), mask, cache)
-        h_BLD = self.ffn_norm(x_BLD)
+        """Output (B, L, D) and, from an MoE block, its statistics.
+
+        With a `memory` the first pass notes in it what it decided, and later ones repeat that.
+        """
+        x_BLD, h_BLD = self.attend(x_BLD, mask, cache)
         if self.moe is None:
             assert self.feed_forward is not None
             return x_BLD + self.feed_forward(h_BLD), None
-        y_BLD, stats = self.moe(h_BLD, *tokens)
+        if memory is None:
+            y_BLD, stats, _ = self.moe(h_BLD, *tokens)
+        else:
+            y_BLD, stats, memory.decisions = self.moe(h_BLD, *tokens, decided=memory.decisions)
         if self.feed_forward is not None:
             shared_BLD = self.feed_forward(h_BLD)
             mix = self.shared_gate or _add
             y_BLD = mix(h_BLD, y_BLD, shared_BLD)
         return x_BLD + y_BLD, stats
+
+    def attend(
+        self, x_BLD: Tensor, mask: Tensor | None, cache: KVCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and normalised for the feed-forward layer."""
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), mask, cache)
+        return x_BLD, self.ffn_norm(x_BLD)
 
 
 class Transformer(nn.Module):

@@ -84,13 +84,21 @@ def global_grad_norm(
 ) -> Tensor:
     """The 2-norm of the whole model's gradient, every parameter counted once: fp64, 0-d.
 
-    NaN on every rank if `also_finite` (0-d) is not finite on any. Collective over the default
-    group. `replicas` is the number of ranks that hold the same shard.
+    `replicas` is the number of ranks that hold the same shard of a DTensor; a plain tensor is whole
+    on every rank. NaN on every rank if `also_finite` (0-d) is not finite on any. Collective over
+    the default group.
     """
-    grads = [_local(p.grad) for p in parameters if p.grad is not None]
-    total = nn.utils.get_total_norm(grads).double().square() + 0 * also_finite
+    grads = [p.grad for p in parameters if p.grad is not None]
+    sharded = [grad.to_local() for grad in grads if isinstance(grad, DTensor)]
+    whole = [grad for grad in grads if not isinstance(grad, DTensor)]
+    total = _squares(sharded) / replicas + _squares(whole) / dist.get_world_size()
+    total = total + 0 * also_finite
     dist.all_reduce(total)
-    return (total / replicas).sqrt()
+    return total.sqrt()
+
+
+def _squares(tensors: list[Tensor]) -> Tensor:
+    return nn.utils.get_total_norm(tensors).double().square()
 
 
 def scale_grads(parameters: Iterable[nn.Parameter], factor: float) -> None:

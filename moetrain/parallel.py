@@ -2,9 +2,11 @@
 
 1. expert parallelism: expert weights become DTensors sharded by expert over `ep`, and every MoE
    layer gets the all-to-all dispatcher;
-2. FSDP2: routers (in fp32) and dense weights over all data ranks, experts over the ranks that hold
-   the same ones;
-3. storage: the meta-device model gets memory, and its initial values.
+2. compilation of the regions between what FSDP2 gathers;
+3. recomputation of whole blocks in the backward pass;
+4. FSDP2: dense weights over all data ranks, experts over the ranks that hold the same ones. Routers
+   stay whole on every rank, in fp32: they are small, and a gather each would cost more;
+5. storage: the meta-device model gets memory, and its initial values.
 
 Gradients are summed, not averaged: the loss is already divided by the global number of targets, so
 dense and expert weights need no divisor, whatever the number of ranks that hold them.
@@ -12,30 +14,52 @@ dense and expert weights need no divisor, whatever the number of ranks that hold
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from moetrain.mesh import Mesh
-from moetrain.model import Transformer, initial_value
-from moetrain.moe import AllToAll, Experts, MoE
+from moetrain.model import Block, Memory, Transformer, initial_value
+from moetrain.moe import AllToAll, Experts, MoE, Router
+from moetrain.moe.layer import LayerOutput, Mode
 
 Precision = Literal["fp32", "bf16", "fp64"]
+Recompute = Literal["none", "selective", "full"]
 
 
-def parallelize(model: Transformer, mesh: Mesh, precision: Precision, seed: int) -> Transformer:
+def parallelize(
+    model: Transformer,
+    mesh: Mesh,
+    precision: Precision,
+    seed: int,
+    recompute: Recompute = "none",
+    compiled: bool = False,
+) -> Transformer:
     """Spread a model built on the meta device over the mesh and initialise it, in place."""
     if precision == "fp64":
         model.double()
     if mesh.ep > 1:
         _apply_expert_parallelism(model, mesh)
+    if compiled:
+        _compile(model)
+    _apply_recompute(model, recompute)
     _apply_fsdp(model, mesh, precision)
     model.to_empty(device=mesh.device)
     _initialise(model, mesh, seed)
     return model
+
+
+def router_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that every rank holds whole; their gradients are for the engine to sum."""
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    return [weight for router in routers for weight in router.parameters()]
 
 
 def _apply_expert_parallelism(model: Transformer, mesh: Mesh) -> None:
@@ -49,31 +73,153 @@ def _apply_expert_parallelism(model: Transformer, mesh: Mesh) -> None:
                 module.experts.register_parameter(name, nn.Parameter(sharded))
 
 
+# ---------------------------------------------------------------- compilation
+
+
+def _compile(model: Transformer) -> None:
+    """Compile what lies between two gathers, each region as one graph.
+
+    FSDP2's hooks cannot be traced, so they stay outside. Without a capacity, rows differ from call
+    to call and their numbers are read on the host: such passes run as they are.
+    """
+    # The draws of a layer are keyed by its number, so that every layer may need a graph of its own,
+    # and more for evaluation and recomputation.
+    limit = 8 * len(model.blocks)
+    torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        _replace(block, "attend", _one_graph(block.attend))
+        if block.moe is not None:
+            _replace(block.moe, "forward", _where_static(block.moe))
+        elif block.feed_forward is not None:
+            _replace(block.feed_forward, "forward", _one_graph(block.feed_forward.forward))
+
+
+def _one_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def _replace(module: nn.Module, method: str, function: Callable[..., Any]) -> None:
+    """Give one module another method; hooks that are registered later surround it."""
+    object.__setattr__(module, method, function)
+
+
+def _where_static(moe: MoE) -> Callable[..., Any]:
+    """The compiled forward pass for modes with a capacity, the plain one for the others."""
+    plain, compiled = moe.forward, _one_graph(moe.forward)
+
+    def forward(x_BLD: Tensor, valid_BL: Tensor, mode: Mode, *others: Any) -> Any:
+        run = plain if moe.factors[mode] is None else compiled
+        return run(x_BLD, valid_BL, mode, *others)
+
+    return forward
+
+
+# ---------------------------------------------------------------- recomputation
+
+
+_aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
+_COSTLY = [
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten._grouped_mm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _c10d.all_to_all_single.default,
+]
+"""What selective recomputation keeps: matrix products, attention, what was communicated."""
+
+
+def _apply_recompute(model: Transformer, recompute: Recompute) -> None:
+    """Let the forward pass forget what it computed, for the backward pass to compute it again.
+
+    full: everything but a block's input and what its router decided. selective: norms, activations
+    and permutations, but nothing that took a matrix product or a collective; in regions between
+    FSDP2's hooks, of which the bookkeeping of saved operations must not see anything.
+    """
+    if recompute == "none":
+        return
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        if recompute == "full":
+            _replace(block, "forward", _recomputed(block.forward, with_memory=True))
+            continue
+        selective = partial(create_selective_checkpoint_contexts, _COSTLY)
+        _replace(block, "attend", _recomputed(block.attend, context_fn=selective))
+        for module in (block.moe, block.feed_forward):
+            if module is not None:
+                has_memory = isinstance(module, MoE)
+                forward = _remembering(module.forward) if has_memory else module.forward
+                run = _recomputed(forward, with_memory=has_memory, context_fn=selective)
+                _replace(module, "forward", run)
+
+
+def _remembering(forward: Callable[..., LayerOutput]) -> Callable[..., LayerOutput]:
+    """An MoE layer's forward pass that notes what it decided, or repeats it."""
+
+    def run(*arguments: Any) -> LayerOutput:
+        *others, memory = arguments
+        output = forward(*others, decided=memory.decisions)
+        memory.decisions = output.decisions
+        return output
+
+    return run
+
+
+def _recomputed(
+    forward: Callable[..., Any], with_memory: bool = False, **options: Any
+) -> Callable[..., Any]:
+    """A function that keeps its arguments alone; each of its calls has a memory of its own."""
+    # No generator state: all draws are keyed.
+    keep = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, **options)
+
+    def run(*arguments: Any) -> Any:
+        memory = (Memory(),) if with_memory else ()
+        if not torch.is_grad_enabled():
+            return forward(*arguments, *memory)
+        return keep(forward, *arguments, *memory)
+
+    return run
+
+
+# ---------------------------------------------------------------- FSDP2
+
+
 def _apply_fsdp(model: Transformer, mesh: Mesh, precision: Precision) -> None:
     # The reduction stays in the master precision; activations are cast nowhere on the way.
-    compute = MixedPrecisionPolicy(
+    policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision == "bf16" else None,
         reduce_dtype=torch.float32 if precision == "bf16" else None,
         cast_forward_inputs=False,
     )
-    exact = MixedPrecisionPolicy(cast_forward_inputs=False)
-    for module in list(model.modules()):
-        if isinstance(module, MoE):
-            if any(True for _ in module.router.parameters()):
-                fully_shard(module.router, mesh=mesh.dense, mp_policy=exact)
-            fully_shard(
-                module.experts,
-                mesh=mesh.same_experts,
-                mp_policy=compute,
-                shard_placement_fn=lambda weight: Shard(1),
-            )
+    shard = partial(fully_shard, mp_policy=policy, ignored_params=set(router_weights(model)))
+    units: list[nn.Module] = []
     for block in model.blocks:
-        fully_shard(block, mesh=mesh.dense, mp_policy=compute)
-    fully_shard(model, mesh=mesh.dense, mp_policy=compute)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+        layers = [module for module in block.modules() if isinstance(module, MoE)]
+        for layer in layers:
+            # The whole layer rather than its experts, which it may call several times.
+            shard(layer, mesh=mesh.same_experts, shard_placement_fn=lambda weight: Shard(1))
+        shard(block, mesh=mesh.dense)
+        units += [block, *layers]
+    shard(model, mesh=mesh.dense)
+    for unit in (model, *units):
+        assert isinstance(unit, FSDPModule)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    _prefetch(units)
+
+
+def _prefetch(units: list[Any]) -> None:
+    """Gather the weights of the next unit while one computes, in both passes."""
+    for unit, following in pairwise(units):
+        unit.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([unit])
+
+
+# ---------------------------------------------------------------- initial values
 
 
 @torch.no_grad()
@@ -83,15 +229,20 @@ def _initialise(model: Transformer, mesh: Mesh, seed: int) -> None:
     ep_rank = mesh.expert_parallel.get_local_rank()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            assert isinstance(parameter, DTensor)
             experts = range(0)
             if isinstance(module, Experts):
                 num_local = parameter.shape[0] // mesh.ep
                 experts = range(ep_rank * num_local, (ep_rank + 1) * num_local)
             value = initial_value(module, name, parameter.shape, seed, len(model.blocks), experts)
-            fsdp_mesh = mesh.same_experts if isinstance(module, Experts) else mesh.dense
-            placements = parameter.placements[: fsdp_mesh.ndim]
-            local = distribute_tensor(
-                value.to(mesh.device, parameter.dtype), fsdp_mesh, placements, src_data_rank=None
-            )
-            parameter.to_local().copy_(local.to_local())
+            _fill(parameter, value, mesh.same_experts if experts else mesh.dense)
+
+
+def _fill(parameter: nn.Parameter, value: Tensor, fsdp_mesh: Any) -> None:
+    """Set this rank's part of a parameter; `value` is what the ranks of `fsdp_mesh` share."""
+    value = value.to(parameter.device, parameter.dtype)
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(value)
+        return
+    placements = parameter.placements[: fsdp_mesh.ndim]
+    local = distribute_tensor(value, fsdp_mesh, placements, src_data_rank=None)
+    parameter.to_local().copy_(local.to_local())

@@ -43,7 +43,7 @@ def set_up(config: Config, folder: Path, mesh: Mesh) -> Run:
         "give every node the same files (and for stdlib the same Python)",
     )
     model = build_model(config, prepared.manifest.vocab_size)
-    engine = TorchEngine(model, mesh, config.engine.precision, config.seed, config.train)
+    engine = TorchEngine(model, mesh, config.seed, config.engine, config.train)
     samples, held_out = (
         Samples(prepared, split, config.data.seq_len, config.seed, config.data.mask_documents)
         for split in ("train", "eval")

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from layouts import BATCH, CLIP_NORM, IGNORE, LENGTH, STEPS, VOCAB, Text
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from moetrain.build import build_model, gate
 from moetrain.config import Config, TrainConfig
@@ -68,8 +68,9 @@ class Noting:
         self.went: list[Tensor] = []
 
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Any:
-        """See `Dispatcher`. A pass without a backward pass to come is none that trains."""
-        if torch.is_grad_enabled():
+        """See `Dispatcher`. A pass without a backward pass to come is none that trains, and one
+        inside a backward pass recomputes."""
+        if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
             self.went.append(_expert_of_row(plan).take(plan.row_TK))
         return self.dispatcher.dispatch(x_TD, plan)
 
@@ -356,14 +357,10 @@ def build_run(config: Config, text: Text, change: Change | None = None) -> Run:
     """A run of this rank, with routers changed before the first step."""
     mesh = Mesh(torch.device("cpu"), config.parallel.ep, config.parallel.dp_replicate)
     model = build_model(config, VOCAB)
-    engine = TorchEngine(model, mesh, config.engine.precision, config.seed, config.train)
+    engine = TorchEngine(model, mesh, config.seed, config.engine, config.train)
     for name, weight in engine.weights.items():
         if change and "router" in name:
-            assert isinstance(weight, DTensor)
-            value = change(weight.full_tensor().detach())
-            where = weight.device_mesh, weight.placements
-            with torch.no_grad():
-                weight.copy_(distribute_tensor(value, *where, src_data_rank=None))
+            weight.data.copy_(change(weight.detach()))
     serving: Any = Serving(text)
     # There is nothing prepared and no folder: a step reads neither.
     return Run(config, Path(), mesh, None, Watched(engine), serving, serving)  # type: ignore[arg-type]

@@ -114,7 +114,7 @@ def test_bf16_routes_in_fp32_and_counts_in_int64(factor: float | None) -> None:
         layer.router.weight[:, 0] = torch.tensor([256, 256])
         layer.router.weight[1, 1] = 1
     x_BLD = torch.ones(1, 301, DIM, dtype=torch.bfloat16, requires_grad=True)
-    y_BLD, stats = layer(x_BLD, torch.ones(1, 301, dtype=torch.bool), "train")
+    y_BLD, stats, _ = layer(x_BLD, torch.ones(1, 301, dtype=torch.bool), "train")
     assert stats.ledger.outcome_EKO[:, 0].sum(-1).tolist() == [0, 301]
     assert all(count.dtype == torch.int64 for count in stats.ledger)
     routing = layer.router(inputs_of(x_BLD))

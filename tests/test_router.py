@@ -110,7 +110,7 @@ def test_the_bias_evens_out_a_skewed_router() -> None:
         layer.router.weight[0] += 2 * x_BLD.mean((0, 1)).sign()
     violations = []
     for _ in range(40):
-        _, stats = layer(x_BLD, valid_BL, "train")
+        _, stats, _ = layer(x_BLD, valid_BL, "train")
         load_E = stats.demand.count_GE[0]
         violations.append(load_E.max().item() * EXPERTS / 256 - 1)
         layer.router.rebalance(load_E, rate=0.01)
@@ -207,10 +207,10 @@ def test_a_text_continued_is_a_text_read_at_once(kind: str, mode: str) -> None:
     layer = build(ROUTERS[kind], EXPERTS)
     x_BLD, token_BL = random_x(2, 7), torch.arange(14).view(2, 7) % 4
     valid_BL = torch.ones(2, 7, dtype=torch.bool)
-    whole, _ = layer(x_BLD, valid_BL, mode, None, token_BL)
+    whole, *_ = layer(x_BLD, valid_BL, mode, None, token_BL)
     for start, stop in ((0, 3), (3, 4), (4, 7)):
         cut = slice(start, stop)
-        y, _ = layer(x_BLD[:, cut], valid_BL[:, cut], mode, None, token_BL[:, cut], start)
+        y, *_ = layer(x_BLD[:, cut], valid_BL[:, cut], mode, None, token_BL[:, cut], start)
         close(y, whole[:, cut])
 
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from adapters.plain import PlainEngine
 from moetrain import checkpoint as checkpoints
 from moetrain.build import gate as build_gate
-from moetrain.config import Config, TrainConfig
+from moetrain.config import Config, EngineConfig, TrainConfig
 from moetrain.engines.torch import TorchEngine
 from moetrain.mesh import Mesh
 from moetrain.metrics import layer_line
@@ -71,16 +71,17 @@ class Stack(nn.Module):
 
     def __init__(self, layers: list[MoE]):
         super().__init__()
-        self.blocks = nn.ModuleList(layers)
+        self.layers = layers
+        self.blocks = nn.ModuleList(nn.Sequential(layer) for layer in layers)
 
     def forward(self, tokens: Tokens, mode: Mode, draws: Draws | None, recompute: bool) -> Any:
         """Output (B, L, D), and the stats of every layer."""
         inputs = (tokens.x_BLD, tokens.valid_BL, mode, draws, tokens.vocabulary_BL)
         results = [
-            checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
-            for block in self.blocks
+            checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
+            for layer in self.layers
         ]
-        return sum(y for y, _ in results), tuple(stats for _, stats in results)
+        return sum(y for y, *_ in results), tuple(stats for _, stats, _ in results)
 
 
 class Notes:
@@ -124,8 +125,8 @@ class ShardedEngine:
 
     def __init__(self, stack: Stack, mesh: Mesh, dtype: torch.dtype):
         model: Any = stack  # it asks a model for nothing but its modules and blocks
-        settings = TrainConfig(clip_norm=0)
-        self.engine = TorchEngine(model, mesh, PRECISION[dtype], 0, settings)
+        engine, train = EngineConfig(precision=PRECISION[dtype]), TrainConfig(clip_norm=0)
+        self.engine = TorchEngine(model, mesh, 0, engine, train)
         self.model, self.weights, self.buffers = model, self.engine.weights, self.engine.buffers
         self.backward, self.step = self.engine.backward, self.engine.step
 
@@ -161,7 +162,7 @@ class OwnLayer:
             if kind == "engine"
             else PlainEngine(stack, mesh, case.dtype, case.layers)
         )
-        self.notes = Notes(stack.blocks[0])  # type: ignore[arg-type]
+        self.notes = Notes(stack.layers[0])
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**self.engine.weights, **self.engine.buffers}
@@ -319,11 +320,11 @@ class Own:
 
     def router(self, layer: int) -> str:
         """See `Adapter`."""
-        return f"blocks.{layer}.router.weight"
+        return f"blocks.{layer}.0.router.weight"
 
     def experts(self, layer: int) -> str:
         """See `Adapter`."""
-        return f"blocks.{layer}.experts."
+        return f"blocks.{layer}.0.experts."
 
     def connect(self, layout: Layout) -> Mesh:
         """The mesh."""

@@ -7,21 +7,23 @@ import math
 import torch
 from torch import Tensor
 
-from moetrain.config import TrainConfig
+from moetrain.config import EngineConfig, TrainConfig
 from moetrain.mesh import Mesh
 from moetrain.model import Transformer
 from moetrain.optim import adamw, global_grad_norm, scale_grads
-from moetrain.parallel import Precision, parallelize
+from moetrain.parallel import parallelize, router_weights
 
 
 class TorchEngine:
     """A model spread by `parallelize`, and AdamW over its shards."""
 
     def __init__(
-        self, model: Transformer, mesh: Mesh, precision: Precision, seed: int, train: TrainConfig
+        self, model: Transformer, mesh: Mesh, seed: int, engine: EngineConfig, train: TrainConfig
     ):
         """Takes a model on the meta device. Collective over the mesh."""
-        self.model = parallelize(model, mesh, precision, seed)
+        recompute, compiled = engine.activation_checkpointing, engine.compile
+        self.model = parallelize(model, mesh, engine.precision, seed, recompute, compiled)
+        self._routers = router_weights(model)
         # Kept here: between a forward and a backward pass, FSDP2 puts gathered copies in the model.
         self.weights = dict(self.model.named_parameters())
         self.mesh = mesh
@@ -39,6 +41,8 @@ class TorchEngine:
         """See `Engine`. Gradients are reduced over the ranks once, at the last micro-batch."""
         self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
         loss.backward()
+        if last:
+            self.mesh.sum_in_place([weight.grad for weight in self._routers])  # type: ignore[misc]
         self._losses += loss.detach()
 
     def step(self, lr: float) -> float:

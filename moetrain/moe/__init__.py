@@ -7,7 +7,7 @@ from moetrain.moe.capacity import Plan, capacity
 from moetrain.moe.dispatch import AllToAll, Dispatcher, Local
 from moetrain.moe.experts import Experts
 from moetrain.moe.keyed import Draws
-from moetrain.moe.layer import LayerStats, MoE
+from moetrain.moe.layer import Decisions, LayerOutput, LayerStats, MoE
 from moetrain.moe.ledger import OUTCOMES, Ledger
 from moetrain.moe.router import Gate, Router
 from moetrain.moe.routing import Routing
@@ -15,10 +15,12 @@ from moetrain.moe.routing import Routing
 __all__ = [
     "OUTCOMES",
     "AllToAll",
+    "Decisions",
     "Dispatcher",
     "Draws",
     "Experts",
     "Gate",
+    "LayerOutput",
     "LayerStats",
     "Ledger",
     "Local",

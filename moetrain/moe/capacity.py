@@ -37,6 +37,7 @@ class Plan(NamedTuple):
     that are filled. (Groups of padding alone are there to fill up a batch, at some layouts.)"""
 
 
+@torch.compiler.assume_constant_result  # fractions cannot be traced
 def capacity(group_size: int, experts: int, k: int, factor: float, min_capacity: int) -> int:
     """Slots per expert in one routing group: max(min_capacity, ⌈factor·K·S/E⌉), at most S.
 

@@ -20,7 +20,7 @@ from moetrain.moe.keyed import Draws
 from moetrain.moe.ledger import GateMass, Ledger, gate_mass, ledger
 from moetrain.moe.router import Gate, Inputs, Router
 from moetrain.moe.routing import Routing, comparable
-from moetrain.moe.spill import spill
+from moetrain.moe.spill import settle, spill
 
 Mode = Literal["train", "eval", "generate"]
 GroupName = Literal["sequence", "microbatch"]
@@ -40,6 +40,16 @@ class LayerStats(NamedTuple):
     gate_mass: GateMass
 
 
+class Decisions(NamedTuple):
+    """All that a routing decided, in integers: enough to route again without deciding anything."""
+
+    chosen_TK: Tensor
+    sampled_TK: Tensor
+    settled_TK: Tensor
+    """The experts that are asked in the end; see `Routed.settled`."""
+    plan: Plan
+
+
 class Routed(NamedTuple):
     """Where the tokens of one call go."""
 
@@ -50,6 +60,20 @@ class Routed(NamedTuple):
     plan: Plan
     group_size: int
     """Tokens of a routing group."""
+
+    @property
+    def decisions(self) -> Decisions:
+        """What recomputation must repeat."""
+        record, settled = self.record, self.settled
+        return Decisions(record.expert_TK, record.sampled_TK, settled.expert_TK, self.plan)
+
+
+class LayerOutput(NamedTuple):
+    """What a forward pass of the layer returns."""
+
+    y_BLD: Tensor
+    stats: LayerStats
+    decisions: Decisions
 
 
 class MoE(nn.Module):
@@ -100,21 +124,23 @@ class MoE(nn.Module):
         draws: Draws | None = None,
         token_BL: Tensor | None = None,
         start: int = 0,
-    ) -> tuple[Tensor, LayerStats]:
-        """Output (B, L, D) and the layer's losses and counts.
+        decided: Decisions | None = None,
+    ) -> LayerOutput:
+        """Output (B, L, D), the layer's losses and counts, and what it decided.
 
         `valid_BL` (bool) is False for padding: its output is zero, and whatever it holds reaches
         nothing. `draws` are used in mode "train" alone. `token_BL` (int64) are vocabulary ids,
         which the gates `hash` and `random` look at, and `start` is the position of the first.
+        `decided` repeats an earlier pass: weights are computed anew, nothing is decided anew.
 
         Raises ValueError where a gate or drop policy lacks the draws or ids it needs.
         """
-        routed = self.route(x_BLD, valid_BL, mode, draws, token_BL, start)
+        routed = self.route(x_BLD, valid_BL, mode, draws, token_BL, start, decided)
         plan, gate_TK = routed.plan, routed.settled.gate_TK
         arrived = self.dispatcher.dispatch(x_BLD.flatten(0, 1), plan)
         rows = self.experts(arrived.rows, arrived.counts)
         y_TD = self.dispatcher.combine(rows, arrived, plan, gate_TK)
-        return y_TD.view_as(x_BLD), self.stats(routed)
+        return LayerOutput(y_TD.view_as(x_BLD), self.stats(routed), routed.decisions)
 
     def route(
         self,
@@ -124,6 +150,7 @@ class MoE(nn.Module):
         draws: Draws | None = None,
         token_BL: Tensor | None = None,
         start: int = 0,
+        decided: Decisions | None = None,
     ) -> Routed:
         """All that happens before any row moves; takes and raises what `forward` does."""
         valid_T = valid_BL.flatten()
@@ -138,13 +165,17 @@ class MoE(nn.Module):
             draws,
             group_size,
             slots,
+            None if decided is None else decided.chosen_TK,
         )
         record = self.router(inputs)
+        spills = self.drop_policy == "spill" and slots is not None
+        if decided is not None:
+            record = record._replace(sampled_TK=decided.sampled_TK)
+            settled = settle(record, decided.settled_TK) if spills else record
+            return Routed(record, settled, decided.plan, group_size)
         if slots is None:
             return Routed(record, record, plan_dropless(record), group_size)
-        settled = record
-        if self.drop_policy == "spill":
-            settled = spill(record, group_size, slots, self.spill_depth)
+        settled = spill(record, group_size, slots, self.spill_depth) if spills else record
         plan = plan_capacity(settled, group_size, slots, self._priority(settled, draws))
         return Routed(record, settled, plan, group_size)
 

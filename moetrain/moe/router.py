@@ -80,6 +80,8 @@ class Inputs(NamedTuple):
     """Tokens of a routing group."""
     slots: int | None
     """Capacity of an expert in a group; None when dropless."""
+    chosen_TK: Tensor | None = None
+    """int64: what an earlier pass chose, to be weighed anew."""
 
 
 class Router(nn.Module):
@@ -134,19 +136,20 @@ def _switch(router: Router, inputs: Inputs) -> Routing:
     if inputs.draws is not None and gate.jitter > 0:
         noise_TD = keyed.uniform(inputs.draws, router.layer, "jitter", x_TD.shape[1])
         x_TD = x_TD * (1 + gate.jitter * (2 * noise_TD - 1))
-    return routing.switch(_logits(router.weight, x_TD), inputs.valid_T)
+    return routing.switch(_logits(router.weight, x_TD), inputs.valid_T, inputs.chosen_TK)
 
 
 def _gshard(router: Router, inputs: Inputs) -> Routing:
     uniform_T = None
     if inputs.draws is not None and router.gate.random_second:
         uniform_T = keyed.uniform(inputs.draws, router.layer, "second expert")
-    return routing.gshard(_logits(router.weight, inputs.x_TD), inputs.valid_T, uniform_T)
+    logits_TE = _logits(router.weight, inputs.x_TD)
+    return routing.gshard(logits_TE, inputs.valid_T, uniform_T, inputs.chosen_TK)
 
 
 def _topk(router: Router, inputs: Inputs) -> Routing:
-    logits_TE = _logits(router.weight, inputs.x_TD)
-    return routing.topk(logits_TE, inputs.valid_T, router.gate.top_k, router.gate.renormalize)
+    gate, logits_TE = router.gate, _logits(router.weight, inputs.x_TD)
+    return routing.topk(logits_TE, inputs.valid_T, gate.top_k, gate.renormalize, inputs.chosen_TK)
 
 
 def _noisy_topk(router: Router, inputs: Inputs) -> Routing:
@@ -154,7 +157,9 @@ def _noisy_topk(router: Router, inputs: Inputs) -> Routing:
     normal_TE = None
     if inputs.draws is not None:
         normal_TE = keyed.normal(inputs.draws, router.layer, "noise", router.num_experts)
-    return routing.noisy_topk(clean_TE, raw_std_TE, inputs.valid_T, router.gate.top_k, normal_TE)
+    return routing.noisy_topk(
+        clean_TE, raw_std_TE, inputs.valid_T, router.gate.top_k, normal_TE, inputs.chosen_TK
+    )
 
 
 def _sigmoid(router: Router, inputs: Inputs) -> Routing:
@@ -167,6 +172,7 @@ def _sigmoid(router: Router, inputs: Inputs) -> Routing:
         gate.scale,
         gate.groups,
         gate.top_groups,
+        inputs.chosen_TK,
     )
 
 
@@ -174,7 +180,13 @@ def _hierarchical(router: Router, inputs: Inputs) -> Routing:
     gate = router.gate
     outer_TA, inner_TE = (_logits(w, inputs.x_TD) for w in (router.group_weight, router.weight))
     return routing.hierarchical(
-        outer_TA, inner_TE, inputs.valid_T, gate.top_k, gate.top_groups, gate.renormalize
+        outer_TA,
+        inner_TE,
+        inputs.valid_T,
+        gate.top_k,
+        gate.top_groups,
+        gate.renormalize,
+        inputs.chosen_TK,
     )
 
 
@@ -182,7 +194,9 @@ def _expert_choice(router: Router, inputs: Inputs) -> Routing:
     if inputs.slots is None:
         raise ValueError("expert_choice needs a capacity: it is what the experts choose by")
     logits_TE = _logits(router.weight, inputs.x_TD)
-    return routing.expert_choice(logits_TE, inputs.valid_T, inputs.group_size, inputs.slots)
+    return routing.expert_choice(
+        logits_TE, inputs.valid_T, inputs.group_size, inputs.slots, inputs.chosen_TK
+    )
 
 
 def _dense(router: Router, inputs: Inputs) -> Routing:

@@ -3,7 +3,9 @@
 Shape suffixes: T tokens on this rank, E experts, K choices per token, A groups of experts with e
 each, M of them open to a token, k choices inside each of those, G routing groups, S tokens of one,
 N assignments of one.
-A gate knows nothing of capacity or transport; its record is all that they need.
+A gate knows nothing of capacity or transport; its record is all that they need. Given the choices
+that an earlier pass made (`chosen_TK`), it weighs those instead of choosing anew, so that
+recomputation cannot route otherwise.
 """
 
 from __future__ import annotations
@@ -94,26 +96,37 @@ def _record(
     return Routing(expert_TK, gate_TK, prob_TE, logits_TE, score_TE.detach(), sampled_TK, valid_T)
 
 
-def topk(logits_TE: Tensor, valid_T: Tensor, k: int, renormalize: bool) -> Routing:
+def topk(
+    logits_TE: Tensor,
+    valid_T: Tensor,
+    k: int,
+    renormalize: bool,
+    chosen_TK: Tensor | None = None,
+) -> Routing:
     """Softmax, then the k most probable experts.
 
     `renormalize` divides the chosen probabilities by their sum (Mixtral, 2401.04088: true;
     OLMoE, 2409.02060: false).
     """
     prob_TE = logits_TE.softmax(dim=-1)
-    expert_TK = choose(prob_TE, k)
+    expert_TK = choose(prob_TE, k) if chosen_TK is None else chosen_TK
     gate_TK = prob_TE.gather(1, expert_TK)
     if renormalize:
         gate_TK = gate_TK / gate_TK.sum(dim=-1, keepdim=True)
     return _record(expert_TK, gate_TK, prob_TE, logits_TE, valid_T)
 
 
-def switch(logits_TE: Tensor, valid_T: Tensor) -> Routing:
+def switch(logits_TE: Tensor, valid_T: Tensor, chosen_TK: Tensor | None = None) -> Routing:
     """The single most probable expert, weighted by its probability (2101.03961 §2.1)."""
-    return topk(logits_TE, valid_T, k=1, renormalize=False)
+    return topk(logits_TE, valid_T, 1, renormalize=False, chosen_TK=chosen_TK)
 
 
-def gshard(logits_TE: Tensor, valid_T: Tensor, uniform_T: Tensor | None) -> Routing:
+def gshard(
+    logits_TE: Tensor,
+    valid_T: Tensor,
+    uniform_T: Tensor | None,
+    chosen_TK: Tensor | None = None,
+) -> Routing:
     """Top-2 gating with a random second expert (2006.16668, Algorithm 1).
 
     Gates are renormalised by g1 + g2 before anything is dropped. With `uniform_T` (U[0, 1), one
@@ -121,7 +134,7 @@ def gshard(logits_TE: Tensor, valid_T: Tensor, uniform_T: Tensor | None) -> Rout
     A second choice that is not sampled asks for no slot: Lingvo's reading. (The paper's listing
     advances the expert's counter either way.)
     """
-    routing = topk(logits_TE, valid_T, k=2, renormalize=True)
+    routing = topk(logits_TE, valid_T, 2, renormalize=True, chosen_TK=chosen_TK)
     if uniform_T is None:
         return routing
     sampled_TK = routing.sampled_TK.clone()
@@ -137,7 +150,12 @@ def dense(logits_TE: Tensor, valid_T: Tensor) -> Routing:
 
 
 def noisy_topk(
-    clean_TE: Tensor, raw_std_TE: Tensor, valid_T: Tensor, k: int, normal_TE: Tensor | None
+    clean_TE: Tensor,
+    raw_std_TE: Tensor,
+    valid_T: Tensor,
+    k: int,
+    normal_TE: Tensor | None,
+    chosen_TK: Tensor | None = None,
 ) -> Routing:
     """Top-k of noisy logits H = clean + normal·softplus(raw_std), gates softmax over the k kept.
 
@@ -147,7 +165,7 @@ def noisy_topk(
     # (clean − threshold)/std² must not overflow: the gradient is that times a density of 0
     std_TE = F.softplus(raw_std_TE).clamp(min=torch.finfo(raw_std_TE.dtype).tiny ** 0.25)
     noisy_TE = clean_TE if normal_TE is None else clean_TE + normal_TE * std_TE
-    expert_TK = choose(noisy_TE, k)
+    expert_TK = choose(noisy_TE, k) if chosen_TK is None else chosen_TK
     gate_TK = noisy_TE.gather(1, expert_TK).softmax(dim=-1)
     load_TE = _probability_in_top_k(clean_TE, noisy_TE, std_TE, expert_TK)
     record = _record(expert_TK, gate_TK, noisy_TE.softmax(dim=-1), noisy_TE, valid_T, noisy_TE)
@@ -176,6 +194,7 @@ def sigmoid(
     scale: float = 1.0,
     num_groups: int = 1,
     top_groups: int = 1,
+    chosen_TK: Tensor | None = None,
 ) -> Routing:
     """DeepSeek-V3's gate (2412.19437 eq. 12-16): sigmoid scores, a bias that only the choice sees.
 
@@ -188,7 +207,7 @@ def sigmoid(
     biased_TE = log_TE.detach().exp() + bias_E
     if num_groups > 1:
         biased_TE = _limit_to_groups(biased_TE, num_groups, top_groups, k // top_groups)
-    expert_TK = choose(biased_TE, k)
+    expert_TK = choose(biased_TE, k) if chosen_TK is None else chosen_TK
     gate_TK = scale * log_TE.gather(1, expert_TK).softmax(dim=-1)
     return _record(expert_TK, gate_TK, log_TE.softmax(dim=-1), logits_TE, valid_T, biased_TE)
 
@@ -208,7 +227,13 @@ def _one_hot(index_TK: Tensor, size: int) -> Tensor:
 
 
 def hierarchical(
-    outer_TA: Tensor, inner_TE: Tensor, valid_T: Tensor, k: int, top_groups: int, renormalize: bool
+    outer_TA: Tensor,
+    inner_TE: Tensor,
+    valid_T: Tensor,
+    k: int,
+    top_groups: int,
+    renormalize: bool,
+    chosen_TK: Tensor | None = None,
 ) -> Routing:
     """Two levels (1701.06538 App. B): a gate over groups of experts, and one inside each group.
 
@@ -217,38 +242,58 @@ def hierarchical(
     its two gates, each divided by the sum of those chosen at its level where `renormalize`.
     Choices are ordered by weight. `prob_TE` is the product of the two probabilities.
     """
-    num_groups, num_experts = outer_TA.shape[1], inner_TE.shape[1]
-    size, per_group = num_experts // num_groups, k // top_groups
+    size = inner_TE.shape[1] // outer_TA.shape[1]
     outer_prob_TA = outer_TA.softmax(dim=-1)
-    inner_prob_TAe = inner_TE.unflatten(1, (num_groups, size)).softmax(dim=-1)
-
-    group_TM = choose(outer_prob_TA, top_groups)
-    outer_gate_TM = outer_prob_TA.gather(1, group_TM)
-    within_TMe = inner_prob_TAe.gather(1, group_TM[:, :, None].expand(-1, -1, size))
-    place_TMk = choose(within_TMe.flatten(0, 1), per_group).unflatten(0, group_TM.shape)
-    inner_gate_TMk = within_TMe.gather(2, place_TMk)
-    if renormalize:
-        outer_gate_TM = outer_gate_TM / outer_gate_TM.sum(dim=-1, keepdim=True)
-        inner_gate_TMk = inner_gate_TMk / inner_gate_TMk.sum(dim=-1, keepdim=True)
-
-    expert_TK = (group_TM[:, :, None] * size + place_TMk).flatten(1)
-    gate_TK = (outer_gate_TM[:, :, None] * inner_gate_TMk).flatten(1)
-    by_index_TK = expert_TK.argsort(dim=1)  # so that the stable sort settles ties by index
-    gate_TK = gate_TK.gather(1, by_index_TK)
-    by_gate_TK = gate_TK.detach().sort(dim=1, descending=True, stable=True).indices
-    # Not views: FSDP2 hangs its hooks on what a router returns, and warns of views.
-    prob_TE = outer_prob_TA.repeat_interleave(size, 1) * inner_prob_TAe.flatten(1)
+    inner_prob_TE = inner_TE.unflatten(1, (-1, size)).softmax(dim=-1).flatten(1)
+    shared_by = top_groups if renormalize else None
+    expert_TK = chosen_TK
+    if expert_TK is None:
+        levels = outer_prob_TA.detach(), inner_prob_TE.detach()
+        by_index_TK = _choose_in_groups(*levels, k, top_groups)
+        gate_TK = _weigh_levels(*levels, by_index_TK, shared_by)
+        by_gate_TK = gate_TK.sort(dim=1, descending=True, stable=True).indices
+        expert_TK = by_index_TK.gather(1, by_gate_TK)
+    # Not views: FSDP2 hangs its hooks on what a layer returns, and warns of views.
+    prob_TE = outer_prob_TA.repeat_interleave(size, 1) * inner_prob_TE
     logits_TE = outer_TA.repeat_interleave(size, 1) + inner_TE
-    return _record(
-        expert_TK.gather(1, by_index_TK).gather(1, by_gate_TK),
-        gate_TK.gather(1, by_gate_TK),
-        prob_TE,
-        logits_TE,
-        valid_T,
-    )
+    gate_TK = _weigh_levels(outer_prob_TA, inner_prob_TE, expert_TK, shared_by)
+    return _record(expert_TK, gate_TK, prob_TE, logits_TE, valid_T)
 
 
-def expert_choice(logits_TE: Tensor, valid_T: Tensor, group_size: int, slots: int) -> Routing:
+def _choose_in_groups(
+    outer_prob_TA: Tensor, inner_prob_TE: Tensor, k: int, top_groups: int
+) -> Tensor:
+    """The best experts of the best groups, by index, so that a stable sort settles ties by it."""
+    size = inner_prob_TE.shape[1] // outer_prob_TA.shape[1]
+    group_TM = choose(outer_prob_TA, top_groups)
+    inner_prob_TAe = inner_prob_TE.unflatten(1, (-1, size))
+    within_TMe = inner_prob_TAe.gather(1, group_TM[:, :, None].expand(-1, -1, size))
+    place_TMk = choose(within_TMe.flatten(0, 1), k // top_groups).unflatten(0, group_TM.shape)
+    return (group_TM[:, :, None] * size + place_TMk).flatten(1).sort(dim=1).values
+
+
+def _weigh_levels(
+    outer_prob_TA: Tensor, inner_prob_TE: Tensor, expert_TK: Tensor, shared_by: int | None
+) -> Tensor:
+    """The product of both levels' gates; each first divided by the sum over the groups chosen, and
+    over the choices in the same group, where the gates are `shared_by` so many groups."""
+    group_TK = expert_TK // (inner_prob_TE.shape[1] // outer_prob_TA.shape[1])
+    outer_TK, inner_TK = outer_prob_TA.gather(1, group_TK), inner_prob_TE.gather(1, expert_TK)
+    if shared_by is not None:
+        per_group = group_TK.shape[1] // shared_by
+        outer_TK = per_group * outer_TK / outer_TK.sum(dim=-1, keepdim=True)
+        is_same_TKK = group_TK[:, :, None] == group_TK[:, None, :]
+        inner_TK = inner_TK / inner_TK[:, None, :].where(is_same_TKK, 0).sum(dim=-1)
+    return outer_TK * inner_TK
+
+
+def expert_choice(
+    logits_TE: Tensor,
+    valid_T: Tensor,
+    group_size: int,
+    slots: int,
+    chosen_TE: Tensor | None = None,
+) -> Routing:
     """Every expert takes the `slots` tokens of a group that want it most (2202.09368 §3.2).
 
     The earlier token wins a tie, `comparable` saying what ties.
@@ -257,6 +302,16 @@ def expert_choice(logits_TE: Tensor, valid_T: Tensor, group_size: int, slots: in
     the whole group, so a token's experts depend on later tokens.
     """
     prob_TE = logits_TE.softmax(dim=-1)
+    expert_TE = chosen_TE
+    if expert_TE is None:
+        expert_TE = _taken_by_experts(prob_TE.detach(), valid_T, group_size, slots)
+    is_taken_TE = expert_TE < prob_TE.shape[1]
+    gate_TE = prob_TE.gather(1, expert_TE.where(is_taken_TE, 0)).where(is_taken_TE, 0)
+    return _record(expert_TE, gate_TE, prob_TE, logits_TE, valid_T)
+
+
+def _taken_by_experts(prob_TE: Tensor, valid_T: Tensor, group_size: int, slots: int) -> Tensor:
+    """The experts that take each token, best first, E for the rest: int64 (T, E)."""
     num_experts = prob_TE.shape[1]
     wanted_TE = comparable(prob_TE).masked_fill(~valid_T[:, None], -torch.inf)
     wanted_GSE = wanted_TE.unflatten(0, (-1, group_size))
@@ -264,10 +319,8 @@ def expert_choice(logits_TE: Tensor, valid_T: Tensor, group_size: int, slots: in
     taken_GSE = torch.zeros_like(wanted_GSE, dtype=torch.bool)
     taken_GSE.scatter_(1, order_GSE[:, :slots], True)
     taken_TE = taken_GSE.flatten(0, 1) & valid_T[:, None]
-    weight_TE = prob_TE.where(taken_TE, 0)
-    order_TE = weight_TE.detach().where(taken_TE, -1).sort(dim=1, descending=True, stable=True)[1]
-    expert_TE = order_TE.where(taken_TE.gather(1, order_TE), num_experts)
-    return _record(expert_TE, weight_TE.gather(1, order_TE), prob_TE, logits_TE, valid_T)
+    order_TE = prob_TE.where(taken_TE, -1).sort(dim=1, descending=True, stable=True).indices
+    return order_TE.where(taken_TE.gather(1, order_TE), num_experts)
 
 
 def ranked(score_TE: Tensor, valid_T: Tensor, k: int) -> Routing:

@@ -42,9 +42,12 @@ def spill(routing: Routing, group_size: int, slots: int, depth: int) -> Routing:
                 wanted_T.where(found_T, num_experts)[:, None], group_size, num_experts
             )
             lost_T = lost_T & ~found_T
-    return routing._replace(
-        expert_TK=expert_TK, gate_TK=_settled_gates(routing, expert_TK, lost_TK)
-    )
+    return settle(routing, expert_TK)
+
+
+def settle(routing: Routing, expert_TK: Tensor) -> Routing:
+    """The routing with the experts that `spill` found for it, E for none, and their gates."""
+    return routing._replace(expert_TK=expert_TK, gate_TK=_settled_gates(routing, expert_TK))
 
 
 def _ranking_beyond_choices(routing: Routing, most: int) -> Tensor:
@@ -78,13 +81,13 @@ def _first_come(wanted_T: Tensor, free_GE: Tensor) -> Tensor:
     return torch.empty_like(found_GS).scatter_(1, order_GS, found_GS).flatten()
 
 
-def _settled_gates(routing: Routing, expert_TK: Tensor, lost_TK: Tensor) -> Tensor:
+def _settled_gates(routing: Routing, expert_TK: Tensor) -> Tensor:
     """Gates after spilling: as probable as the new expert is, and never above what was lost.
 
     Most gates are c·p, and so is the new one. Where a bias or a group chose, p of the lost expert
     may be the smaller by far, which must not blow the weight up.
     """
-    num_experts = routing.num_experts
+    num_experts, lost_TK = routing.num_experts, expert_TK != routing.expert_TK
     new_TK, old_TK = (
         routing.prob_TE.gather(1, experts.clamp(max=num_experts - 1))
         for experts in (expert_TK, routing.expert_TK)
