@@ -107,7 +107,7 @@ class Case:
 
         def layer() -> None:
             x_BLD = self.x_BLD.detach().requires_grad_()
-            y_BLD, stats, _ = self.moe(x_BLD, *arguments[1:])
+            y_BLD, stats, *_ = self.moe(x_BLD, *arguments[1:])
             loss = y_BLD.float().sum() + stats.balance_sum + stats.z_sum
             loss.backward()
             self.moe.zero_grad()

@@ -8,6 +8,7 @@ V vocabulary.
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -209,12 +210,14 @@ class Block(nn.Module):
         if self.moe is None:
             assert self.feed_forward is not None
             return x_BLD + self.feed_forward(h_BLD), None
+        shared = None if self.feed_forward is None else partial(self.feed_forward, h_BLD)
         if memory is None:
-            y_BLD, stats, _ = self.moe(h_BLD, *tokens)
+            output = self.moe(h_BLD, *tokens, meanwhile=shared)
         else:
-            y_BLD, stats, memory.decisions = self.moe(h_BLD, *tokens, decided=memory.decisions)
-        if self.feed_forward is not None:
-            shared_BLD = self.feed_forward(h_BLD)
+            output = self.moe(h_BLD, *tokens, meanwhile=shared, decided=memory.decisions)
+            memory.decisions = output.decisions
+        y_BLD, stats, shared_BLD, _ = output
+        if shared_BLD is not None:
             mix = self.shared_gate or _add
             y_BLD = mix(h_BLD, y_BLD, shared_BLD)
         return x_BLD + y_BLD, stats

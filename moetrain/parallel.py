@@ -108,9 +108,9 @@ def _where_static(moe: MoE) -> Callable[..., Any]:
     """The compiled forward pass for modes with a capacity, the plain one for the others."""
     plain, compiled = moe.forward, _one_graph(moe.forward)
 
-    def forward(x_BLD: Tensor, valid_BL: Tensor, mode: Mode, *others: Any) -> Any:
+    def forward(x_BLD: Tensor, valid_BL: Tensor, mode: Mode, *others: Any, **named: Any) -> Any:
         run = plain if moe.factors[mode] is None else compiled
-        return run(x_BLD, valid_BL, mode, *others)
+        return run(x_BLD, valid_BL, mode, *others, **named)
 
     return forward
 
@@ -149,20 +149,20 @@ def _apply_recompute(model: Transformer, recompute: Recompute) -> None:
             continue
         selective = partial(create_selective_checkpoint_contexts, _COSTLY)
         _replace(block, "attend", _recomputed(block.attend, context_fn=selective))
-        for module in (block.moe, block.feed_forward):
-            if module is not None:
-                has_memory = isinstance(module, MoE)
-                forward = _remembering(module.forward) if has_memory else module.forward
-                run = _recomputed(forward, with_memory=has_memory, context_fn=selective)
-                _replace(module, "forward", run)
+        if block.moe is not None:  # shared experts are computed inside it
+            forward = _remembering(block.moe.forward)
+            run = _recomputed(forward, with_memory=True, context_fn=selective)
+            _replace(block.moe, "forward", run)
+        elif block.feed_forward is not None:
+            run = _recomputed(block.feed_forward.forward, context_fn=selective)
+            _replace(block.feed_forward, "forward", run)
 
 
 def _remembering(forward: Callable[..., LayerOutput]) -> Callable[..., LayerOutput]:
     """An MoE layer's forward pass that notes what it decided, or repeats it."""
 
-    def run(*arguments: Any) -> LayerOutput:
-        *others, memory = arguments
-        output = forward(*others, decided=memory.decisions)
+    def run(*arguments: Any, memory: Memory, **named: Any) -> LayerOutput:
+        output = forward(*arguments, decided=memory.decisions, **named)
         memory.decisions = output.decisions
         return output
 
@@ -176,11 +176,12 @@ def _recomputed(
     # No generator state: all draws are keyed.
     keep = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, **options)
 
-    def run(*arguments: Any) -> Any:
-        memory = (Memory(),) if with_memory else ()
+    def run(*arguments: Any, **named: Any) -> Any:
+        if with_memory:
+            named["memory"] = Memory()
         if not torch.is_grad_enabled():
-            return forward(*arguments, *memory)
-        return keep(forward, *arguments, *memory)
+            return forward(*arguments, **named)
+        return keep(forward, *arguments, **named)
 
     return run
 

@@ -144,7 +144,7 @@ def run(
     valid = valid or (True,) * shape.numel()
     token_BL = ids_for(shape.numel()).view(shape)
     arguments = (x_BLD, torch.tensor(valid).view(shape), mode, draws, token_BL)
-    y, stats, _ = (
+    y, stats, *_ = (
         checkpoint(layer, *arguments, use_reentrant=False)  # type: ignore[misc]
         if recompute
         else layer(*arguments)

@@ -28,7 +28,7 @@ from moetrain.engines.torch import TorchEngine
 from moetrain.evaluate import evaluate
 from moetrain.mesh import Mesh
 from moetrain.model import Output, Transformer, initial_value
-from moetrain.moe import Dispatcher, Draws, Gate, Ledger, MoE, Plan, Router, Routing
+from moetrain.moe import Dispatcher, Draws, Experts, Gate, Ledger, MoE, Plan, Router, Routing
 from moetrain.moe.keyed import step_key
 from moetrain.objective import LayerMeans, Means, reduce
 from moetrain.step import Position, Run, train_step
@@ -74,9 +74,9 @@ class Noting:
             self.went.append(_expert_of_row(plan).take(plan.row_TK))
         return self.dispatcher.dispatch(x_TD, plan)
 
-    def combine(self, rows: Tensor, arrived: Any, plan: Plan, gate_TK: Tensor) -> Tensor:
+    def combine(self, experts: Experts, arrived: Any, gate_TK: Tensor) -> Tensor:
         """See `Dispatcher`."""
-        return self.dispatcher.combine(rows, arrived, plan, gate_TK)
+        return self.dispatcher.combine(experts, arrived, gate_TK)
 
 
 def _expert_of_row(plan: Plan) -> Tensor:

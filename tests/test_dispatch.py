@@ -213,7 +213,7 @@ def step(layer: MoE, x_BLD: Tensor, valid_BL: Tensor, token_id_BL: Tensor) -> di
     """Forward and backward; everything that came of it."""
     x_BLD = x_BLD.clone().requires_grad_()
     draws = Draws(keyed.step_key(0, 1), token_id_BL.flatten())
-    y_BLD, stats, _ = layer(x_BLD, valid_BL, "train", draws, token_id_BL % 11)
+    y_BLD, stats, *_ = layer(x_BLD, valid_BL, "train", draws, token_id_BL % 11)
     (y_BLD.sin().sum() + stats.balance_sum + stats.z_sum).backward()
     grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
     return {"y": y_BLD.detach(), "x": x_BLD.grad, "stats": stats, **grads}

@@ -173,7 +173,7 @@ def test_micro_batches_change_nothing(kind: str, factor: float | None, policy: s
 
     def forward(part: slice) -> tuple[Tensor, Any, tuple[Tensor, ...]]:
         draws = Draws(key, torch.arange(24).view(4, 6)[part].flatten())
-        y, stats, _ = layer(x_BLD[part], valid_BL[part], "train", draws, token_BL[part])
+        y, stats, *_ = layer(x_BLD[part], valid_BL[part], "train", draws, token_BL[part])
         total = (y * y).sum() + stats.balance_sum + stats.z_sum
         grads = torch.autograd.grad(total, parameters, materialize_grads=True)
         return y, stats, grads
@@ -237,7 +237,7 @@ def test_balance_is_of_what_was_asked_not_of_what_was_kept() -> None:
     losses, grads = [], []
     for factor in (0.5, 4.0, None):
         layer = build(SWITCH, 4, capacity_factor=factor)
-        _, stats, _ = layer(x_BLD, torch.ones(1, 6, dtype=torch.bool), "train")
+        _, stats, *_ = layer(x_BLD, torch.ones(1, 6, dtype=torch.bool), "train")
         losses.append(stats.balance_sum.detach())
         grads += torch.autograd.grad(stats.balance_sum, layer.router.weight)
     assert len({loss.item() for loss in losses}) == 1
@@ -249,7 +249,7 @@ def test_a_token_that_lost_everything_gets_zero() -> None:
     but for the losses on the router."""
     layer = build(SWITCH, 3, capacity_factor=0.75)
     x_BLD = asks(layer, [(0,), (0,)]).requires_grad_()
-    y_BLD, stats, _ = layer(x_BLD, torch.ones(1, 2, dtype=torch.bool), "train")
+    y_BLD, stats, *_ = layer(x_BLD, torch.ones(1, 2, dtype=torch.bool), "train")
     assert stats.ledger.lost_tokens == 1
     assert y_BLD[0, 0].abs().sum() > 0
     assert y_BLD[0, 1].tolist() == [0, 0, 0]
@@ -322,7 +322,7 @@ def test_training_and_evaluation_have_their_own_capacity() -> None:
     x_BLD, valid_BL = random_x(1, 10).float(), torch.ones(1, 10, dtype=torch.bool)
     kept = {}
     for mode in ("train", "eval", "generate"):
-        _, stats, _ = layer(x_BLD, valid_BL, mode)  # type: ignore[arg-type]
+        _, stats, *_ = layer(x_BLD, valid_BL, mode)  # type: ignore[arg-type]
         kept[mode] = int(stats.ledger.outcome_EKO[0, 0, 0])
     assert kept == {"train": 5, "eval": 8, "generate": 10}
 

@@ -21,8 +21,7 @@ from oracle_gates import Router
 from strategies import DIM, GATES, close
 from torch import Tensor
 
-from moetrain.moe import AllToAll, Local, MoE
-from moetrain.moe.capacity import Plan
+from moetrain.moe import AllToAll, Experts, Local, MoE
 from moetrain.moe.dispatch import Arrived, combine_rows
 from moetrain.moe.ledger import is_conserved
 from moetrain.moe.router import Inputs
@@ -114,7 +113,7 @@ def test_bf16_routes_in_fp32_and_counts_in_int64(factor: float | None) -> None:
         layer.router.weight[:, 0] = torch.tensor([256, 256])
         layer.router.weight[1, 1] = 1
     x_BLD = torch.ones(1, 301, DIM, dtype=torch.bfloat16, requires_grad=True)
-    y_BLD, stats, _ = layer(x_BLD, torch.ones(1, 301, dtype=torch.bool), "train")
+    y_BLD, stats, *_ = layer(x_BLD, torch.ones(1, 301, dtype=torch.bool), "train")
     assert stats.ledger.outcome_EKO[:, 0].sum(-1).tolist() == [0, 301]
     assert all(count.dtype == torch.int64 for count in stats.ledger)
     routing = layer.router(inputs_of(x_BLD))
@@ -243,7 +242,8 @@ def test_logits_of_nan_crash_nothing(kind: str, factor: float | None, policy: st
 class Poisoned(Local):
     """Finds garbage in every row that the plan did not fill, as a grouped product may leave."""
 
-    def combine(self, rows: Tensor, arrived: Arrived, plan: Plan, gate_TK: Tensor) -> Tensor:
+    def combine(self, experts: Experts, arrived: Arrived, gate_TK: Tensor) -> Tensor:
+        plan, rows = arrived.plan, experts(arrived.rows, arrived.counts)
         flat_RD = rows.reshape(-1, rows.shape[-1])
         missing = plan.source_R.numel() - len(flat_RD)  # dropless, the empty tail is left off
         flat_RD = torch.cat([flat_RD, flat_RD.new_full((missing, DIM), torch.nan)])

@@ -110,7 +110,7 @@ def test_the_bias_evens_out_a_skewed_router() -> None:
         layer.router.weight[0] += 2 * x_BLD.mean((0, 1)).sign()
     violations = []
     for _ in range(40):
-        _, stats, _ = layer(x_BLD, valid_BL, "train")
+        _, stats, *_ = layer(x_BLD, valid_BL, "train")
         load_E = stats.demand.count_GE[0]
         violations.append(load_E.max().item() * EXPERTS / 256 - 1)
         layer.router.rebalance(load_E, rate=0.01)

@@ -27,7 +27,7 @@ from moetrain.engines.torch import TorchEngine
 from moetrain.mesh import Mesh
 from moetrain.metrics import layer_line
 from moetrain.model import Output
-from moetrain.moe import Dispatcher, Draws, MoE, Plan, Router
+from moetrain.moe import Dispatcher, Draws, Experts, MoE, Plan, Router
 from moetrain.moe.keyed import step_key
 from moetrain.moe.routing import Routing
 from moetrain.objective import Counts, Sums, count_all, loads, objective, reduce, sums
@@ -81,7 +81,7 @@ class Stack(nn.Module):
             checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
             for layer in self.layers
         ]
-        return sum(y for y, *_ in results), tuple(stats for _, stats, _ in results)
+        return sum(y for y, *_ in results), tuple(stats for _, stats, *_ in results)
 
 
 class Notes:
@@ -100,10 +100,10 @@ class Notes:
         self.plans.append(plan)
         return self.dispatcher.dispatch(x_TD, plan)
 
-    def combine(self, rows: Tensor, arrived: Any, plan: Plan, gate_TK: Tensor) -> Tensor:
+    def combine(self, experts: Experts, arrived: Any, gate_TK: Tensor) -> Tensor:
         """See `Dispatcher`."""
         self.gates.append(gate_TK.detach())
-        return self.dispatcher.combine(rows, arrived, plan, gate_TK)
+        return self.dispatcher.combine(experts, arrived, gate_TK)
 
     def routes(self, calls: int) -> Routes:
         """Of the first pass through every call; recomputation comes after."""

@@ -1,9 +1,10 @@
 """Transport: rows to the experts and back, within one rank or by all-to-all.
 
-`dispatch(x_TD, plan)` brings every planned row to the rank that holds its expert, `combine` brings
-the results back and sums each token's choices, weighted by its gates, in the order of choices.
-Nothing is kept between the two but the record that `dispatch` returns. AllToAll on P ranks equals
-Local on the concatenated batch.
+`dispatch(x_TD, plan)` starts to send every planned row to the rank that holds its expert, and waits
+for nothing; `combine` lets the experts work on what has arrived, brings the results back and sums
+each token's choices, weighted by its gates, in the order of choices. Nothing is kept between the
+two but the record that `dispatch` returns. AllToAll on P ranks equals Local on the concatenated
+batch.
 
 Shape suffixes: T tokens on this rank, K choices, E experts, P ranks, e = E/P experts on this rank,
 R rows, D model width.
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from moetrain.moe.capacity import Plan
+from moetrain.moe.experts import Experts
 
 
 class _Gather(torch.autograd.Function):
@@ -110,8 +112,9 @@ def combine_rows(rows_RD: Tensor, gate_TK: Tensor, plan: Plan) -> Tensor:
 
 
 class Arrived(NamedTuple):
-    """Rows of this rank's experts, and what it takes to send them back."""
+    """Rows on their way to this rank's experts, and what it takes to send them back."""
 
+    plan: Plan
     rows: Tensor
     """(e, R, D) when `counts` is None, otherwise (R, D) sorted by expert."""
     counts: list[int] | None
@@ -132,12 +135,12 @@ class Journey(NamedTuple):
 class Dispatcher(Protocol):
     """Brings rows to experts and back."""
 
-    def dispatch(self, x_TD: Tensor, plan: Plan) -> Arrived:
-        """Rows for this rank's experts."""
+    def dispatch(self, x_TD: Tensor, plan: Plan) -> Any:
+        """Start to send the rows; what `combine` takes."""
         ...
 
-    def combine(self, rows: Tensor, arrived: Arrived, plan: Plan, gate_TK: Tensor) -> Tensor:
-        """Expert outputs, shaped as `arrived.rows`, back to their tokens: (T, D)."""
+    def combine(self, experts: Experts, arrived: Any, gate_TK: Tensor) -> Tensor:
+        """Run this rank's experts on what has arrived, and bring it back to its tokens: (T, D)."""
         ...
 
 
@@ -148,13 +151,15 @@ class Local:
         """One gather."""
         rows_RD = gather_rows(x_TD, plan)
         if plan.rows_per_expert is not None:
-            return Arrived(rows_RD.view(-1, plan.rows_per_expert, rows_RD.shape[1]), counts=None)
+            rows_eRD = rows_RD.view(-1, plan.rows_per_expert, rows_RD.shape[1])
+            return Arrived(plan, rows_eRD, counts=None)
         counts = plan.count_E.tolist()
-        return Arrived(rows_RD[: sum(counts)], counts)
+        return Arrived(plan, rows_RD[: sum(counts)], counts)
 
-    def combine(self, rows: Tensor, arrived: Arrived, plan: Plan, gate_TK: Tensor) -> Tensor:
-        """One gather and a weighted sum."""
-        return combine_rows(rows.reshape(-1, rows.shape[-1]), gate_TK, plan)
+    def combine(self, experts: Experts, arrived: Arrived, gate_TK: Tensor) -> Tensor:
+        """The experts, one gather and a weighted sum."""
+        rows = experts(arrived.rows, arrived.counts)
+        return combine_rows(rows.reshape(-1, rows.shape[-1]), gate_TK, arrived.plan)
 
 
 class AllToAll:
@@ -175,10 +180,11 @@ class AllToAll:
             return self._dispatch_uneven(rows_RD, plan)
         arrived_RD = all_to_all_single_autograd(rows_RD, None, None, self.group)
         rows_PeRD = arrived_RD.view(self.size, -1, plan.rows_per_expert, rows_RD.shape[1])
-        return Arrived(rows_PeRD.transpose(0, 1).flatten(1, 2), counts=None)
+        return Arrived(plan, rows_PeRD.transpose(0, 1).flatten(1, 2), counts=None)
 
-    def combine(self, rows: Tensor, arrived: Arrived, plan: Plan, gate_TK: Tensor) -> Tensor:
-        """Send the results back and sum them per token."""
+    def combine(self, experts: Experts, arrived: Arrived, gate_TK: Tensor) -> Tensor:
+        """Run the experts, send the results back and sum them per token."""
+        rows, plan = experts(arrived.rows, arrived.counts), arrived.plan
         if arrived.journey is not None:
             return combine_rows(self._return_uneven(rows, arrived.journey), gate_TK, plan)
         rows_PeRD = rows.unflatten(1, (self.size, -1)).transpose(0, 1)
@@ -200,7 +206,7 @@ class AllToAll:
         order_R = expert_Pe.repeat_interleave(receive_Pe.flatten()).argsort(stable=True)
         journey = Journey(sent, received, order_R, order_R.argsort())
         rows = _Permute.apply(arrived_RD, journey.order_R, journey.inverse_R)
-        return Arrived(rows, counts, journey)  # type: ignore[arg-type]
+        return Arrived(plan, rows, counts, journey)  # type: ignore[arg-type]
 
     def _return_uneven(self, rows_RD: Tensor, journey: Journey) -> Tensor:
         by_rank_RD = _Permute.apply(rows_RD, journey.inverse_R, journey.order_R)

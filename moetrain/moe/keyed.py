@@ -55,8 +55,12 @@ def step_key(seed: int, step: int, device: torch.device | str = "cpu") -> Tensor
 
 def purpose_key(draws: Draws, layer: int, purpose: str) -> Tensor:
     """The key of one kind of draw in one layer at one step: int64, 0-d."""
-    digest = hashlib.sha256(purpose.encode()).digest()
-    return fold(fold(draws.step_key, layer), int.from_bytes(digest[:4], "little"))
+    return fold(fold(draws.step_key, layer), _number(purpose))
+
+
+@torch.compiler.assume_constant_result  # hashlib cannot be traced
+def _number(purpose: str) -> int:
+    return int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4], "little")
 
 
 def token_keys(draws: Draws, layer: int, purpose: str, columns: int | None = None) -> Tensor:

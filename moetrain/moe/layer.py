@@ -6,6 +6,7 @@ E experts, K choices, G routing groups.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -73,6 +74,8 @@ class LayerOutput(NamedTuple):
 
     y_BLD: Tensor
     stats: LayerStats
+    beside: Tensor | None
+    """What `meanwhile` computed."""
     decisions: Decisions
 
 
@@ -124,6 +127,7 @@ class MoE(nn.Module):
         draws: Draws | None = None,
         token_BL: Tensor | None = None,
         start: int = 0,
+        meanwhile: Callable[[], Tensor] | None = None,
         decided: Decisions | None = None,
     ) -> LayerOutput:
         """Output (B, L, D), the layer's losses and counts, and what it decided.
@@ -131,6 +135,7 @@ class MoE(nn.Module):
         `valid_BL` (bool) is False for padding: its output is zero, and whatever it holds reaches
         nothing. `draws` are used in mode "train" alone. `token_BL` (int64) are vocabulary ids,
         which the gates `hash` and `random` look at, and `start` is the position of the first.
+        `meanwhile` is called while tokens travel to their experts; its result is handed through.
         `decided` repeats an earlier pass: weights are computed anew, nothing is decided anew.
 
         Raises ValueError where a gate or drop policy lacks the draws or ids it needs.
@@ -138,9 +143,10 @@ class MoE(nn.Module):
         routed = self.route(x_BLD, valid_BL, mode, draws, token_BL, start, decided)
         plan, gate_TK = routed.plan, routed.settled.gate_TK
         arrived = self.dispatcher.dispatch(x_BLD.flatten(0, 1), plan)
-        rows = self.experts(arrived.rows, arrived.counts)
-        y_TD = self.dispatcher.combine(rows, arrived, plan, gate_TK)
-        return LayerOutput(y_TD.view_as(x_BLD), self.stats(routed), routed.decisions)
+        beside = None if meanwhile is None else meanwhile()
+        y_TD = self.dispatcher.combine(self.experts, arrived, gate_TK)
+        y_BLD = y_TD.view_as(x_BLD)
+        return LayerOutput(y_BLD, self.stats(routed), beside, routed.decisions)
 
     def route(
         self,

@@ -46,7 +46,7 @@ def run(layer: MoE, device: str) -> dict[str, torch.Tensor]:
     token_BL = torch.randint(0, 500, SHAPE, generator=generator)
     ids_T = torch.arange(valid_BL.numel(), device=device)
     x_BLD = x_BLD.to(device).requires_grad_()
-    y_BLD, stats, _ = layer(
+    y_BLD, stats, *_ = layer(
         x_BLD,
         valid_BL.to(device),
         "train",
