@@ -12,6 +12,7 @@ experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from moetrain.engines.torch import TorchEngine
 from moetrain.evaluate import evaluate
 from moetrain.mesh import Mesh
 from moetrain.model import Output, Transformer, initial_value
-from moetrain.moe import Dispatcher, Draws, Experts, Gate, Ledger, MoE, Plan, Router, Routing
+from moetrain.moe import Draws, Gate, LayerOutput, Ledger, MoE, Plan, Router, Routing
 from moetrain.moe.keyed import step_key
 from moetrain.objective import LayerMeans, Means, reduce
 from moetrain.step import Position, Run, train_step
@@ -60,25 +61,6 @@ class Outcome(NamedTuple):
     went to, choice by choice, -1 for none."""
 
 
-class Noting:
-    """A dispatcher that notes where tokens went, in front of the real one."""
-
-    def __init__(self, dispatcher: Dispatcher):
-        self.dispatcher = dispatcher
-        self.went: list[Tensor] = []
-
-    def dispatch(self, x_TD: Tensor, plan: Plan) -> Any:
-        """See `Dispatcher`. A pass without a backward pass to come is none that trains, and one
-        inside a backward pass recomputes."""
-        if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
-            self.went.append(_expert_of_row(plan).take(plan.row_TK))
-        return self.dispatcher.dispatch(x_TD, plan)
-
-    def combine(self, experts: Experts, arrived: Any, gate_TK: Tensor) -> Tensor:
-        """See `Dispatcher`."""
-        return self.dispatcher.combine(experts, arrived, gate_TK)
-
-
 def _expert_of_row(plan: Plan) -> Tensor:
     """The expert of every row of the buffer, and -1 for the row past the end."""
     rows = plan.count_E if plan.rows_per_expert is None else plan.rows_per_expert
@@ -102,19 +84,27 @@ class Serving:
         return self.batches[-1]
 
 
-def note(model: nn.Module) -> list[Noting]:
-    """Put a note-taker in front of every MoE layer's dispatcher."""
+def note(model: nn.Module) -> list[list[Tensor]]:
+    """Lists to which every MoE layer adds where its tokens went, call by call."""
     layers = [module for module in model.modules() if isinstance(module, MoE)]
-    for layer in layers:
-        layer.dispatcher = Noting(layer.dispatcher)
-    return [layer.dispatcher for layer in layers]  # type: ignore[misc]
+    notes: list[list[Tensor]] = [[] for _ in layers]
+    for layer, went in zip(layers, notes, strict=True):
+        layer.register_forward_hook(partial(_note, went))
+    return notes
 
 
-def fates(notes: list[Noting], batches: list[Batch]) -> list[Tensor]:
+def _note(went: list[Tensor], _layer: MoE, _inputs: Any, output: LayerOutput) -> None:
+    """A pass without a backward pass to come is none that trains; one inside of it recomputes."""
+    if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+        plan = output.decisions.plan
+        went.append(_expert_of_row(plan).take(plan.row_TK))
+
+
+def fates(notes: list[list[Tensor]], batches: list[Batch]) -> list[Tensor]:
     """See `Outcome.fates`."""
     valid = torch.cat([batch.valid_BL.flatten() for batch in batches])
     ids = torch.cat([batch.token_id_BL.flatten() for batch in batches])
-    return [torch.cat([ids[:, None], torch.cat(n.went)], dim=1)[valid] for n in notes]
+    return [torch.cat([ids[:, None], torch.cat(went)], dim=1)[valid] for went in notes]
 
 
 # ---- one process ---------------------------------------------------------------------------------
