@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moetrain.moe import AllToAll, Draws, MoE, Plan, Routing, keyed
 from moetrain.moe.capacity import plan_capacity, plan_dropless
-from moetrain.moe.dispatch import combine_rows, gather_rows
+from moetrain.moe.rows import combine_rows, gather_rows
 from moetrain.testing import simulate_ranks
 
 

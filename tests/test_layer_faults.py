@@ -22,9 +22,10 @@ from strategies import DIM, GATES, close
 from torch import Tensor
 
 from moetrain.moe import AllToAll, Experts, Local, MoE
-from moetrain.moe.dispatch import Arrived, combine_rows
+from moetrain.moe.dispatch import Arrived
 from moetrain.moe.ledger import is_conserved
 from moetrain.moe.router import Inputs
+from moetrain.moe.rows import combine_rows
 from moetrain.testing import simulate_ranks
 
 EVERY_WAY = pytest.mark.parametrize(("kind", "factor", "policy"), WAYS)

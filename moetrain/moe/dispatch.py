@@ -1,147 +1,64 @@
-"""Transport: rows to the experts and back, within one rank or by all-to-all.
+"""Dispatchers: they bring rows to the experts and back.
 
-`dispatch(x_TD, plan)` starts to send every planned row to the rank that holds its expert, and waits
-for nothing; `combine` lets the experts work on what has arrived, brings the results back and sums
-each token's choices, weighted by its gates, in the order of choices. Nothing is kept between the
-two but the record that `dispatch` returns. AllToAll on P ranks equals Local on the concatenated
-batch.
+`dispatch(x_TD, plan)` starts to send every planned row to the rank that holds its expert;
+`combine` lets the experts work on what has arrived, brings the results back and sums each token's
+choices, weighted by its gates. Nothing is kept between the two but the record that `dispatch`
+returns. Every dispatcher on P ranks equals Local on the concatenated batch.
 
 Shape suffixes: T tokens on this rank, K choices, E experts, P ranks, e = E/P experts on this rank,
-R rows, D model width.
+n parts, m = e/n experts of one part, R rows, D model width.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from moetrain.moe.capacity import Plan
+from moetrain.moe.exchange import (
+    Route,
+    arrive,
+    change,
+    change_back,
+    even_route,
+    number_of_ranks,
+    order_of_ranks,
+    set_out,
+    turn_back,
+    uneven_routes,
+)
 from moetrain.moe.experts import Experts
-
-
-class _Gather(torch.autograd.Function):
-    """rows[r] = x[token of r]. The gradient is a gather too: no atomics, one order of summation."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, source_R: Tensor, row_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(row_TK)
-        num_tokens, k = row_TK.shape
-        token_R = (source_R // k).clamp(max=num_tokens - 1)
-        empty_R = source_R == row_TK.numel()
-        return x_TD.index_select(0, token_R).masked_fill_(empty_R[:, None], 0)
-
-    @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor):  # type: ignore[override]
-        (row_TK,) = ctx.saved_tensors
-        first_T, *other = row_TK.unbind(1)
-        wide = torch.promote_types(grad_RD.dtype, torch.float32)
-        grad_TD = _rows_at(grad_RD, first_T).to(wide)
-        for row_T in other:
-            grad_TD = grad_TD + _rows_at(grad_RD, row_T)
-        return grad_TD.to(grad_RD.dtype), None, None
-
-
-class _Combine(torch.autograd.Function):
-    """y[t] = Σ_k gate[t, k]·rows[row[t, k]], k in order; an assignment without a row adds 0."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows_RD: Tensor, gate_TK: Tensor, source_R: Tensor, row_TK: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(rows_RD, gate_TK, source_R, row_TK)
-        y_TD = gate_TK[:, :1] * _rows_at(rows_RD, row_TK[:, 0])
-        for choice in range(1, row_TK.shape[1]):
-            gate_T1 = gate_TK[:, choice : choice + 1]
-            y_TD = y_TD + gate_T1 * _rows_at(rows_RD, row_TK[:, choice])
-        return y_TD.to(rows_RD.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor):  # type: ignore[override]
-        rows_RD, gate_TK, source_R, row_TK = ctx.saved_tensors
-        k = row_TK.shape[1]
-        source_R = source_R[: rows_RD.shape[0]]
-        assignment_R = source_R.clamp(max=row_TK.numel() - 1)
-        gate_R = gate_TK.flatten()[assignment_R].to(grad_TD.dtype)
-        grad_RD = gate_R[:, None] * grad_TD.index_select(0, assignment_R // k)
-        grad_RD.masked_fill_((source_R == row_TK.numel())[:, None], 0)
-        grad_wide_TD = grad_TD.to(gate_TK.dtype)
-        grad_gate_TK = torch.stack(
-            [(grad_wide_TD * _rows_at(rows_RD, row_T)).sum(-1) for row_T in row_TK.unbind(1)], dim=1
-        )
-        return grad_RD, grad_gate_TK, None, None
-
-
-def _rows_at(rows_RD: Tensor, row_T: Tensor) -> Tensor:
-    """rows[row], and zero where the row does not exist, whatever garbage the rows hold: (T, D)."""
-    num_rows = rows_RD.shape[0]
-    if num_rows == 0:
-        return rows_RD.new_zeros(row_T.shape[0], rows_RD.shape[1])
-    absent_T = row_T >= num_rows
-    return rows_RD.index_select(0, row_T.clamp(max=num_rows - 1)).masked_fill_(absent_T[:, None], 0)
-
-
-class _Permute(torch.autograd.Function):
-    """x[order] for a permutation; the gradient is a gather by its inverse."""
-
-    @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_R)
-        return x_RD.index_select(0, order_R)
-
-    @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor):  # type: ignore[override]
-        (inverse_R,) = ctx.saved_tensors
-        return grad_RD.index_select(0, inverse_R), None, None
-
-
-def gather_rows(x_TD: Tensor, plan: Plan) -> Tensor:
-    """The token of every row of the plan, zeros in empty rows: (R, D)."""
-    return _Gather.apply(x_TD, plan.source_R, plan.row_TK)  # type: ignore[return-value]
-
-
-def combine_rows(rows_RD: Tensor, gate_TK: Tensor, plan: Plan) -> Tensor:
-    """Each token's rows, weighted by its gates and summed in the gates' precision: (T, D).
-
-    `rows_RD` may end before the plan's empty tail.
-    """
-    return _Combine.apply(rows_RD, gate_TK, plan.source_R, plan.row_TK)  # type: ignore[return-value]
-
-
-class Arrived(NamedTuple):
-    """Rows on their way to this rank's experts, and what it takes to send them back."""
-
-    plan: Plan
-    rows: Tensor
-    """(e, R, D) when `counts` is None, otherwise (R, D) sorted by expert."""
-    counts: list[int] | None
-    """Rows of each expert on this rank, where they differ."""
-    journey: Journey | None = None
-    """How uneven rows came from other ranks."""
-
-
-class Journey(NamedTuple):
-    """An uneven all-to-all, to be undone: rows sent and received per rank, and their reordering."""
-
-    sent: list[int]
-    received: list[int]
-    order_R: Tensor
-    inverse_R: Tensor
+from moetrain.moe.flights import Flight, add_up, all_gather, land
+from moetrain.moe.rows import combine_rows, gather_rows, reorder_experts
 
 
 class Dispatcher(Protocol):
     """Brings rows to experts and back."""
 
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Any:
-        """Start to send the rows; what `combine` takes."""
+        """Start to send the rows, as far as one can without waiting; returns what `combine` needs.
+
+        What is computed before `combine` is called overlaps with the transport.
+        """
         ...
 
     def combine(self, experts: Experts, arrived: Any, gate_TK: Tensor) -> Tensor:
         """Run this rank's experts on what has arrived, and bring it back to its tokens: (T, D)."""
         ...
+
+
+class Arrived(NamedTuple):
+    """Rows at their experts."""
+
+    plan: Plan
+    rows: Tensor
+    """(e, R, D) when `counts` is None, otherwise (R, D) sorted by expert."""
+    counts: list[int] | None
+    """Rows of each expert on this rank, where they differ."""
 
 
 class Local:
@@ -151,7 +68,7 @@ class Local:
         """One gather."""
         rows_RD = gather_rows(x_TD, plan)
         if plan.rows_per_expert is not None:
-            rows_eRD = rows_RD.view(-1, plan.rows_per_expert, rows_RD.shape[1])
+            rows_eRD = rows_RD.unflatten(0, (-1, plan.rows_per_expert))
             return Arrived(plan, rows_eRD, counts=None)
         counts = plan.count_E.tolist()
         return Arrived(plan, rows_RD[: sum(counts)], counts)
@@ -162,52 +79,156 @@ class Local:
         return combine_rows(rows.reshape(-1, rows.shape[-1]), gate_TK, arrived.plan)
 
 
+class Flights(NamedTuple):
+    """Rows on the last hop to their experts, part by part."""
+
+    plan: Plan
+    """As the rows were gathered: by part, then by rank, then by expert."""
+    routes: list[Route]
+    flights: list[Flight]
+
+
+@final
 class AllToAll:
-    """Experts are spread over the ranks of a process group, E/P consecutive ones on each.
+    """Experts are spread over P ranks, E/P consecutive ones on each; rows travel by all-to-all.
+
+    `group` holds the P ranks. With `across`, it holds those of one node, `across` those with the
+    same place in every node, and rows take two hops. (Ranks of a node are consecutive.)
+
+    The experts of every rank are cut into `chunks` consecutive parts: while one part's experts
+    compute, the next part's rows arrive and the last one's results return.
 
     With a capacity every rank sends the same number of rows to every other: static shapes, no
-    host synchronisation. Dropless, the ranks first exchange how many rows they will send.
+    host synchronisation. Dropless, the ranks first exchange how many rows they will send, for all
+    parts at once.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        across: dist.ProcessGroup | None = None,
+        chunks: int = 1,
+    ):
+        self.groups = [group] if across is None else [group, across]
+        self.num_ranks = number_of_ranks(self.groups)
+        self.chunks = chunks
+
+    def dispatch(self, x_TD: Tensor, plan: Plan) -> Flights:
+        """Gather the rows by part and rank, send them off, and see them to their last hop."""
+        shape = (self.chunks, self.num_ranks, -1)
+        if self.chunks > 1 or len(self.groups) > 1:
+            plan = reorder_experts(plan, self._order(plan))
+        rows_RD = gather_rows(x_TD, plan)
+        if plan.rows_per_expert is None:
+            routes = uneven_routes(self.groups, plan.count_E.view(shape))
+        else:
+            num_experts = plan.count_E.view(shape).shape[2]
+            route = even_route(self.groups, num_experts, plan.rows_per_expert)
+            routes = [route] * self.chunks
+        parts = _cut(rows_RD, [sum(route.hops[0].sent) for route in routes])
+        flights = [set_out(*part) for part in zip(parts, routes, strict=True)]
+        flights = [change(*part) for part in zip(flights, routes, strict=True)]
+        return Flights(plan, routes, flights)
+
+    def combine(self, experts: Experts, arrived: Flights, gate_TK: Tensor) -> Tensor:
+        """Run the experts and start their results' way back part by part; then sum per token."""
+        plan, routes, flights = arrived
+        returning = []
+        for product, route, flight in zip(experts.split(self.chunks), routes, flights, strict=True):
+            rows_RD = arrive(flight, route)
+            rows = rows_RD if route.counts else rows_RD.unflatten(0, (route.num_experts, -1))
+            results_RD = product(rows, route.counts).view_as(rows_RD)
+            returning.append(turn_back(results_RD, route))
+        returning = [change_back(*part) for part in zip(returning, routes, strict=True)]
+        parts = [land(flight) for flight in returning]
+        return combine_rows(parts[0] if len(parts) == 1 else torch.cat(parts), gate_TK, plan)
+
+    def _order(self, plan: Plan) -> Tensor:
+        """The experts by part, then by rank in the order of sending."""
+        expert_Pnm = torch.arange(plan.count_E.numel(), device=plan.count_E.device)
+        expert_Pnm = expert_Pnm.view(self.num_ranks, self.chunks, -1)
+        rank_P = order_of_ranks(self.groups, expert_Pnm.device)
+        return expert_Pnm[rank_P].transpose(0, 1).flatten()
+
+
+def _cut(rows_RD: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    """The rows in parts, without the empty tail that a dropless plan may have."""
+    tail = len(rows_RD) - sum(sizes)
+    return [rows_RD] if sizes == [len(rows_RD)] else rows_RD.split([*sizes, tail])[:-1]
+
+
+class Gathered(NamedTuple):
+    """Tokens on their way to every rank, and what their rank planned for them."""
+
+    plan: Plan
+    x: Flight
+    table: Flight
+    """Of every rank: the row of each assignment, and the rows of each expert."""
+
+
+@final
+class AllGather:
+    """Every rank gets all tokens of the group, and runs its own experts on those that chose them.
+
+    Then the ranks send each other their shares of every token's sum, in the precision of the gates,
+    which the token's rank adds up in the order of ranks (and not of choices, as elsewhere). Every
+    rank must bring the same number of tokens, dropless, too.
+
+    What travels does not depend on K or the capacity factor: P - 1 rows for every token, and as
+    many shares back. All-to-all sends up to K·(capacity factor) rows, so this is the cheaper one
+    where K is large and the group is small.
     """
 
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
-        self.size = group.size()
 
-    def dispatch(self, x_TD: Tensor, plan: Plan) -> Arrived:
-        """Gather the rows by expert and send them to the experts' ranks."""
-        rows_RD = gather_rows(x_TD, plan)
-        if plan.rows_per_expert is None:
-            return self._dispatch_uneven(rows_RD, plan)
-        arrived_RD = all_to_all_single_autograd(rows_RD, None, None, self.group)
-        rows_PeRD = arrived_RD.view(self.size, -1, plan.rows_per_expert, rows_RD.shape[1])
-        return Arrived(plan, rows_PeRD.transpose(0, 1).flatten(1, 2), counts=None)
+    def dispatch(self, x_TD: Tensor, plan: Plan) -> Gathered:
+        """Start to send this rank's tokens to everybody, and the rows planned for them."""
+        table = torch.cat([plan.row_TK.flatten(), plan.count_E])[None]
+        x_RD, table_PX = (all_gather(t, self.group) for t in (x_TD, table))
+        return Gathered(plan, x_RD, table_PX)
 
-    def combine(self, experts: Experts, arrived: Arrived, gate_TK: Tensor) -> Tensor:
-        """Run the experts, send the results back and sum them per token."""
-        rows, plan = experts(arrived.rows, arrived.counts), arrived.plan
-        if arrived.journey is not None:
-            return combine_rows(self._return_uneven(rows, arrived.journey), gate_TK, plan)
-        rows_PeRD = rows.unflatten(1, (self.size, -1)).transpose(0, 1)
-        rows_RD = rows_PeRD.reshape(-1, rows.shape[-1])
-        back_RD = all_to_all_single_autograd(rows_RD, None, None, self.group)
-        return combine_rows(back_RD, gate_TK, plan)
+    def combine(self, experts: Experts, arrived: Gathered, gate_TK: Tensor) -> Tensor:
+        """Run the experts on the tokens of all ranks, and add up what all ranks have for ours."""
+        gates = all_gather(gate_TK, self.group)
+        table_PX = land(arrived.table)
+        plan, counts = _share(arrived.plan, table_PX, self.group.rank())
+        rows_RD = gather_rows(land(arrived.x), plan)
+        rows = rows_RD if counts else rows_RD.unflatten(0, (plan.count_E.numel(), -1))
+        results_RD = experts(rows, counts).view_as(rows_RD)
+        gates = land(gates)
+        shares = combine_rows(results_RD, gates, plan, dtype=gates.dtype)
+        return add_up(shares, self.group).to(rows_RD.dtype)
 
-    def _dispatch_uneven(self, rows_RD: Tensor, plan: Plan) -> Arrived:
-        send_Pe = plan.count_E.view(self.size, -1)
-        receive_Pe = torch.empty_like(send_Pe)
-        dist.all_to_all_single(receive_Pe, send_Pe, group=self.group)
-        # The one host synchronisation: the collective below wants its sizes as Python ints.
-        sizes = torch.cat([send_Pe.sum(1), receive_Pe.sum(1), receive_Pe.sum(0)]).tolist()
-        sent, received = sizes[: self.size], sizes[self.size : 2 * self.size]
-        counts = sizes[2 * self.size :]
-        arrived_RD = all_to_all_single_autograd(rows_RD[: sum(sent)], received, sent, self.group)
-        # Rows arrive by (rank, expert); the experts want them by (expert, rank).
-        expert_Pe = torch.arange(len(counts), device=rows_RD.device).repeat(self.size)
-        order_R = expert_Pe.repeat_interleave(receive_Pe.flatten()).argsort(stable=True)
-        journey = Journey(sent, received, order_R, order_R.argsort())
-        rows = _Permute.apply(arrived_RD, journey.order_R, journey.inverse_R)
-        return Arrived(plan, rows, counts, journey)  # type: ignore[arg-type]
 
-    def _return_uneven(self, rows_RD: Tensor, journey: Journey) -> Tensor:
-        by_rank_RD = _Permute.apply(rows_RD, journey.inverse_R, journey.order_R)
-        return all_to_all_single_autograd(by_rank_RD, journey.sent, journey.received, self.group)  # type: ignore[arg-type]
+def _share(plan: Plan, table_PX: Tensor, rank: int) -> tuple[Plan, list[int] | None]:
+    """One rank's part of the plans of all: where the tokens of the group go among its experts.
+
+    `table_PX` holds every rank's rows and counts. Rows come in the order in which an all-to-all
+    would bring them. Dropless, also how many there are for each expert.
+    """
+    (num_tokens, k), num_experts = plan.row_TK.shape, plan.count_E.numel()
+    row_PN, count_PE = table_PX.split([num_tokens * k, num_experts], 1)
+    if plan.rows_per_expert is not None:
+        count_PE = torch.full_like(count_PE, plan.rows_per_expert)
+    end_PE, held = count_PE.cumsum(1), num_experts // len(table_PX)
+    mine = slice(rank * held, (rank + 1) * held)
+    count_Pe = count_PE[:, mine]
+    start_eP = count_Pe.T.flatten().cumsum(0).view(held, -1) - count_Pe.T
+    shift_Pe = start_eP.T - (end_PE[:, mine] - count_Pe)
+    # past the last expert where there is no row
+    place_PN = torch.searchsorted(end_PE, row_PN.contiguous(), right=True) - mine.start
+    is_mine_PN = (place_PN >= 0) & (place_PN < held)
+    moved_PN = row_PN + shift_Pe.gather(1, place_PN.clamp(0, held - 1))
+    if plan.rows_per_expert is None:
+        counts = count_Pe.sum(0).tolist()  # the one host synchronisation
+        num_rows, rows_per_expert = sum(counts), None
+    else:
+        counts, rows_per_expert = None, len(table_PX) * plan.rows_per_expert
+        num_rows = held * rows_per_expert
+    row_PN = torch.where(is_mine_PN, moved_PN, num_rows)
+    assignment_N = torch.arange(row_PN.numel(), device=row_PN.device)
+    source_R = torch.full((num_rows + 1,), row_PN.numel(), device=row_PN.device)
+    source_R = source_R.scatter_(0, row_PN.flatten(), assignment_N)[:-1]
+    share = Plan(row_PN.view(-1, k), source_R, count_Pe.sum(0), rows_per_expert, plan.slots)
+    return share, counts

@@ -5,10 +5,17 @@ Shape suffixes: e experts on this rank, D model width, F expert hidden width, R 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+Feed: TypeAlias = Callable[[Tensor, list[int] | None], Tensor]
+"""What experts do to their rows; see `Experts.forward`."""
 
 
 def swiglu(hidden: Tensor) -> Tensor:
@@ -39,11 +46,29 @@ class Experts(nn.Module):
         `rows` is (e, R, D) with the same number of rows for every expert when `counts` is None,
         otherwise (R, D) sorted by expert with `counts[i]` rows for the i-th and R their sum.
         """
+        return _feed(rows, counts, _local(self.w_gate_up), _local(self.w_down))
+
+    def split(self, num_parts: int) -> list[Feed]:
+        """The experts in consecutive parts of equal size, each to be called as the whole is.
+
+        Raises ValueError when they cannot be cut so.
+        """
+        if num_parts == 1:
+            return [self]
         w_gate_up, w_down = _local(self.w_gate_up), _local(self.w_down)
-        if counts is None:
-            return torch.bmm(swiglu(torch.bmm(rows, w_gate_up)), w_down)
-        product = _grouped if _can_group(rows, w_gate_up, counts) else _looped
-        return product(swiglu(product(rows, w_gate_up, counts)), w_down, counts)
+        size, rest = divmod(len(w_down), num_parts)
+        if rest:
+            raise ValueError(f"{len(w_down)} experts cannot be cut into {num_parts} equal parts")
+        # One split of each weight, so that the backward pass puts its gradient together at once.
+        parts = zip(w_gate_up.split(size), w_down.split(size), strict=True)
+        return [partial(_feed, w_gate_up=gate_up, w_down=down) for gate_up, down in parts]
+
+
+def _feed(rows: Tensor, counts: list[int] | None, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    if counts is None:
+        return torch.bmm(swiglu(torch.bmm(rows, w_gate_up)), w_down)
+    product = _grouped if _can_group(rows, w_gate_up, counts) else _looped
+    return product(swiglu(product(rows, w_gate_up, counts)), w_down, counts)
 
 
 def _can_group(rows_RD: Tensor, w_gate_up: Tensor, counts: list[int]) -> bool:

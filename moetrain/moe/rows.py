@@ -1,0 +1,169 @@
+"""Rows on one rank: gathered by expert, put in another order, and summed per token again.
+
+Every gradient is a gather, too: no atomics, one order of summation.
+
+Shape suffixes: T tokens on this rank, K choices, E experts, R rows, D model width, A×B blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moetrain.moe.capacity import Plan
+
+
+class _Gather(torch.autograd.Function):
+    """rows[r] = x[token of r]."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, source_R: Tensor, row_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(row_TK)
+        num_tokens, k = row_TK.shape
+        token_R = (source_R // k).clamp(max=num_tokens - 1)
+        empty_R = source_R == row_TK.numel()
+        return x_TD.index_select(0, token_R).masked_fill_(empty_R[:, None], 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor):  # type: ignore[override]
+        (row_TK,) = ctx.saved_tensors
+        first_T, *other = row_TK.unbind(1)
+        wide = torch.promote_types(grad_RD.dtype, torch.float32)
+        grad_TD = _rows_at(grad_RD, first_T).to(wide)
+        for row_T in other:
+            grad_TD = grad_TD + _rows_at(grad_RD, row_T)
+        return grad_TD.to(grad_RD.dtype), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """y[t] = Σ_k gate[t, k]·rows[row[t, k]], k in order; an assignment without a row adds 0."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_RD: Tensor,
+        gate_TK: Tensor,
+        source_R: Tensor,
+        row_TK: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(rows_RD, gate_TK, source_R, row_TK)
+        y_TD = gate_TK[:, :1] * _rows_at(rows_RD, row_TK[:, 0])
+        for choice in range(1, row_TK.shape[1]):
+            gate_T1 = gate_TK[:, choice : choice + 1]
+            y_TD = y_TD + gate_T1 * _rows_at(rows_RD, row_TK[:, choice])
+        return y_TD.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor):  # type: ignore[override]
+        rows_RD, gate_TK, source_R, row_TK = ctx.saved_tensors
+        k = row_TK.shape[1]
+        source_R = source_R[: rows_RD.shape[0]]
+        assignment_R = source_R.clamp(max=row_TK.numel() - 1)
+        gate_R = gate_TK.flatten()[assignment_R].to(grad_TD.dtype)
+        grad_RD = gate_R[:, None] * grad_TD.index_select(0, assignment_R // k)
+        grad_RD.masked_fill_((source_R == row_TK.numel())[:, None], 0)
+        grad_wide_TD = grad_TD.to(gate_TK.dtype)
+        grad_gate_TK = torch.stack(
+            [(grad_wide_TD * _rows_at(rows_RD, row_T)).sum(-1) for row_T in row_TK.unbind(1)], dim=1
+        )
+        return grad_RD.to(rows_RD.dtype), grad_gate_TK, None, None, None
+
+
+def _rows_at(rows_RD: Tensor, row_T: Tensor) -> Tensor:
+    """rows[row], and zero where the row does not exist, whatever garbage the rows hold: (T, D)."""
+    num_rows = rows_RD.shape[0]
+    if num_rows == 0:
+        return rows_RD.new_zeros(row_T.shape[0], rows_RD.shape[1])
+    absent_T = row_T >= num_rows
+    return rows_RD.index_select(0, row_T.clamp(max=num_rows - 1)).masked_fill_(absent_T[:, None], 0)
+
+
+def gather_rows(x_TD: Tensor, plan: Plan) -> Tensor:
+    """The token of every row of the plan, zeros in empty rows: (R, D)."""
+    return _Gather.apply(x_TD, plan.source_R, plan.row_TK)  # type: ignore[return-value]
+
+
+def combine_rows(
+    rows_RD: Tensor, gate_TK: Tensor, plan: Plan, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Each token's rows, weighted by its gates and summed in the gates' precision: (T, D).
+
+    `rows_RD` may end before the plan's empty tail. The result has their dtype unless one is given.
+    """
+    dtype = dtype or rows_RD.dtype
+    return _Combine.apply(rows_RD, gate_TK, plan.source_R, plan.row_TK, dtype)  # type: ignore[return-value]
+
+
+def reorder_experts(plan: Plan, order_E: Tensor) -> Plan:
+    """The same plan with the rows of its experts in another order: those of `order_E[0]` first."""
+    rows_E = plan.count_E
+    if plan.rows_per_expert is not None:
+        rows_E = torch.full_like(rows_E, plan.rows_per_expert)
+    end_E = rows_E.cumsum(0)
+    ordered_E = rows_E[order_E]
+    start_E = torch.empty_like(end_E).scatter_(0, order_E, ordered_E.cumsum(0) - ordered_E)
+    # Rows past the last expert, empty ones, stay where they are.
+    shift_E1 = F.pad(start_E - (end_E - rows_E), (0, 1))
+    row_R = torch.arange(plan.source_R.numel(), device=end_E.device)
+    moved_R = row_R + shift_E1[torch.bucketize(row_R, end_E, right=True)]
+    return plan._replace(
+        row_TK=F.pad(moved_R, (0, 1), value=row_R.numel())[plan.row_TK],
+        source_R=torch.empty_like(plan.source_R).scatter_(0, moved_R, plan.source_R),
+        count_E=plan.count_E[order_E],
+    )
+
+
+class Turn(NamedTuple):
+    """Rows in A × B blocks, to be put in the order of B × A blocks."""
+
+    shape: tuple[int, int]
+    order_R: Tensor | None = None
+    """int64: what comes in each place; None where all blocks have the same number of rows."""
+    inverse_R: Tensor | None = None
+
+    def back(self) -> Turn:
+        """The turn that undoes this one."""
+        return Turn((self.shape[1], self.shape[0]), self.inverse_R, self.order_R)
+
+
+def uneven_turn(rows_AB: Tensor, num_rows: int) -> Turn:
+    """The turn of blocks that have `rows_AB` (int64) rows each, `num_rows` in all."""
+    order_R = _turned(rows_AB, num_rows)
+    return Turn((rows_AB.shape[0], rows_AB.shape[1]), order_R, _turned(rows_AB.T, num_rows))
+
+
+def _turned(rows_AB: Tensor, num_rows: int) -> Tensor:
+    """For every place in the order of B × A blocks, where its row lies in that of A × B blocks."""
+    start_AB = rows_AB.flatten().cumsum(0).view_as(rows_AB) - rows_AB
+    turned = rows_AB.T.flatten()
+    shift = start_AB.T.flatten() - (turned.cumsum(0) - turned)
+    # The total is given, so that a GPU need not be asked for it.
+    shift_R = shift.repeat_interleave(turned, output_size=num_rows)
+    return shift_R + torch.arange(num_rows, device=shift.device)
+
+
+def turn_rows(rows_RD: Tensor, turn: Turn) -> Tensor:
+    """Rows in the order of the turned blocks: (R, D)."""
+    if 1 in turn.shape:
+        return rows_RD
+    if turn.order_R is None:
+        return rows_RD.unflatten(0, (*turn.shape, -1)).transpose(0, 1).flatten(0, 2)
+    return _Permute.apply(rows_RD, turn.order_R, turn.inverse_R)  # type: ignore[return-value]
+
+
+class _Permute(torch.autograd.Function):
+    """x[order] for a permutation; the gradient is a gather by its inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_R)
+        return x_RD.index_select(0, order_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor):  # type: ignore[override]
+        (inverse_R,) = ctx.saved_tensors
+        return grad_RD.index_select(0, inverse_R), None, None
