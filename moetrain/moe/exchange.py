@@ -88,7 +88,7 @@ def _start_back(rows_RD: Tensor, hop: Hop) -> Flight:
 
 def number_of_ranks(groups: Sequence[dist.ProcessGroup]) -> int:
     """P, of one group or of one inside a node and one across nodes."""
-    return math.prod(group.size() for group in groups)
+    return math.prod([group.size() for group in groups])
 
 
 def order_of_ranks(groups: Sequence[dist.ProcessGroup], device: torch.device) -> Tensor:
