@@ -1,40 +1,49 @@
 #!/usr/bin/env bash
-# Train on all GPUs of this node, or on the CPU where there are none.
-# Usage: launch/train.sh CONFIG [--section.field value ...]
+# Train on all GPUs of this node, or on the CPU where there are none; on one node or several.
+# Usage: launch/train.sh [--dry-run] CONFIG [--section.field value ...]
 #
 #   NPROC        ranks on this node (default: one per GPU; 1 on the CPU)
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
-#                several nodes: run the same command on each, with its own NODE_RANK.
-#                A single node listens on loopback alone, on any free port.
+#                several nodes: run the same command on each, with its own NODE_RANK (default: as
+#                srun numbers them). A single node listens on loopback alone, on any free port.
+#   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME
+#                several nodes: the interface that ranks talk over (default: as Gloo and NCCL choose)
 #
-# A mistake in the configuration is one message and exit code 2, before any rank starts.
+# --dry-run checks the configuration and prints the command. A mistake in the configuration is one
+# message and exit code 2, before any rank starts.
 set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+
+nodes="${NNODES:-1}" node="${NODE_RANK:-${SLURM_NODEID:-}}"
+require_count NNODES "$nodes"
+require_count NPROC "${NPROC:-1}"
+if ((nodes > 1)); then
+    [[ -n "${MASTER_ADDR:-}" ]] ||
+        fail "MASTER_ADDR must be set when NNODES is above 1: where the other nodes reach node 0"
+    [[ "$node" =~ ^[0-9]+$ && "$node" -lt "$nodes" ]] ||
+        fail "NODE_RANK (${node:-not set}) must be one of 0 to $((nodes - 1)), another on each node"
+fi
+
 # shellcheck source-path=SCRIPTDIR source=setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
-
 gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
 ranks="${NPROC:-$((gpus > 0 ? gpus : 1))}"
-nodes="${NNODES:-1}"
+check_config $((nodes * ranks)) "$@"
+
+# nproc knows how many cores this process may use; it is not on every system.
+cores="$(OMP_NUM_THREADS='' nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
+variables=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}")
 if ((gpus > 0 && ranks > gpus)); then
     echo "NPROC ($ranks) is more than the GPUs here ($gpus): training on the CPU." >&2
-    export CUDA_VISIBLE_DEVICES=""
+    variables+=("CUDA_VISIBLE_DEVICES=")
 fi
-
-problem="$(python -m moetrain check "$@" --world-size $((nodes * ranks)) 2>&1 >/dev/null)" || {
-    code=$?
-    echo "$problem" >&2
-    exit "$code"
-}
-
-cores="$(getconf _NPROCESSORS_ONLN)"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}"
-
 if ((nodes == 1)); then
     loopback="$([[ "$(uname)" == Darwin ]] && echo lo0 || echo lo)"
-    export GLOO_SOCKET_IFNAME="$loopback" NCCL_SOCKET_IFNAME="$loopback"
-    exec python -m moetrain.torchrun --nproc-per-node="$ranks" -m moetrain train "$@"
+    variables+=("GLOO_SOCKET_IFNAME=$loopback" "NCCL_SOCKET_IFNAME=$loopback")
+    agent=(moetrain.torchrun --nproc-per-node="$ranks")
+else
+    agent=(torch.distributed.run --nproc-per-node="$ranks" --nnodes="$nodes"
+        --node-rank="$node" --master-addr="$MASTER_ADDR" --master-port="${MASTER_PORT:-29500}")
 fi
-exec python -m torch.distributed.run --nproc-per-node="$ranks" --nnodes="$nodes" \
-    --node-rank="${NODE_RANK:?must be set when NNODES is above 1}" \
-    --master-addr="${MASTER_ADDR:?must be set when NNODES is above 1}" \
-    --master-port="${MASTER_PORT:-29500}" -m moetrain train "$@"
+"$run" env "${variables[@]}" python -m "${agent[@]}" -m moetrain train "$@"

@@ -10,29 +10,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from launchers import ROOT, run
 
-ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted({ROOT / ".ci/run", *ROOT.glob("launch/**/*.sh")} - {ROOT / "launch/setup.sh"})
-
-KNOBS = {"VENV", "PYTHON", "EXTRA", "NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
-
-
-def run(*command: str | Path, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run a command, its scripts in the environment that runs the tests."""
-    outer = {name: value for name, value in os.environ.items() if name not in KNOBS}
-    return subprocess.run(
-        list(map(str, command)),
-        cwd=cwd,
-        env={**outer, "VENV": sys.prefix, "PYTHONPATH": str(ROOT), **environ},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+SOURCED = {ROOT / "launch/setup.sh", ROOT / "launch/common.sh"}
+SCRIPTS = sorted(
+    {ROOT / ".ci/run", *ROOT.glob("launch/**/*.sh"), *ROOT.glob("launch/**/*.sbatch")} - SOURCED
+)
+LAUNCHERS = [ROOT / "launch" / name for name in ("train.sh", "deepspeed.sh", "slurm.sbatch")]
 
 
 def test_every_script_can_be_run_and_stops_at_the_first_failure() -> None:
-    assert len(SCRIPTS) >= 4
+    assert set(LAUNCHERS) < set(SCRIPTS)
     for path in SCRIPTS:
         lines = path.read_text().splitlines()
         assert os.access(path, os.X_OK), path
@@ -43,8 +31,19 @@ def test_every_script_can_be_run_and_stops_at_the_first_failure() -> None:
 
 def test_scripts_pass_shellcheck() -> None:
     # The wheel of the test extra puts it beside the interpreter.
-    done = run(Path(sys.prefix, "bin/shellcheck"), "-x", ROOT / "launch/setup.sh", *SCRIPTS)
+    done = run(Path(sys.prefix, "bin/shellcheck"), "-x", *SOURCED, *SCRIPTS)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", LAUNCHERS, ids=lambda path: path.name)
+@pytest.mark.parametrize("arguments", [[], ["--dry-run"], ["--train.steps", "3", "a.yaml"]])
+def test_a_launcher_wants_a_configuration_first(script: Path, arguments: list[str]) -> None:
+    done = run("bash", script, *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("CONFIG must come first; usage: ")
+    assert f"launch/{script.name} [--dry-run] CONFIG" in line
 
 
 # ---- the environment -----------------------------------------------------------------------------
@@ -128,6 +127,7 @@ def test_setup_refuses_an_old_interpreter(clone: Clone) -> None:
 # ---- training ------------------------------------------------------------------------------------
 
 SEVERAL = {"NNODES": "4", "NODE_RANK": "1", "MASTER_ADDR": "first", "MASTER_PORT": "29511"}
+OF_SEVERAL = ["--nnodes=4", "--node-rank=1", "--master-addr=first", "--master-port=29511"]
 
 
 def options(call: str) -> list[str]:
@@ -140,16 +140,11 @@ def options(call: str) -> list[str]:
         ({}, 1, ["--nproc-per-node=1"]),
         ({"NPROC": "2"}, 2, ["--nproc-per-node=2"]),
         ({"GPUS": "8"}, 8, ["--nproc-per-node=8"]),
+        ({"GPUS": "2", **SEVERAL}, 8, ["--nproc-per-node=2", *OF_SEVERAL]),
         (
-            {"GPUS": "2", **SEVERAL},
+            {"GPUS": "2", **SEVERAL, "NODE_RANK": "", "SLURM_NODEID": "1"},
             8,
-            [
-                "--nproc-per-node=2",
-                "--nnodes=4",
-                "--node-rank=1",
-                "--master-addr=first",
-                "--master-port=29511",
-            ],
+            ["--nproc-per-node=2", *OF_SEVERAL],
         ),
     ],
 )
@@ -171,10 +166,57 @@ def test_more_ranks_than_gpus_train_on_the_cpu(clone: Clone) -> None:
     assert options(clone.calls()[-1]) == ["--nproc-per-node=2"]
 
 
-def test_several_nodes_need_an_address(clone: Clone) -> None:
-    done = clone.run("launch/train.sh a.yaml", VENV=clone.venv(), NNODES="2", NODE_RANK="0")
-    assert done.returncode != 0
-    assert "MASTER_ADDR: must be set" in done.stderr
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR must be set when NNODES is above 1"),
+        ({**SEVERAL, "NODE_RANK": ""}, "NODE_RANK (not set) must be one of 0 to 3"),
+        ({**SEVERAL, "NODE_RANK": "4"}, "NODE_RANK (4) must be one of 0 to 3"),
+        ({**SEVERAL, "NODE_RANK": "first"}, "NODE_RANK (first) must be one of 0 to 3"),
+        ({"NNODES": "0"}, "NNODES (0) must be a whole number, 1 or more"),
+        ({"NPROC": "two"}, "NPROC (two) must be a whole number, 1 or more"),
+    ],
+)
+def test_a_wrong_variable_is_named_before_anything_runs(
+    clone: Clone, environ: dict[str, str], message: str
+) -> None:
+    done = clone.run("launch/train.sh a.yaml", VENV=clone.venv(), **environ)
+    assert done.returncode == 2
+    assert done.stderr.startswith(message)
+    assert len(done.stderr.splitlines()) == 1
+    assert clone.calls() == []
+
+
+@pytest.mark.parametrize(
+    ("environ", "command"),
+    [
+        (
+            {"NPROC": "2"},
+            "GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo "
+            "python -m moetrain.torchrun --nproc-per-node=2",
+        ),
+        (
+            {"NPROC": "2", "GPUS": "1"},
+            "CUDA_VISIBLE_DEVICES= GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo "
+            "python -m moetrain.torchrun --nproc-per-node=2",
+        ),
+        (
+            {"GPUS": "8", **SEVERAL},
+            f"python -m torch.distributed.run --nproc-per-node=8 {' '.join(OF_SEVERAL)}",
+        ),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="loopback has another name elsewhere")
+def test_a_dry_run_prints_the_command_and_only_checks(
+    clone: Clone, environ: dict[str, str], command: str
+) -> None:
+    script = "launch/train.sh --dry-run a.yaml --name 'a b'"
+    done = clone.run(script, VENV=clone.venv(), OMP_NUM_THREADS="3", **environ)
+    assert done.returncode == 0, done.stderr
+    expected = f"env OMP_NUM_THREADS=3 {command} -m moetrain train a.yaml --name a\\ b\n"
+    assert done.stdout == expected
+    assert clone.kinds() == ["-c import", "-m moetrain"]
+    assert "moetrain check" in clone.calls()[-1]
 
 
 def test_a_mistake_is_one_message_and_exit_code_2(tmp_path: Path) -> None:
