@@ -116,15 +116,14 @@ def test_a_preempted_job_ends_its_run_and_goes_back_to_the_queue(
 
 
 def test_a_second_warning_lets_the_run_save(slurm: Stubs, tmp_path: Path) -> None:
-    slurm.add(
-        "srun", 'trap "echo saving; sleep 1; echo saved; exit 75" TERM; sleep 9 >&- 2>&- & wait'
-    )
+    slurm.add("srun", training("echo saving; sleep 1; echo saved; exit 75"))
     job = submitted(slurm, tmp_path)
     started(slurm, job)
     job.send_signal(signal.SIGUSR1)
-    time.sleep(0.4)
+    assert job.stdout is not None
+    assert job.stdout.readline() == "saving\n"
     job.send_signal(signal.SIGTERM)
-    assert job.communicate(timeout=20)[0] == "saving\nsaved\n"
+    assert job.communicate(timeout=20)[0] == "saved\n"
     assert slurm.calls("scontrol")[-1].arguments == ["requeue", "123456"]
 
 
