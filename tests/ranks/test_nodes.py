@@ -1,0 +1,222 @@
+"""Several nodes for real: two network namespaces of this machine, an agent with two ranks in each.
+
+Nothing but a virtual cable joins the two: each has a loopback of its own. What
+launch/train.sh trains there is compared with the same run on one node and on one rank.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from launchers import ROOT, environment
+from runs import lines_without_timings, train, write_config
+
+from moetrain import report, settings
+from moetrain.mesh import Mesh
+from moetrain.train import set_up
+from moetrain.train import train as train_run
+
+INTERFACE = "eth0"
+NUMBERS = itertools.count()
+SECONDS = 120
+SECTIONS = {
+    "train": {"steps": 4, "global_batch": 8, "micro_batch": 2},
+    "eval": {"every": 4, "sequences": 4},
+    "checkpoint": {"every": 0},
+    "engine": {"precision": "fp32"},
+}
+PARALLEL = {
+    "experts inside a node": {"ep": 2},
+    "experts across nodes": {"ep": 4},
+}
+"""Settings of `parallel` by what they are about."""
+
+
+# ---- two machines --------------------------------------------------------------------------------
+
+
+class Node(NamedTuple):
+    """A network of its own."""
+
+    namespace: str
+    address: str
+
+    def ip(self, *arguments: str) -> str:
+        return ip("-netns", self.namespace, *arguments)
+
+    def received(self) -> int:
+        """Bytes that came in by the cable."""
+        (link,) = json.loads(self.ip("-json", "-statistics", "link", "show", INTERFACE))
+        return link["stats64"]["rx"]["bytes"]
+
+
+def ip(*arguments: str) -> str:
+    """What iproute2 says; CalledProcessError where it fails."""
+    return subprocess.run(
+        ["ip", *arguments], check=True, capture_output=True, text=True, timeout=20
+    ).stdout
+
+
+@contextmanager
+def cabled() -> Iterator[list[Node]]:
+    """Two nodes joined by a cable. They are gone afterwards, whatever happens."""
+    pair = [Node(f"moetrain-{os.getpid()}-{next(NUMBERS)}", f"10.77.0.{n}") for n in (1, 2)]
+    first, second = (node.namespace for node in pair)
+    try:
+        for node in pair:
+            ip("netns", "add", node.namespace)
+        ip("link", "add", INTERFACE, "netns", first, "type", "veth",
+           "peer", "name", INTERFACE, "netns", second)  # fmt: skip
+        for node in pair:
+            node.ip("address", "add", f"{node.address}/24", "dev", INTERFACE)
+            node.ip("link", "set", INTERFACE, "up")
+            node.ip("link", "set", "lo", "up")
+        yield pair
+    finally:
+        for node in pair:
+            with suppress(subprocess.CalledProcessError):  # it may never have been made
+                ip("netns", "delete", node.namespace)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[list[Node]]:
+    if shutil.which("ip") is None:
+        pytest.skip("no `ip` here to make network namespaces with: install iproute2")
+    try:
+        with cabled():
+            pass
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"network namespaces are not permitted here: {error.stderr.strip()}")
+    with cabled() as pair:
+        yield pair
+
+
+def namespaces() -> set[str]:
+    return {line.split()[0] for line in ip("netns", "list").splitlines()}
+
+
+def test_nodes_are_gone_after_a_failure(nodes: list[Node]) -> None:
+    before = namespaces()
+
+    def fail() -> None:
+        with cabled() as pair:
+            assert namespaces() - before == {node.namespace for node in pair}
+            raise RuntimeError("of the test")
+
+    with pytest.raises(RuntimeError, match="of the test"):
+        fail()
+    assert namespaces() == before
+
+
+def test_nodes_that_could_not_be_cabled_are_gone_too(nodes: list[Node], monkeypatch) -> None:
+    before = namespaces()
+    monkeypatch.setattr(f"{__name__}.INTERFACE", "longer than Linux allows")
+    with pytest.raises(subprocess.CalledProcessError), cabled():
+        pass
+    assert namespaces() == before
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+def on_nodes(nodes: list[Node], config: Path, *flags: str) -> None:
+    """`launch/train.sh` on every node, until all have ended."""
+    agents = [start(nodes, number, config, *flags) for number in range(len(nodes))]
+    try:
+        deadline = time.monotonic() + SECONDS
+        for agent in agents:
+            output = agent.communicate(timeout=max(0.0, deadline - time.monotonic()))[0]
+            assert agent.returncode == 0, output
+    finally:
+        for agent in agents:
+            with suppress(ProcessLookupError):
+                os.killpg(agent.pid, signal.SIGKILL)
+
+
+def start(nodes: list[Node], number: int, config: Path, *flags: str) -> subprocess.Popen[str]:
+    """The agent of one node, a process group of its own."""
+    variables = environment(
+        NNODES=str(len(nodes)),
+        NODE_RANK=str(number),
+        NPROC="2",
+        MASTER_ADDR=nodes[0].address,
+        GLOO_SOCKET_IFNAME=INTERFACE,
+        OMP_NUM_THREADS="1",
+        CUDA_VISIBLE_DEVICES="",
+    )
+    return subprocess.Popen(
+        ["ip", "netns", "exec", nodes[number].namespace, "launch/train.sh", str(config), *flags],
+        cwd=ROOT,
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def on_ranks(config: Path, flags: list[str]) -> None:
+    """The same run, by the ranks of this process group, without its plots."""
+    report.write_plots = lambda *_: []
+    made = settings.load(config, flags)
+    mesh = Mesh(torch.device("cpu"), made.parallel.ep)
+    train_run(set_up(made, settings.run_directory(made.out, made.name), mesh))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    return write_config(tmp_path_factory.mktemp("nodes"), **SECTIONS)
+
+
+@pytest.fixture(scope="module")
+def alone(config: Path) -> list[dict[str, Any]]:
+    """The metrics of one rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            patch.delenv(name, raising=False)
+        patch.setattr(report, "write_plots", lambda *_: [])
+        assert train(config, "--name", "alone") == 0
+    return lines_without_timings(config.parent / "runs/alone")
+
+
+@pytest.mark.parametrize("parallel", PARALLEL.values(), ids=PARALLEL.keys())
+def test_two_nodes_train_as_one(nodes, config, alone, ranks4, parallel: dict[str, Any]) -> None:
+    flags = [
+        word for name, value in parallel.items() for word in (f"--parallel.{name}", str(value))
+    ]
+    label = "-".join(map(str, parallel.values()))
+    before = [node.received() for node in nodes]
+    on_nodes(nodes, config, "--name", f"nodes-{label}", *flags)
+    for node, earlier in zip(nodes, before, strict=True):
+        assert node.received() - earlier > 100_000, "the ranks did not use the cable"
+    lines = lines_without_timings(config.parent / f"runs/nodes-{label}")
+    ranks4.run(on_ranks, config, ["--name", f"node-{label}", *flags])
+    assert lines == lines_without_timings(config.parent / f"runs/node-{label}")
+    assert len(lines) == len(alone) == 5
+    for line, reference in zip(lines, alone, strict=True):
+        compare(line, reference)
+
+
+def compare(line: dict[str, Any], reference: dict[str, Any]) -> None:
+    """Numbers to rounding; what became of every token, exactly."""
+    assert line.keys() == reference.keys()
+    for name in ("loss", "grad_norm", "balance_loss", "z_loss", "eval_loss", "eval_nats_per_byte"):
+        if name in reference:
+            assert line[name] == pytest.approx(reference[name], rel=1e-5), name
+    for layer, other in zip(line.get("layers", []), reference.get("layers", []), strict=True):
+        assert len(layer["outcomes_by_rank"]) == 4
+        for name in ("load", "kept_load", "kept", "dropped", "lost_tokens", "drop_rate_by_choice"):
+            assert layer[name] == other[name], name
