@@ -5,16 +5,22 @@ from __future__ import annotations
 import torch
 
 from moetrain.config import Config, MoEConfig
+from moetrain.constraints import padded_vocab_size
 from moetrain.model import Attention, Block, FeedForward, SharedGate, Transformer
 from moetrain.moe import Gate, MoE
 
 
 def build_model(config: Config, vocab_size: int) -> Transformer:
-    """The model of a configuration on the meta device: shapes without memory."""
+    """The model of a configuration on the meta device: shapes without memory.
+
+    `vocab_size` is the tokenizer's, which `model.vocab_size` may pad. Raises UserError where it is
+    too small for that.
+    """
+    rows = padded_vocab_size(config, vocab_size)
     with torch.device("meta"):
         blocks = [_block(config, layer) for layer in range(config.model.layers)]
         return Transformer(
-            vocab_size,
+            rows,
             config.model.dim,
             config.model.norm_eps,
             config.model.tie_embeddings,
@@ -37,6 +43,7 @@ def _block(config: Config, layer: int) -> Block:
         model.dim,
         model.heads,
         model.num_kv_heads,
+        model.attention_head_dim,
         rope_theta=model.rope_theta,
         qk_norm=model.qk_norm,
         norm_eps=model.norm_eps,

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moetrain.build import build_model, routing_group_tokens
 from moetrain.config import Config
-from moetrain.data import load_tokenizer
+from moetrain.data import is_on_hub, load_tokenizer
 from moetrain.loss import CHUNK_TOKENS
 from moetrain.model import Block, Transformer
 from moetrain.moe import Draws, MoE, Router, capacity
@@ -28,7 +28,7 @@ def report(config: Config, world_size: int) -> str:
     The configuration must have passed `constraints.check_world`. Raises UserError where the
     tokenizer, whose vocabulary the model needs, cannot be loaded.
     """
-    model = build_model(config, load_tokenizer(config.data.tokenizer).vocab_size)
+    model = build_model(config, _vocab_size(config))
     sections = (
         _mesh(config, world_size),
         _layers(model),
@@ -38,6 +38,13 @@ def report(config: Config, world_size: int) -> str:
         _memory(config, model, world_size),
     )
     return "\n".join("\n".join(section) for section in sections)
+
+
+def _vocab_size(config: Config) -> int:
+    """The tokenizer's, which is not asked over the network where the configuration will do."""
+    if config.model.vocab_size is not None and is_on_hub(config.data.tokenizer):
+        return config.model.vocab_size
+    return load_tokenizer(config.data.tokenizer).vocab_size
 
 
 def _mesh(config: Config, world_size: int) -> Iterator[str]:

@@ -38,13 +38,18 @@ class ModelConfig(Section):
     layers: PositiveInt = 4
     """Number of blocks."""
     heads: PositiveInt = 4
-    """Query heads; each is dim/heads wide."""
+    """Query heads."""
     kv_heads: PositiveInt | None = None
     """Key and value heads (grouped-query attention); null: as many as query heads."""
+    head_dim: PositiveInt | None = None
+    """Width of one head; null: dim/heads."""
     ffn_dim: PositiveInt | None = None
     """Hidden width of the dense feed-forward layers; null: 4·dim."""
-    qk_norm: Bool = False
-    """RMS-normalise queries and keys per head."""
+    vocab_size: PositiveInt | None = None
+    """Rows of the embedding, at least the tokenizer's vocabulary (more: padded, as published models
+    are; such ids are never generated); null: the tokenizer's vocabulary."""
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMS-normalise queries and keys: each head by itself (Qwen3), or all heads together (OLMoE)."""
     tie_embeddings: Bool = True
     """Use the input embedding as the output projection."""
     rope_theta: PositiveFloat = 10_000.0
@@ -53,9 +58,9 @@ class ModelConfig(Section):
     """Epsilon of every RMSNorm."""
 
     @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.dim // self.heads
+    def attention_head_dim(self) -> int:
+        """Width of one head, with null resolved."""
+        return self.head_dim or self.dim // self.heads
 
     @property
     def num_kv_heads(self) -> int:

@@ -52,6 +52,18 @@ def check_world(config: Config, world_size: int) -> None:
         raise UserError("\n".join(found))
 
 
+def padded_vocab_size(config: Config, tokenizer_size: int) -> int:
+    """Rows of the embedding for a tokenizer with so many ids; UserError if they are too few."""
+    rows = config.model.vocab_size or tokenizer_size
+    if rows < tokenizer_size:
+        raise UserError(
+            f"model.vocab_size ({rows}) must be at least the {tokenizer_size} ids of "
+            f"data.tokenizer ({config.data.tokenizer}); try {tokenizer_size}, "
+            f"{-(-tokenizer_size // 128) * 128} (a multiple of 128) or null"
+        )
+    return rows
+
+
 def cautions(config: Config) -> list[str]:
     """What is legal but hardly meant: settings without effect, and a router that cannot learn."""
     found = []
@@ -82,13 +94,17 @@ def _name_problems(name: str) -> Iterator[str]:
 
 
 def _head_problems(model: ModelConfig) -> Iterator[str]:
-    dim, heads, kv_heads = model.dim, model.heads, model.kv_heads
-    if dim % 2:
+    dim, heads, kv_heads, head_dim = model.dim, model.heads, model.kv_heads, model.head_dim
+    if head_dim is not None:
+        if head_dim % 2:
+            even = _multiples(head_dim, 2)
+            yield f"model.head_dim ({head_dim}) must be even (rotary positions); try {even}"
+    elif dim % 2:
         yield f"model.dim ({dim}) must be even (rotary positions); try {_multiples(dim, 2)}"
     elif dim % heads or (dim // heads) % 2:
         yield (
             f"model.heads ({heads}) must divide model.dim ({dim}) into heads of even width "
-            f"(rotary positions); try {_nearest(_divisors(dim // 2), heads)}"
+            f"(rotary positions); try {_nearest(_divisors(dim // 2), heads)}, or set model.head_dim"
         )
     if kv_heads and heads % kv_heads:
         yield (

@@ -1,11 +1,11 @@
 """Text from a trained model, token by token with a key-value cache. Generation never drops.
 
-Shape suffixes: B sequences, L tokens, V vocabulary.
+Shape suffixes: B sequences, L tokens, V vocabulary, I ids of the tokenizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -43,6 +43,16 @@ def sampler(
         return token_BV.gather(1, place_B1)[:, 0]
 
     return draw
+
+
+def among(ids: Sequence[int], sample: Sampler) -> Sampler:
+    """Sample from some ids alone: a padded vocabulary has logits that stand for no token."""
+
+    def choose(logits_BV: Tensor) -> Tensor:
+        id_I = torch.tensor(ids, device=logits_BV.device)
+        return id_I[sample(logits_BV[:, id_I])]
+
+    return choose
 
 
 @torch.no_grad()
@@ -91,7 +101,7 @@ def run(
     prompt_ids = tokenizer.encode_batch([prompt])[0].tolist()
     if not prompt_ids:
         raise UserError("prompt ('') must hold some text; try 'import '")
-    choose = _chooser(greedy, temperature, top_k, top_p, seed)
+    choose = among(tokenizer.ids, _chooser(greedy, temperature, top_k, top_p, seed))
     with process_group() as device:
         model = restore.model_on_device(found, device)
         prompt_BL = torch.tensor([prompt_ids], device=device)

@@ -2,7 +2,7 @@
 from outside (`moetrain.parallel`).
 
 Shape suffixes: B sequences, L tokens of a sequence, T = B·L, D model width, H heads, h head width,
-V vocabulary.
+V vocabulary (padding included).
 """
 
 from __future__ import annotations
@@ -88,7 +88,11 @@ def rotate(x_BHLh: Tensor, position_L: Tensor, theta: float) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query self-attention with rotary positions."""
+    """Causal grouped-query self-attention with rotary positions.
+
+    `qk_norm` RMS-normalises queries and keys: each head by itself ("head", with one weight for all
+    heads: Qwen3, 2505.09388) or all heads together ("full": OLMoE, 2409.02060).
+    """
 
     def __init__(
         self,
@@ -96,28 +100,32 @@ class Attention(nn.Module):
         dim: int,
         heads: int,
         kv_heads: int,
+        head_dim: int,
         *,
         rope_theta: float,
-        qk_norm: bool,
+        qk_norm: Literal["none", "head", "full"],
         norm_eps: float,
     ):
         super().__init__()
         self.layer, self.heads, self.kv_heads, self.rope_theta = layer, heads, kv_heads, rope_theta
-        head_dim = dim // heads
+        self.head_dim = head_dim
         self.wq = nn.Linear(dim, heads * head_dim, bias=False)
         self.wk = nn.Linear(dim, kv_heads * head_dim, bias=False)
         self.wv = nn.Linear(dim, kv_heads * head_dim, bias=False)
         self.wo = nn.Linear(heads * head_dim, dim, bias=False)
-        self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = None, None
+        if qk_norm != "none":
+            q_heads, k_heads = (heads, kv_heads) if qk_norm == "full" else (1, 1)
+            self.q_norm = RMSNorm(q_heads * head_dim, norm_eps)
+            self.k_norm = RMSNorm(k_heads * head_dim, norm_eps)
 
     def forward(self, x_BLD: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         """`mask` (bool, broadcast to (B, H, L, keys)) replaces the causal mask where given."""
         start = cache.length if cache else 0
         position_L = torch.arange(start, start + x_BLD.shape[1], device=x_BLD.device)
-        q = self.q_norm(self.wq(x_BLD).unflatten(-1, (self.heads, -1))).transpose(1, 2)
-        k = self.k_norm(self.wk(x_BLD).unflatten(-1, (self.kv_heads, -1))).transpose(1, 2)
-        v = self.wv(x_BLD).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+        q = self._heads(self.wq(x_BLD), self.q_norm)
+        k = self._heads(self.wk(x_BLD), self.k_norm)
+        v = self._heads(self.wv(x_BLD), None)
         q, k = rotate(q, position_L, self.rope_theta), rotate(k, position_L, self.rope_theta)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
@@ -125,6 +133,12 @@ class Attention(nn.Module):
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.kv_heads != self.heads
         )
         return self.wo(y.transpose(1, 2).flatten(2))
+
+    def _heads(self, x_BLW: Tensor, norm: RMSNorm | None) -> Tensor:
+        """(B, L, W = heads·h), normalised by stretches as wide as `norm`, to (B, heads, L, h)."""
+        if norm is not None:
+            x_BLW = norm(x_BLW.unflatten(-1, (-1, len(norm.weight)))).flatten(-2)
+        return x_BLW.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):

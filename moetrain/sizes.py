@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from moetrain.model import Transformer
+from moetrain.model import Attention, Transformer
 from moetrain.moe import MoE
 
 
@@ -31,7 +31,7 @@ def sizes(model: Transformer) -> Sizes:
 
 
 def train_flops_per_token(model: Transformer, seq_len: int) -> int:
-    """Model FLOPs of forward and backward per token: 6·N + 12·layers·dim·seq_len.
+    """Model FLOPs of forward and backward per token: 6·N + 12·layers·heads·head_dim·seq_len.
 
     N counts the active parameters that are multiplied (the output projection, not the look-up);
     attention counts in full although it is causal. (PaLM, 2204.02311, appendix B.) Empty slots and
@@ -39,4 +39,5 @@ def train_flops_per_token(model: Transformer, seq_len: int) -> int:
     """
     counted = sizes(model)
     multiplied = counted.active - (0 if model.head is None else counted.embedding)
-    return 6 * multiplied + 12 * len(model.blocks) * model.embedding.embedding_dim * seq_len
+    widths = sum(m.wo.in_features for m in model.modules() if isinstance(m, Attention))
+    return 6 * multiplied + 12 * widths * seq_len

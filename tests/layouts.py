@@ -75,7 +75,8 @@ class Case:
         """The case as a whole run."""
         return Config(
             model=ModelConfig(
-                dim=12, layers=2, heads=2, kv_heads=1, ffn_dim=8, qk_norm=self.qk_norm,
+                dim=12, layers=2, heads=2, kv_heads=1, ffn_dim=8,
+                qk_norm="head" if self.qk_norm else "none",
                 tie_embeddings=self.tied,
             ),
             moe=self.moe,

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from moetrain import check, settings
 from moetrain.build import build_model
 from moetrain.config import Config
+from moetrain.data import tokenizer
 from moetrain.mesh import Mesh
 from moetrain.moe import Draws
 from moetrain.moe.keyed import step_key
@@ -172,6 +173,20 @@ def test_the_vocabulary_is_the_tokenizers():
         check.report(config(data={"tokenizer": "./missing/tokenizer.json"}), 1)
 
 
+def test_a_padded_vocabulary_needs_no_tokenizer_of_the_hub(monkeypatch):
+    def refuse(*_args):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(tokenizer, "fetch", refuse)
+    padded = {"model": {"vocab_size": 320, "tie_embeddings": False}}
+    text = check.report(config(**padded, data={"tokenizer": "some/model"}), 1)
+    assert f"{sizes(build_model(config(**padded), VOCAB)).total:,} in total" in text
+    with pytest.raises(AssertionError, match="the network was asked"):
+        check.report(config(data={"tokenizer": "some/model"}), 1)
+    with pytest.raises(ValueError, match=r"model.vocab_size \(256\) must be at least the 257 ids"):
+        check.report(config(model={"vocab_size": 256}), 1)
+
+
 # ---------------------------------------------------------------- memory
 
 LARGE = {"dim": 1024, "layers": 3, "heads": 8, "tie_embeddings": False}
@@ -248,7 +263,10 @@ ROOM = {"dim": 64, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 96}
         {"moe": {"experts": 0}},
         {"moe": {"capacity_factor": 1.25}},
         {"moe": {"capacity_factor": None}},
-        {"moe": {"router": "gshard", "shared_experts": 1, "every": 2}, "model": {"qk_norm": True}},
+        {
+            "moe": {"router": "gshard", "shared_experts": 1, "every": 2},
+            "model": {"qk_norm": "head"},
+        },
         {"moe": {"router": "switch", "top_k": 1, "jitter": 0.01}},
         {"moe": {"router": "noisy_topk", "drop_policy": "spill"}},
         {"moe": {"router": "sigmoid", "drop_policy": "probability", "expert_groups": 2}},

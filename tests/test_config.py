@@ -48,12 +48,16 @@ CONFLICTS = {
     "heads over dim": (
         {"model": {"dim": 256, "heads": 3}},
         "model.heads (3) must divide model.dim (256) into heads of even width (rotary "
-        "positions); try 1, 2, 4, 8 or 16",
+        "positions); try 1, 2, 4, 8 or 16, or set model.head_dim",
     ),
     "odd head": (
         {"model": {"dim": 12, "heads": 4}},
         "model.heads (4) must divide model.dim (12) into heads of even width (rotary "
-        "positions); try 1, 2, 3 or 6",
+        "positions); try 1, 2, 3 or 6, or set model.head_dim",
+    ),
+    "odd head_dim": (
+        {"model": {"head_dim": 7}},
+        "model.head_dim (7) must be even (rotary positions); try 6 or 8",
     ),
     "odd dim": (
         {"model": {"dim": 255, "heads": 5}},
@@ -243,12 +247,13 @@ def test_which_blocks_hold_experts(every, first_dense, blocks):
 
 def test_null_widths_are_resolved():
     config = Config(model=ModelConfig(dim=64, heads=8))
-    assert (config.model.head_dim, config.model.num_kv_heads) == (8, 8)
+    assert (config.model.attention_head_dim, config.model.num_kv_heads) == (8, 8)
     assert (config.model.dense_ffn_dim, config.expert_ffn_dim) == (256, 256)
     config = Config(
         model=ModelConfig(dim=64, heads=8, kv_heads=2, ffn_dim=96), moe=MoEConfig(expert_ffn_dim=32)
     )
     assert config.model.num_kv_heads == 2
+    assert Config(model=ModelConfig(dim=63, heads=5, head_dim=4)).model.attention_head_dim == 4
     assert (config.model.dense_ffn_dim, config.expert_ffn_dim) == (96, 32)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moetrain import cli
 from moetrain.config import Config
-from moetrain.generate import continuations, greedy, sampler
+from moetrain.generate import among, continuations, greedy, sampler
 from moetrain.model import KVCache, Transformer
 
 LOGITS_V = torch.log(torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2]))
@@ -100,6 +100,15 @@ def test_sequences_are_drawn_each_from_its_own_logits():
     assert draw(logits_BV).tolist() == greedy(logits_BV).tolist() == [4, 0, 2]
 
 
+def test_ids_that_no_token_has_are_never_drawn():
+    """Not even the likeliest; the others share the probability as before."""
+    choose = among([0, 2, 3], sampler(1.0, None, 1.0, torch.Generator().manual_seed(0)))
+    token_B = choose(LOGITS_V.expand(DRAWS, -1))
+    found = (token_B.bincount(minlength=5) / DRAWS).tolist()
+    assert_drawn(found, [0.1, 0, 0.05, 0.25, 0])
+    assert among([0, 2, 3], greedy)(LOGITS_V[None]).tolist() == [3]
+
+
 # ---------------------------------------------------------------- with and without a cache
 
 
@@ -121,7 +130,7 @@ def without_cache(model: Transformer, prompt_BL: Tensor, count: int) -> Tensor:
 @pytest.mark.parametrize(
     "sections",
     [
-        {"model": {"kv_heads": 2, "qk_norm": True}},
+        {"model": {"kv_heads": 2, "qk_norm": "full"}},
         {"moe": {"router": "gshard", "shared_experts": 1, "every": 2}},
         {"moe": {"experts": 0}},
     ],
@@ -208,18 +217,29 @@ END = 256
 
 @torch.no_grad()
 def follower(successor: dict[int, int]) -> tuple[Config, Transformer]:
-    """A model that says after each byte the one that follows it here, and else the end of text."""
+    """A model that says after each byte the one that follows it here, and else the end of text.
+
+    Likeliest of all, always, is the last row of its vocabulary, which is padding.
+    """
     config = small_config(
-        model={"dim": 258, "layers": 1, "heads": 1, "tie_embeddings": False}, moe={"experts": 0}
+        model={
+            "dim": 258,
+            "layers": 1,
+            "heads": 1,
+            "tie_embeddings": False,
+            "vocab_size": 320,
+        },
+        moe={"experts": 0},
     )
     model = initialised(config, torch.float32, vocab_size=257)
     model.blocks[0].attention.wo.weight.zero_()  # type: ignore[union-attr]
     model.blocks[0].feed_forward.w_down.weight.zero_()  # type: ignore[union-attr]
-    model.embedding.weight.copy_(torch.eye(257, 258))
+    model.embedding.weight.copy_(torch.eye(320, 258))
     assert model.head is not None
     model.head.weight.zero_()
     for byte in range(256):
         model.head.weight[successor.get(byte, END), byte] = 1
+    model.head.weight[-1] = 2
     return config, model
 
 

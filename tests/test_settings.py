@@ -66,7 +66,7 @@ FLAGS = {
     "word of a union": (["--moe.group", "microbatch"], "moe", "group", "microbatch"),
     "number of a union": (["--moe.group", "64"], "moe", "group", 64),
     "false": (["--moe.renormalize", "false"], "moe", "renormalize", False),
-    "True": (["--model.qk-norm=True"], "model", "qk_norm", True),
+    "True": (["--moe.renormalize=True"], "moe", "renormalize", True),
     "exponent": (["--train.lr", "3e-4"], "train", "lr", 3e-4),
     "path": (["--data.cache", "/some/where"], "data", "cache", Path("/some/where")),
     "no path": (["--data.cache", "null"], "data", "cache", None),
@@ -100,10 +100,13 @@ def test_off_is_a_word_and_no_boolean(yaml_file, word):
 
 @pytest.mark.parametrize(("word", "value"), [("true", True), ("False", False)])
 def test_booleans(yaml_file, word, value):
-    assert load(yaml_file(f"model: {{qk_norm: {word}}}")).model.qk_norm is value
+    assert load(yaml_file(f"moe: {{renormalize: {word}}}")).moe.renormalize is value
 
 
-@pytest.mark.parametrize("setting", ["qk_norm: yes", "qk_norm: on", "dim: '64'", "dim: 64.0"])
+@pytest.mark.parametrize(
+    "setting",
+    ["tie_embeddings: yes", "tie_embeddings: on", "qk_norm: true", "dim: '64'", "dim: 64.0"],
+)
 def test_values_of_another_type_are_refused(yaml_file, setting):
     with pytest.raises(UserError, match=rf"model\.{setting.split(':')[0]} \("):
         load(yaml_file(f"model: {{{setting}}}"))

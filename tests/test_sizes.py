@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from models import initialised, small_config
 
 from moetrain.build import build_model
 from moetrain.config import Config
+from moetrain.errors import UserError
 from moetrain.sizes import Sizes, sizes, train_flops_per_token
 
 # dim 16, 4 heads, 2 of them for keys and values: q and out 16·16, k and v 16·8 each.
@@ -31,7 +34,9 @@ def test_dense_by_hand():
 def test_untied_embeddings_count_twice_and_qk_norm_once_per_block():
     tied, untied = (of(model={"tie_embeddings": tie}) for tie in (True, False))
     assert untied.total - tied.total == untied.active - tied.active == 50 * 16
-    assert of(model={"qk_norm": True}).total - tied.total == 2 * 2 * 4
+    assert of(model={"qk_norm": "head"}).total - tied.total == 2 * 2 * 4
+    full = of(model={"qk_norm": "full", **MODEL})  # 4 heads for queries, 2 for keys
+    assert full.total - of(model=MODEL).total == 2 * (4 + 2) * 4
 
 
 @pytest.mark.parametrize(
@@ -71,11 +76,30 @@ def test_the_shape_of_mixtral_8x7b_has_its_published_size():
 def test_the_shape_of_olmoe_has_its_published_size():
     counted = published(
         50_304,
-        {"dim": 2048, "layers": 16, "heads": 16, "qk_norm": True},
+        {"dim": 2048, "layers": 16, "heads": 16, "qk_norm": "full"},
         {"experts": 64, "top_k": 8, "expert_ffn_dim": 1024, "renormalize": False},
     )
     assert round(counted.total / 1e9, 1) == 6.9  # "6.9B", 2409.02060
     assert round(counted.active / 1e9, 1) == 1.3
+
+
+def test_a_padded_vocabulary_has_more_rows_and_cannot_have_fewer():
+    assert of(model={"vocab_size": 64}).embedding == 64 * 16
+    assert of(model={"vocab_size": 50}) == of()
+    message = (
+        "model.vocab_size (49) must be at least the 50 ids of data.tokenizer (bytes); try 50, "
+        "128 (a multiple of 128) or null"
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        of(model={"vocab_size": 49})
+
+
+def test_heads_of_another_width():
+    counted = of(model={"head_dim": 6})  # not the 4 of dim/heads
+    assert counted.total - of().total == 2 * 4 * (16 * 4 * 2)
+    wide = train_flops_per_token(build_model(small_config(model={"head_dim": 6}), 50), seq_len=8)
+    narrow = train_flops_per_token(build_model(small_config(), 50), seq_len=8)
+    assert wide - narrow == 6 * 2 * 4 * (16 * 4 * 2) + 12 * 2 * 4 * 2 * 8
 
 
 @pytest.mark.parametrize("tie", [True, False])

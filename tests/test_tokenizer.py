@@ -118,6 +118,7 @@ def test_vocabulary_reaches_past_gaps_in_the_ids(bpe_path, tmp_path):
         edited(bpe_path, tmp_path / "gap.json", added_tokens=added, model=content["model"])
     )
     assert tokenizer.vocab_size == 501
+    assert list(tokenizer.ids) == [*range(280), 500]
 
 
 def test_no_end_of_text_is_an_error_that_names_the_tokens_there_are(bpe_path, tmp_path):

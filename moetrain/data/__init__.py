@@ -4,7 +4,7 @@ from moetrain.data.cache import Prepared, prepare
 from moetrain.data.corpus import open_source
 from moetrain.data.samples import Batch, Samples
 from moetrain.data.shards import Manifest, verify
-from moetrain.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from moetrain.data.tokenizer import Tokenizer, is_on_hub, load_tokenizer, train_bpe
 
 __all__ = [
     "Batch",
@@ -12,6 +12,7 @@ __all__ = [
     "Prepared",
     "Samples",
     "Tokenizer",
+    "is_on_hub",
     "load_tokenizer",
     "open_source",
     "prepare",

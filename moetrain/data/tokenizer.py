@@ -33,7 +33,10 @@ PIECES_AT_ONCE = 128
 class Tokenizer(Protocol):
     """Turns text into ids below `vocab_size` and back."""
 
+    ids: Sequence[int]
+    """Every id there is, ascending; in a tokenizer.json there may be gaps."""
     vocab_size: int
+    """The last id + 1."""
     eos_id: int
     """Ends every document; also fills padding, which no loss or routing ever sees."""
     fingerprint: str
@@ -55,6 +58,7 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """One id per UTF-8 byte, and 256 for the end of a document."""
 
+    ids = range(257)
     vocab_size = 257
     eos_id = 256
     fingerprint = BYTES
@@ -91,7 +95,8 @@ class JsonTokenizer:
         inner.no_padding()
         inner.encode_special_tokens = True  # spelled-out special tokens are plain text
         self.inner = inner
-        self.vocab_size = max(inner.get_vocab().values()) + 1  # ids may have gaps
+        self.ids = sorted(set(inner.get_vocab().values()))
+        self.vocab_size = self.ids[-1] + 1
         self.eos_id = _find_eos(inner, subject)
         self.fingerprint = hashlib.sha256(content).hexdigest()
         self._content = content
@@ -124,15 +129,24 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == BYTES:
         return ByteTokenizer()
-    subject = f"data.tokenizer ('{name}')"
-    path = Path(name).expanduser()
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    if not path.is_file():
-        if path.suffix == ".json" or name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise UserError(f"{subject}: there is no file {path}")
+    subject, path = f"data.tokenizer ('{name}')", _path(name)
+    if is_on_hub(name):
         path = _download(name, subject)
+    elif not path.is_file():
+        raise UserError(f"{subject}: there is no file {path}")
     return JsonTokenizer(path, subject)
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether `load_tokenizer` would look for it on the hub."""
+    path = _path(name)
+    is_path = path.suffix == ".json" or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return name != BYTES and not is_path and not path.is_file()
+
+
+def _path(name: str) -> Path:
+    path = Path(name).expanduser()
+    return path / "tokenizer.json" if path.is_dir() else path
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int, out: Path) -> JsonTokenizer:
