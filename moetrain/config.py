@@ -49,7 +49,7 @@ class ModelConfig(Section):
     """Rows of the embedding, at least the tokenizer's vocabulary (more: padded, as published models
     are; such ids are never generated); null: the tokenizer's vocabulary."""
     qk_norm: Literal["none", "head", "full"] = "none"
-    """RMS-normalise queries and keys: each head by itself (Qwen3), or all heads together (OLMoE)."""
+    """RMS-normalise queries and keys: each head by itself (Qwen3), or all together (OLMoE)."""
     tie_embeddings: Bool = True
     """Use the input embedding as the output projection."""
     rope_theta: PositiveFloat = 10_000.0

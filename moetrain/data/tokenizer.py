@@ -58,7 +58,7 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """One id per UTF-8 byte, and 256 for the end of a document."""
 
-    ids = range(257)
+    ids: Sequence[int] = range(257)
     vocab_size = 257
     eos_id = 256
     fingerprint = BYTES
@@ -95,7 +95,7 @@ class JsonTokenizer:
         inner.no_padding()
         inner.encode_special_tokens = True  # spelled-out special tokens are plain text
         self.inner = inner
-        self.ids = sorted(set(inner.get_vocab().values()))
+        self.ids: Sequence[int] = sorted(set(inner.get_vocab().values()))
         self.vocab_size = self.ids[-1] + 1
         self.eos_id = _find_eos(inner, subject)
         self.fingerprint = hashlib.sha256(content).hexdigest()
