@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-
-import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moetrain.build import build_model, routing_group_tokens
 from moetrain.config import Config
 from moetrain.data import is_on_hub, load_tokenizer
-from moetrain.loss import CHUNK_TOKENS
+from moetrain.memory import memory
 from moetrain.model import Block, Transformer
-from moetrain.moe import Draws, MoE, Router, capacity
+from moetrain.moe import MoE, capacity
 from moetrain.sizes import sizes, train_flops_per_token
 
-_KIND = 60
+_BLOCKS = 15
+"""Width of the column that numbers blocks."""
+_KIND = 54
 """Width of the column that says what a block is."""
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def report(config: Config, world_size: int) -> str:
@@ -28,14 +25,15 @@ def report(config: Config, world_size: int) -> str:
     The configuration must have passed `constraints.check_world`. Raises UserError where the
     tokenizer, whose vocabulary the model needs, cannot be loaded.
     """
-    model = build_model(config, _vocab_size(config))
+    vocab_size = _vocab_size(config)
+    model = build_model(config, vocab_size)
     sections = (
         _mesh(config, world_size),
         _layers(model),
         _routing(config),
         _parameters(config, model),
         _step(config, world_size),
-        _memory(config, model, world_size),
+        _memory(config, model, vocab_size, world_size),
     )
     return "\n".join("\n".join(section) for section in sections)
 
@@ -48,26 +46,67 @@ def _vocab_size(config: Config) -> int:
 
 
 def _mesh(config: Config, world_size: int) -> Iterator[str]:
-    replicas, ep = config.parallel.dp_replicate, config.parallel.ep
+    """Who is who: the rank order of `moetrain.mesh`."""
+    replicas, ep, experts = config.parallel.dp_replicate, config.parallel.ep, config.moe.experts
     shard = config.dp_shard(world_size)
     yield f"mesh       {world_size} ranks = dp_replicate {replicas} × dp_shard {shard}"
-    if config.moe.experts:
-        yield (
-            f"           dp_shard {shard} = edp {shard // ep} × ep {ep}:"
-            f" {config.moe.experts // ep} of {config.moe.experts} experts per rank"
-        )
+    if not experts:
+        return
+    each = experts // ep
+    yield (
+        f"           dp_shard {shard} = edp {shard // ep} × ep {ep}:"
+        f" {each} of {experts} experts per rank"
+    )
+    if ep > 1:
+        groups = [_span(group) for group in expert_groups(world_size, ep)]
+        yield f"           all-to-all among ranks {_some(groups)}"
+    yield from _some_lines(
+        f"           experts {_span(range(i * each, (i + 1) * each))} on ranks {_some(ranks)}"
+        for i, ranks in enumerate(holders(world_size, ep))
+    )
+
+
+def expert_groups(world_size: int, ep: int) -> list[range]:
+    """The ranks of every expert-parallel group, which share all experts."""
+    return [range(first, first + ep) for first in range(0, world_size, ep)]
+
+
+def holders(world_size: int, ep: int) -> list[range]:
+    """The ranks that hold the same experts, for every part of the experts in turn."""
+    return [range(first, world_size, ep) for first in range(ep)]
+
+
+def _span(numbers: range) -> str:
+    return f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
+
+
+def _some(items: Sequence[object]) -> str:
+    """All of a short list, the ends of a long one."""
+    shown = items if len(items) <= 4 else [*items[:2], "…", items[-1]]
+    return ", ".join(map(str, shown))
+
+
+def _some_lines(lines: Iterable[str]) -> list[str]:
+    every = list(lines)
+    return every if len(every) <= 8 else [*every[:2], "           …", every[-1]]
 
 
 def _layers(model: Transformer) -> Iterator[str]:
-    """One line for every run of equal blocks."""
+    """One line for all blocks that are alike."""
+    alike: dict[str, list[int]] = {}
+    for index, block in enumerate(model.blocks):
+        alike.setdefault(_layer(block), []).append(index)  # type: ignore[arg-type]
     columns = f"{'feed-forward':{_KIND}s} {'parameters':>14s} {'active':>11s}"
-    yield f"layers     blocks   {columns}  of each"
-    first = 0
-    for row, alike in groupby(_layer(block) for block in model.blocks):  # type: ignore[arg-type]
-        last = first + len(list(alike)) - 1
-        blocks = f"{first}" if first == last else f"{first}-{last}"
-        yield f"           {blocks:7s}  {row}"
-        first = last + 1
+    yield f"layers     {'blocks':{_BLOCKS}s} {columns}  of each"
+    for row, indices in alike.items():
+        yield f"           {_some(list(_spans(indices))):{_BLOCKS}s} {row}"
+
+
+def _spans(indices: list[int]) -> Iterator[str]:
+    """Neighbours together: 0, 1, 2, 4 are 0-2 and 4."""
+    for _, pairs in groupby(enumerate(indices), lambda pair: pair[1] - pair[0]):
+        _, (first, *others) = zip(*pairs, strict=True)
+        yield _span(range(first, (others or [first])[-1] + 1))
 
 
 def _layer(block: Block) -> str:
@@ -135,80 +174,8 @@ def _step(config: Config, world_size: int) -> Iterator[str]:
     yield f"           {train.steps:,} steps, {tokens * train.steps:,} tokens in the run"
 
 
-def _memory(config: Config, model: Transformer, world_size: int) -> Iterator[str]:
-    """Bytes of the largest rank: its shards, what is gathered beside them, the activations.
-
-    One block at a time is gathered, with all that lies outside the blocks. Between micro-batches a
-    rank keeps whole gradients.
-    """
-    compute = _DTYPES[config.engine.precision]
-    master = 8 if config.engine.precision == "fp64" else 4
-    shard = -(-sizes(model).total // config.dp_shard(world_size)) * master
-    outside, blocks = _computed(config, model)
-    whole = outside + sum(blocks) if config.accumulation(world_size) > 1 else 0
-    rows = (
-        ("weights", shard),
-        ("gradients", shard + whole * master),
-        ("Adam moments", 2 * shard),
-        ("gathered weights", (outside + max(blocks)) * compute.itemsize),
-        ("activations", _activations(config, model.embedding.num_embeddings, compute)),
-        ("logits", _logits(config, model, compute)),
-    )
+def _memory(config: Config, model: Transformer, vocab_size: int, world_size: int) -> Iterator[str]:
+    rows = memory(config, model, vocab_size, world_size)
     yield "memory     per device, in GiB"
-    for name, num_bytes in (*rows, ("together", sum(n for _, n in rows))):
-        yield f"           {name:18s} {num_bytes / 2**30:9.3f}"
-
-
-def _computed(config: Config, model: Transformer) -> tuple[int, list[int]]:
-    """Parameters a rank computes with: those outside the blocks, and those of each block."""
-    blocks = []
-    for block in model.blocks:
-        assert isinstance(block, Block)
-        elsewhere = 0
-        if block.moe is not None:
-            of_experts = sum(p.numel() for p in block.moe.experts.parameters())
-            elsewhere = of_experts - of_experts // config.parallel.ep
-        blocks.append(sum(p.numel() for p in block.parameters()) - elsewhere)
-    outside = sum(p.numel() for p in model.parameters())
-    outside -= sum(p.numel() for p in model.blocks.parameters())
-    return outside, blocks
-
-
-def _logits(config: Config, model: Transformer, compute: torch.dtype) -> int:
-    """Bytes of the logits that exist at one time: as computed, and their softmax and its gradient
-    in fp32 at least."""
-    wide = torch.promote_types(compute, torch.float32).itemsize
-    tokens = min(CHUNK_TOKENS, config.train.micro_batch * config.data.seq_len)
-    return tokens * model.embedding.num_embeddings * (compute.itemsize + 2 * wide)
-
-
-def _activations(config: Config, vocab_size: int, compute: torch.dtype) -> int:
-    """Bytes that one micro-batch's forward pass keeps for its backward pass.
-
-    Found by running it on tensors without memory and adding up what autograd saves. Expert
-    parallelism does not change it: a rank receives as many rows as it sends.
-    """
-    saved: dict[int, torch.UntypedStorage] = {}
-    model = build_model(config, vocab_size)  # one to change
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            saved[storage._cdata] = storage
-        return tensor
-
-    with FakeTensorMode():
-        for module in model.modules():
-            dtype = torch.float32 if isinstance(module, Router) else compute
-            for name, weight in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(torch.empty(weight.shape, dtype=dtype)))
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-            if isinstance(module, MoE):  # dropless counts rows on the host; factor 1 has as many
-                module.factors = {"train": module.factors["train"] or 1.0}
-        weights = {p.untyped_storage()._cdata for p in model.parameters()}
-        tokens_BL = torch.zeros(config.train.micro_batch, config.data.seq_len, dtype=torch.int64)
-        draws = Draws(torch.zeros((), dtype=torch.int64), tokens_BL.flatten())
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model(tokens_BL, targets_BL=tokens_BL, mode="train", draws=draws)
-    return sum(storage.nbytes() for storage in saved.values())
+    for name, num_bytes in (*rows, ("together", sum(row.num_bytes for row in rows))):
+        yield f"           {name:19s} {num_bytes / 2**30:9.3f}"

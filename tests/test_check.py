@@ -7,18 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import SMALL
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor
 
 from moetrain import check, settings
 from moetrain.build import build_model
 from moetrain.config import Config
 from moetrain.data import tokenizer
 from moetrain.mesh import Mesh
-from moetrain.moe import Draws
-from moetrain.moe.keyed import step_key
-from moetrain.parallel import parallelize
 from moetrain.sizes import sizes
 from moetrain.testing import simulate_ranks
 
@@ -34,21 +30,6 @@ def config(**sections) -> Config:
     return settings.resolve(None, merged)
 
 
-def rows(text: str) -> dict[str, str]:
-    """The words of every line by its first column, blanks taken together."""
-    lines = [re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in text.splitlines()]
-    return {line[0]: line[-1] for line in lines}
-
-
-def gib(text: str) -> dict[str, float]:
-    names = ("weights", "gradients", "Adam moments", "gathered weights", "activations", "together")
-    found = rows(text.split("memory", 1)[1])
-    return {name: float(found[name]) for name in names}
-
-
-# ---------------------------------------------------------------- text
-
-
 def test_mesh_and_step_by_hand():
     made = config(parallel={"ep": 2, "dp_replicate": 2}, data={"seq_len": 32})
     text = check.report(made, 8)
@@ -56,6 +37,38 @@ def test_mesh_and_step_by_hand():
     assert "dp_shard 4 = edp 2 × ep 2: 2 of 4 experts per rank" in text
     assert "512 tokens = 8 ranks × 1 micro-batches × 2 sequences × 32 tokens" in text
     assert "200 steps, 102,400 tokens in the run" in text
+
+
+def test_who_holds_what_by_hand():
+    text = check.report(config(parallel={"ep": 2, "dp_replicate": 2}), 8)
+    assert "all-to-all among ranks 0-1, 2-3, 4-5, 6-7\n" in text
+    assert "experts 0-1 on ranks 0, 2, 4, 6\n" in text
+    assert "experts 2-3 on ranks 1, 3, 5, 7\n" in text
+    text = check.report(config(moe={"experts": 64}, parallel={"ep": 16}), 128)
+    assert "all-to-all among ranks 0-15, 16-31, …, 112-127\n" in text
+    lines = re.findall(r"^ +(experts .*|…)$", text, re.MULTILINE)
+    assert lines == [
+        "experts 0-3 on ranks 0, 16, …, 112",
+        "experts 4-7 on ranks 1, 17, …, 113",
+        "…",
+        "experts 60-63 on ranks 15, 31, …, 127",
+    ]
+    text = check.report(config(), 2)
+    assert "all-to-all" not in text
+    assert "experts 0-3 on ranks 0, 1\n" in text
+
+
+def groups_of_a_mesh(ep: int, dp_replicate: int) -> list[list[int]]:
+    mesh = Mesh(torch.device("cpu"), ep, dp_replicate)
+    same = mesh.same_experts.mesh if dp_replicate == 1 else mesh.same_experts._flatten().mesh
+    return [dist.get_process_group_ranks(mesh.expert_parallel.get_group()), same.tolist()]
+
+
+@pytest.mark.parametrize(("ep", "dp_replicate"), [(1, 1), (2, 1), (2, 2), (4, 2), (8, 1)])
+def test_groups_are_those_of_the_mesh(ep, dp_replicate):
+    for rank, (group, same) in enumerate(simulate_ranks(8, groups_of_a_mesh, ep, dp_replicate)):
+        assert range(group[0], group[-1] + 1) == check.expert_groups(8, ep)[rank // ep]
+        assert same == list(check.holders(8, ep)[rank % ep])
 
 
 def test_parameters_by_hand():
@@ -73,14 +86,15 @@ def test_parameters_by_hand():
     assert f"{flops / 1e9:.4g} GFLOP per token" in text
 
 
-def test_equal_blocks_that_follow_each_other_share_a_line():
-    def blocks(**moe) -> list[tuple[str, str]]:
-        text = check.report(config(model={"layers": 5}, moe=moe), 1)
-        return re.findall(r"^ {11}(\d\S*) +(dense|topk)", text, re.MULTILINE)
+def test_equal_blocks_share_a_line():
+    def blocks(layers: int = 5, **moe) -> list[tuple[str, str]]:
+        text = check.report(config(model={"layers": layers}, moe=moe), 1)
+        return re.findall(r"^ {11}(\d.*?) +(dense|topk)", text, re.MULTILINE)
 
     assert blocks() == [("0-4", "topk")]
     assert blocks(first_dense=2) == [("0-1", "dense"), ("2-4", "topk")]
-    assert blocks(first_dense=3, every=2) == [("0-2", "dense"), ("3", "topk"), ("4", "dense")]
+    assert blocks(first_dense=3, every=2) == [("0-2, 4", "dense"), ("3", "topk")]
+    assert blocks(every=2, layers=10) == [("0, 2, …, 8", "dense"), ("1, 3, …, 9", "topk")]
 
 
 def test_the_quickstart_by_hand():
@@ -185,111 +199,3 @@ def test_a_padded_vocabulary_needs_no_tokenizer_of_the_hub(monkeypatch):
         check.report(config(data={"tokenizer": "some/model"}), 1)
     with pytest.raises(ValueError, match=r"model.vocab_size \(256\) must be at least the 257 ids"):
         check.report(config(model={"vocab_size": 256}), 1)
-
-
-# ---------------------------------------------------------------- memory
-
-LARGE = {"dim": 1024, "layers": 3, "heads": 8, "tie_embeddings": False}
-
-
-@pytest.mark.parametrize(("precision", "master", "compute"), [("fp32", 4, 4), ("bf16", 4, 2)])
-@pytest.mark.parametrize(("world", "ep", "dp_replicate"), [(1, 1, 1), (8, 4, 1), (8, 2, 2)])
-def test_memory_by_hand(precision, master, compute, world, ep, dp_replicate):
-    made = config(
-        model=LARGE,
-        moe={"experts": 8, "expert_ffn_dim": 2048, "first_dense": 1},
-        parallel={"ep": ep, "dp_replicate": dp_replicate},
-        engine={"precision": precision},
-        train={"global_batch": 64, "micro_batch": 8},
-    )
-    expert, router, outside = 3 * 1024 * 2048, 8 * 1024, 4 * 1024**2 + 2 * 1024
-    dense = outside + 3 * 1024 * 24
-    sparse = outside + router + 8 * expert
-    ends = 2 * 257 * 1024 + 1024
-    shard = (dense + 2 * sparse + ends) * master / (world // dp_replicate) / 2**30
-    gathered = (ends + outside + router + 8 // ep * expert) * compute / 2**30
-    # One process takes eight micro-batches for a step, and keeps whole gradients from one to the
-    # next; eight ranks take one each.
-    whole = (ends + dense + 2 * (outside + router + 8 // ep * expert)) * master / 2**30
-    found = gib(check.report(made, world))
-    assert found["weights"] == pytest.approx(shard, abs=6e-4)
-    assert found["gradients"] == pytest.approx(shard + whole * (world == 1), abs=6e-4)
-    assert found["Adam moments"] == pytest.approx(2 * shard, abs=6e-4)
-    assert found["gathered weights"] == pytest.approx(gathered, abs=6e-4)
-    parts = sum(number for name, number in found.items() if name != "together")
-    assert found["together"] == pytest.approx(parts, abs=3e-3)
-
-
-def storage(tensor: torch.Tensor) -> torch.UntypedStorage:
-    """The memory under a tensor, a sharded one or one that still arrives."""
-    if isinstance(tensor, DTensor):
-        tensor = tensor.to_local()
-    if isinstance(tensor, AsyncCollectiveTensor):
-        tensor = tensor.wait()
-    return tensor.untyped_storage()
-
-
-def saved_bytes(made: Config) -> int:
-    """What a real forward pass of one rank keeps besides the weights."""
-    mesh = Mesh(torch.device("cpu"), made.parallel.ep)
-    model = build_model(made, VOCAB)
-    parallelize(model, mesh, made.engine.precision, seed=0)
-    tokens_BL = torch.randint(
-        0,
-        VOCAB,
-        (made.train.micro_batch, made.data.seq_len),
-        generator=torch.Generator().manual_seed(mesh.rank),
-    )
-    draws = Draws(step_key(0, 1), torch.arange(tokens_BL.numel()))
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        memory = storage(tensor)
-        kept[memory.data_ptr()] = memory  # holds it, so that no other gets its address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(tokens_BL, targets_BL=tokens_BL, mode="train", draws=draws)
-    weights = {storage(weight).data_ptr() for weight in model.parameters()}
-    return sum(memory.nbytes() for at, memory in kept.items() if at not in weights)
-
-
-ROOM = {"dim": 64, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 96}
-
-
-@pytest.mark.parametrize(
-    "sections",
-    [
-        {"moe": {"experts": 0}},
-        {"moe": {"capacity_factor": 1.25}},
-        {"moe": {"capacity_factor": None}},
-        {
-            "moe": {"router": "gshard", "shared_experts": 1, "every": 2},
-            "model": {"qk_norm": "head"},
-        },
-        {"moe": {"router": "switch", "top_k": 1, "jitter": 0.01}},
-        {"moe": {"router": "noisy_topk", "drop_policy": "spill"}},
-        {"moe": {"router": "sigmoid", "drop_policy": "probability", "expert_groups": 2}},
-        {"moe": {"router": "expert_choice", "allow_noncausal": True}},
-        {"moe": {"router": "hierarchical", "expert_groups": 4, "top_groups": 2}},
-        {"moe": {"router": "hash", "shared_experts": 1, "shared_gate": "softmax"}},
-        {"moe": {"router": "random", "drop_policy": "random"}},
-        {"moe": {"router": "balanced"}},
-        {"moe": {"router": "dense", "top_k": 8, "capacity_factor": None}},
-        {"engine": {"precision": "bf16"}},
-        {"parallel": {"ep": 4}},
-    ],
-)
-def test_the_estimate_of_activations_is_what_a_real_pass_keeps(sections):
-    moe = {"experts": 8, "expert_ffn_dim": 48, **sections.get("moe", {})}
-    made = config(
-        model={**ROOM, **sections.get("model", {})},
-        moe=moe,
-        engine=sections.get("engine", {}),
-        parallel=sections.get("parallel", {}),
-        data={"seq_len": 64},
-    )
-    compute = torch.bfloat16 if made.engine.precision == "bf16" else torch.float32
-    estimate = check._activations(made, VOCAB, compute)
-    for real in simulate_ranks(made.parallel.ep, saved_bytes, made):
-        assert estimate == pytest.approx(real, rel=0.01)

@@ -1,0 +1,238 @@
+"""Bytes per rank: by hand, against a real step on simulated ranks, and against a real pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from models import SMALL
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from moetrain import settings
+from moetrain.activations import activations, kept_bytes
+from moetrain.build import build_model
+from moetrain.config import Config
+from moetrain.engines.torch import TorchEngine
+from moetrain.memory import memory
+from moetrain.mesh import Mesh
+from moetrain.moe import Draws
+from moetrain.moe.keyed import step_key
+from moetrain.parallel import parallelize
+from moetrain.testing import simulate_ranks
+
+VOCAB = 257  # of the bytes tokenizer
+
+
+def config(**sections: Any) -> Config:
+    merged = {
+        name: {**SMALL.get(name, {}), **sections.get(name, {})}
+        for name in SMALL.keys() | sections.keys()
+    }
+    merged["train"] = {"global_batch": 16, "micro_batch": 2, **merged.get("train", {})}
+    return settings.resolve(None, merged)
+
+
+def bytes_of(made: Config, world: int) -> dict[str, int]:
+    return dict(memory(made, build_model(made, VOCAB), VOCAB, world))
+
+
+LARGE = {"dim": 1024, "layers": 3, "heads": 8, "tie_embeddings": False}
+
+
+@pytest.mark.parametrize(("precision", "master", "compute"), [("fp32", 4, 4), ("bf16", 4, 2)])
+@pytest.mark.parametrize(("world", "ep", "dp_replicate"), [(1, 1, 1), (8, 4, 1), (8, 2, 2)])
+def test_memory_by_hand(precision, master, compute, world, ep, dp_replicate):
+    made = config(
+        model=LARGE,
+        moe={"experts": 8, "expert_ffn_dim": 2048, "first_dense": 1},
+        parallel={"ep": ep, "dp_replicate": dp_replicate},
+        engine={"precision": precision},
+        train={"global_batch": 64, "micro_batch": 8},
+    )
+    expert, router, outside = 3 * 1024 * 2048, 8 * 1024, 4 * 1024**2 + 2 * 1024
+    dense = outside + 3 * 1024 * 24
+    sparse = outside + router + 8 * expert
+    ends, ranks = 2 * 257 * 1024 + 1024, world // dp_replicate
+    rows = -(-257 // ranks)  # of the embedding and of the head, which do not divide
+    shard = (dense + 2 * sparse + 1024) // ranks + 2 * rows * 1024
+    computed = outside + router + 8 // ep * expert
+    # One process takes eight micro-batches for a step, and keeps whole gradients from one to the
+    # next; eight ranks take one each.
+    whole = (ends + dense + 2 * computed) * (world == 1)
+    found = bytes_of(made, world)
+    assert found["weights"] == shard * master
+    assert found["gradients"] == (shard + whole) * master
+    assert found["Adam moments"] == 2 * shard * master
+    assert found["gathered weights"] == (ends + 2 * computed) * compute
+    assert found["gradients under way"] == computed * (compute + master)
+    assert found["logits"] == 8 * 8 * 257 * (compute + 8)
+
+
+# ---------------------------------------------------------------- a real step
+
+
+def whole_gradients(model: torch.nn.Module) -> int:
+    """Bytes of gradients that FSDP2 keeps whole, until it reduces them."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            group = module._get_fsdp_state()._fsdp_param_group
+            for parameter in group.fsdp_params if group else ():
+                found = parameter.unsharded_accumulated_grad
+                if found is None and hasattr(parameter, "_unsharded_param"):
+                    found = parameter.unsharded_param.grad
+                total += 0 if found is None else storage(found).nbytes()
+    return total
+
+
+def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Of the memory under some tensors, each once: gradients that are reduced together share it."""
+    found = {storage(tensor).data_ptr(): storage(tensor).nbytes() for tensor in tensors}
+    return sum(found.values())
+
+
+def held_bytes(made: Config) -> dict[str, int]:
+    """What one rank really holds in the two micro-batches of a step and after it."""
+    mesh = Mesh(torch.device("cpu"), made.parallel.ep, made.parallel.dp_replicate)
+    engine = TorchEngine(
+        build_model(made, VOCAB), mesh, made.engine.precision, made.seed, made.train
+    )
+    tokens_BL = torch.arange(made.train.micro_batch * made.data.seq_len).view(-1, made.data.seq_len)
+    for last in (False, True):
+        output = engine.model(tokens_BL, targets_BL=tokens_BL, mode="train")
+        engine.backward(output.loss_sum + sum(s.balance_sum for s in output.layers), last)
+        if not last:
+            whole = whole_gradients(engine.model)
+    gradients = [w.grad for w in engine.weights.values() if w.grad is not None]
+    assert len(gradients) == len(engine.weights)
+    found = {"gradients": local_bytes(gradients) + whole}
+    engine.step(lr=1e-3)
+    state = [engine.optimizer.state[weight] for weight in engine.weights.values()]
+    moments = [entry[name] for entry in state for name in ("exp_avg", "exp_avg_sq")]
+    weights = [weight.detach() for weight in engine.weights.values()]
+    return found | {"weights": local_bytes(weights), "Adam moments": local_bytes(moments)}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize(
+    ("world", "ep", "dp_replicate"), [(1, 1, 1), (2, 2, 1), (4, 1, 1), (4, 2, 1), (8, 2, 2)]
+)
+def test_ranks_hold_what_is_estimated(precision, world, ep, dp_replicate):
+    made = config(
+        model={"kv_heads": 2, "qk_norm": "full", "tie_embeddings": False, "vocab_size": 262},
+        moe={"router": "sigmoid", "first_dense": 1, "shared_experts": 1, "shared_gate": "sigmoid"},
+        parallel={"ep": ep, "dp_replicate": dp_replicate},
+        engine={"precision": precision},
+        train={"global_batch": 4 * world},  # two micro-batches
+    )
+    ranks = simulate_ranks(world, held_bytes, made)
+    expected = bytes_of(made, world)
+    for name, held in ranks[0].items():
+        assert held == expected[name], name
+        assert max(found[name] for found in ranks) == held
+    logical = sum(w.numel() for w in build_model(made, VOCAB).parameters())
+    itemsize = 8 if precision == "fp64" else 4
+    assert sum(found["weights"] for found in ranks) >= logical * itemsize * dp_replicate
+
+
+# ---------------------------------------------------------------- activations
+
+
+def storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    """The memory under a tensor, a sharded one or one that still arrives."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
+    if isinstance(tensor, AsyncCollectiveTensor):
+        tensor = tensor.wait()
+    return tensor.untyped_storage()
+
+
+def saved_bytes(made: Config) -> int:
+    """What a real forward pass of one rank keeps besides the weights."""
+    mesh = Mesh(torch.device("cpu"), made.parallel.ep)
+    model = build_model(made, VOCAB)
+    parallelize(model, mesh, made.engine.precision, seed=0)
+    tokens_BL = torch.randint(
+        0,
+        VOCAB,
+        (made.train.micro_batch, made.data.seq_len),
+        generator=torch.Generator().manual_seed(mesh.rank),
+    )
+    draws = Draws(step_key(0, 1), torch.arange(tokens_BL.numel()))
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        memory = storage(tensor)
+        kept[memory.data_ptr()] = memory  # holds it, so that no other gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tokens_BL, targets_BL=tokens_BL, mode="train", draws=draws)
+    weights = {storage(weight).data_ptr() for weight in model.parameters()}
+    return sum(memory.nbytes() for at, memory in kept.items() if at not in weights)
+
+
+ROOM = {"dim": 64, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 96}
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"moe": {"experts": 0}},
+        {"moe": {"capacity_factor": 1.25}},
+        {"moe": {"capacity_factor": None}},
+        {
+            "moe": {"router": "gshard", "shared_experts": 1, "every": 2},
+            "model": {"qk_norm": "head"},
+        },
+        {"moe": {"router": "switch", "top_k": 1, "jitter": 0.01}},
+        {"moe": {"router": "noisy_topk", "drop_policy": "spill"}},
+        {"moe": {"router": "sigmoid", "drop_policy": "probability", "expert_groups": 2}},
+        {"moe": {"router": "expert_choice", "allow_noncausal": True}},
+        {"moe": {"router": "hierarchical", "expert_groups": 4, "top_groups": 2}},
+        {"moe": {"router": "hash", "shared_experts": 1, "shared_gate": "softmax"}},
+        {"moe": {"router": "random", "drop_policy": "random"}},
+        {"moe": {"router": "balanced"}},
+        {"moe": {"router": "dense", "top_k": 8, "capacity_factor": None}},
+        {"engine": {"precision": "bf16"}},
+        {"parallel": {"ep": 4}},
+    ],
+)
+def test_the_estimate_of_activations_is_what_a_real_pass_keeps(sections):
+    moe = {"experts": 8, "expert_ffn_dim": 48, **sections.get("moe", {})}
+    made = config(
+        model={**ROOM, **sections.get("model", {})},
+        moe=moe,
+        engine=sections.get("engine", {}),
+        parallel=sections.get("parallel", {}),
+        data={"seq_len": 64},
+    )
+    found = activations(made, VOCAB)
+    estimate = found.outside + sum(found.blocks)
+    for real in simulate_ranks(made.parallel.ep, saved_bytes, made):
+        assert estimate == pytest.approx(real, rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"moe": {"every": 2}},
+        {"moe": {"first_dense": 2, "shared_experts": 1}, "data": {"mask_documents": True}},
+        {"moe": {"experts": 0}, "data": {"mask_documents": True}},
+    ],
+)
+def test_one_block_of_each_kind_stands_for_all(sections, precision):
+    made = config(
+        model={**ROOM, "layers": 6},
+        moe=sections["moe"],
+        data={"seq_len": 32, **sections.get("data", {})},
+        engine={"precision": precision},
+    )
+    found = activations(made, VOCAB)
+    assert [found.outside, *found.blocks] == kept_bytes(build_model(made, VOCAB), made)
+    assert found.outside > 0 < min(found.blocks)
