@@ -167,8 +167,8 @@ class ParallelConfig(Section):
 class EngineConfig(Section):
     """What runs the training step."""
 
-    kind: Literal["torch"] = "torch"
-    """torch: FSDP2."""
+    kind: Literal["torch", "deepspeed"] = "torch"
+    """torch: FSDP2; deepspeed: ZeRO."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """bf16 keeps fp32 master weights and an fp32 router; fp64 is for parity tests on CPU."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
@@ -177,6 +177,11 @@ class EngineConfig(Section):
     was communicated. Routing is never decided again."""
     compile: Bool = False
     """torch.compile the blocks; passes without a capacity compute their experts uncompiled."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """deepspeed only: what the ranks share: nothing (0), the optimizer's state (1), reduced
+    gradients too (2). Stage 3 is refused: DeepSpeed takes no experts there but its own."""
+    deepspeed_config: Path | None = None
+    """deepspeed only: a DeepSpeed JSON. Its "auto" inherits, contradictions are errors."""
 
 
 class DataConfig(Section):

@@ -33,7 +33,7 @@ BALANCED_BY_DESIGN = (*_WITHOUT_WEIGHTS, "dense", "expert_choice")
 
 def problems(config: Config) -> list[str]:
     """Conflicts between fields that no number of ranks can mend."""
-    found = [*_name_problems(config.name), *_head_problems(config.model)]
+    found = [*_name_problems(config.name), *_head_problems(config.model), *_engine_problems(config)]
     if config.moe.experts:
         return [*found, *_choice_problems(config.moe), *_placement_problems(config)]
     if config.parallel.ep > 1:
@@ -110,6 +110,29 @@ def _head_problems(model: ModelConfig) -> Iterator[str]:
         yield (
             f"model.kv_heads ({kv_heads}) must divide model.heads ({heads}); "
             f"try {_nearest(_divisors(heads), kv_heads)}"
+        )
+
+
+def _engine_problems(config: Config) -> Iterator[str]:
+    """What DeepSpeed cannot do; `moetrain.engines.deepspeed_config` compares it with its JSON."""
+    engine, replicas = config.engine, config.parallel.dp_replicate
+    if engine.kind != "deepspeed":
+        return
+    if engine.zero_stage == 3:
+        yield (
+            "engine.zero_stage (3) shards weights, too, but DeepSpeed takes no expert layers there "
+            "other than its own; set it to 0, 1 or 2, or engine.kind to torch, which shards weights"
+        )
+    if engine.precision == "fp64":
+        yield (
+            "engine.precision (fp64) is nothing that DeepSpeed reduces; set it to fp32 or bf16, or "
+            "engine.kind to torch"
+        )
+    if replicas > 1:
+        yield (
+            f"parallel.dp_replicate ({replicas}) makes copies of a sharded model, but ZeRO shares "
+            "the optimizer's state over all ranks and has the whole of the dense weights on each; "
+            "set it to 1, or engine.kind to torch"
         )
 
 
@@ -287,6 +310,9 @@ def _idle_settings(config: Config) -> Iterator[tuple[str, str]]:
             yield field, f"for the local data.source {source}"
     if source == "stdlib":
         yield "data.field", "for data.source stdlib"
+    if config.engine.kind != "deepspeed":
+        for field in ("engine.zero_stage", "engine.deepspeed_config"):
+            yield field, f"with engine.kind {config.engine.kind}; only deepspeed reads it"
     if config.train.schedule != "wsd":
         yield "train.decay_fraction", f"with train.schedule {config.train.schedule}"
     if config.checkpoint.every == 0:

@@ -28,11 +28,11 @@ def adamw(
     groups: dict[tuple, list[nn.Parameter]] = {}
     for parameter in parameters:
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        groups.setdefault((parameter.ndim >= 2, mesh), []).append(parameter)
+        groups.setdefault((decays(parameter), mesh), []).append(parameter)
     optimizer = torch.optim.AdamW(
         [
-            {"params": members, "weight_decay": weight_decay if decays else 0.0}
-            for (decays, _), members in groups.items()
+            {"params": members, "weight_decay": weight_decay if decay else 0.0}
+            for (decay, _), members in groups.items()
         ],
         lr=0.0,
         betas=betas,
@@ -47,6 +47,11 @@ def adamw(
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return optimizer
+
+
+def decays(parameter: Tensor) -> bool:
+    """Whether weight decay is applied: to matrices, not to vectors (norms)."""
+    return parameter.ndim >= 2
 
 
 def lr_at(

@@ -7,12 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moetrain import checkpoint, settings
+from moetrain import checkpoint, engines, settings
 from moetrain.build import build_model
 from moetrain.config import Config, TrainConfig
 from moetrain.constraints import check_world
 from moetrain.data import Samples, prepare
-from moetrain.engines.torch import TorchEngine
 from moetrain.errors import DivergedError, UserError
 from moetrain.evaluate import evaluate
 from moetrain.mesh import Mesh, on_first_local_rank, process_group, rank_and_world, require_same
@@ -26,7 +25,9 @@ def run(config: Config) -> int:
 
     Raises UserError, alike on every rank, for what the user can mend.
     """
-    check_world(config, rank_and_world()[1])
+    world = rank_and_world()[1]
+    check_world(config, world)
+    engines.check(config, world)
     folder = settings.run_directory(config.out, config.name)
     with process_group() as device:
         mesh = Mesh(device, config.parallel.ep, config.parallel.dp_replicate)
@@ -43,7 +44,7 @@ def set_up(config: Config, folder: Path, mesh: Mesh) -> Run:
         "give every node the same files (and for stdlib the same Python)",
     )
     model = build_model(config, prepared.manifest.vocab_size)
-    engine = TorchEngine(model, mesh, config.seed, config.engine, config.train)
+    engine = engines.build(config, model, mesh)
     samples, held_out = (
         Samples(prepared, split, config.data.seq_len, config.seed, config.data.mask_documents)
         for split in ("train", "eval")

@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from layouts import BATCH, CLIP_NORM, IGNORE, LENGTH, STEPS, VOCAB, Text
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
+from moetrain import engines
 from moetrain.build import build_model, gate
 from moetrain.config import Config, TrainConfig
 from moetrain.data import Batch
-from moetrain.engines.torch import TorchEngine
 from moetrain.evaluate import evaluate
 from moetrain.mesh import Mesh
 from moetrain.model import Output, Transformer, initial_value
@@ -309,7 +309,7 @@ def _full(tensors: Tensors) -> Tensors:
 class Watched:
     """An engine that notes the gradients before each step, in front of the real one."""
 
-    def __init__(self, engine: TorchEngine):
+    def __init__(self, engine: Any):
         self.engine, self.model = engine, engine.model
         self.grads: Tensors = {}
 
@@ -319,7 +319,7 @@ class Watched:
 
     def step(self, lr: float) -> float:
         """See `Engine`."""
-        self.grads = _grads(self.engine.weights)
+        self.grads = grads_of(self.engine)
         return self.engine.step(lr)
 
     def state(self) -> Tensors:
@@ -347,7 +347,7 @@ def build_run(config: Config, text: Text, change: Change | None = None) -> Run:
     """A run of this rank, with routers changed before the first step."""
     mesh = Mesh(torch.device("cpu"), config.parallel.ep, config.parallel.dp_replicate)
     model = build_model(config, VOCAB)
-    engine = TorchEngine(model, mesh, config.seed, config.engine, config.train)
+    engine: Any = engines.build(config, model, mesh)
     for name, weight in engine.weights.items():
         if change and "router" in name:
             weight.data.copy_(change(weight.detach()))
@@ -362,15 +362,44 @@ def on_rank(
     """Train as one rank of the process group does; fates are those of its own tokens."""
     run = build_run(config, text, change)
     watched: Any = run.engine
-    weights, notes = watched.engine.weights, note(watched.model)
-    initial, results = _full(weights), []
+    notes = note(watched.model)
+    initial, results = weights_of(watched.engine), []
     for step in range(steps):
         result = train_step(run, Position(step, step * BATCH, step * BATCH * LENGTH))
         means = reduce(result.parts, result.counts, run.mesh, result.batch_balance)
         buffers = _full(watched.engine.buffers)
         results.append(Step(means, result.grad_norm, watched.grads, buffers))
     serving: Any = run.samples
-    return Outcome(initial, results, _full(weights), fates(notes, serving.batches))
+    final = weights_of(watched.engine)
+    return Outcome(initial, results, final, fates(notes, serving.batches))
+
+
+def whole(engine: Any, name: str, tensor: Tensor) -> Tensor:
+    """A logical tensor of what an engine has of it. DeepSpeed's has its experts as they are."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if ".experts." in name and engine.mesh.ep > 1:
+        spread = DTensor.from_local(tensor, engine.mesh.expert_parallel, [Shard(0)])
+        return spread.full_tensor()
+    return tensor
+
+
+def weights_of(engine: Any) -> Tensors:
+    """Copies of the logical weights."""
+    return {n: whole(engine, n, w.detach()).clone() for n, w in engine.weights.items()}
+
+
+def grads_of(engine: Any) -> Tensors:
+    """Copies of the logical gradients between backward pass and step, as the engine sums them."""
+    if hasattr(engine, "deepspeed"):
+        from deepspeed.utils import safe_get_full_grad
+
+        grads = {name: safe_get_full_grad(weight) for name, weight in engine.weights.items()}
+    else:
+        grads = {name: weight.grad for name, weight in engine.weights.items()}
+    for name, grad in grads.items():
+        assert grad is not None, f"{name} has no gradient"
+    return {name: whole(engine, name, grad).clone() for name, grad in grads.items()}
 
 
 # ---- the comparison ------------------------------------------------------------------------------

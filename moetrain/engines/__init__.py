@@ -9,6 +9,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from moetrain.config import Config
+from moetrain.engines.deepspeed import DeepSpeedEngine
+from moetrain.engines.deepspeed_config import settings
+from moetrain.engines.torch import TorchEngine
+from moetrain.mesh import Mesh
 from moetrain.model import Transformer
 
 
@@ -40,3 +45,17 @@ class Engine(Protocol):
         tensors are the live ones (DTensors where sharded): loading writes into them.
         """
         ...
+
+
+def check(config: Config, world_size: int) -> None:
+    """Raise UserError where the engine cannot run as configured; needs no process group."""
+    if config.engine.kind == "deepspeed":
+        settings(config, world_size)
+
+
+def build(config: Config, model: Transformer, mesh: Mesh) -> Engine:
+    """The engine of a configuration, around a model on the meta device. Collective."""
+    common = model, mesh, config.seed, config.engine, config.train
+    if config.engine.kind == "deepspeed":
+        return DeepSpeedEngine(*common, settings(config, mesh.world))
+    return TorchEngine(*common)
