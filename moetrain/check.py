@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
+from moetrain import engines
 from moetrain.build import build_model, routing_group_tokens
 from moetrain.config import Config
 from moetrain.data import is_on_hub, load_tokenizer
@@ -23,8 +24,9 @@ def report(config: Config, world_size: int) -> str:
     """Mesh, layers, parameters, tokens per step and memory per device, as text.
 
     The configuration must have passed `constraints.check_world`. Raises UserError where the
-    tokenizer, whose vocabulary the model needs, cannot be loaded.
+    engine cannot run it, or the tokenizer, whose vocabulary the model needs, cannot be loaded.
     """
+    engines.check(config, world_size)
     vocab_size = _vocab_size(config)
     model = build_model(config, vocab_size)
     sections = (

@@ -21,12 +21,14 @@ class Sizes(NamedTuple):
 
 def sizes(model: Transformer) -> Sizes:
     """Count the parameters, with experts in full logical shape."""
-    total = sum(p.numel() for p in model.parameters())
-    idle = 0
+    total, idle = sum(p.numel() for p in model.parameters()), 0
     for module in model.modules():
         if isinstance(module, MoE):
-            of_experts = sum(p.numel() for p in module.experts.parameters())
-            idle += of_experts * (module.num_experts - module.gate.top_k) // module.num_experts
+            held = sum(p.numel() for p in module.experts.parameters())
+            # A rank may have its own experts alone in the module.
+            of_one = held // len(module.experts.w_down)
+            total += of_one * module.num_experts - held
+            idle += of_one * (module.num_experts - module.gate.top_k)
     return Sizes(total, total - idle, model.embedding.weight.numel())
 
 

@@ -27,6 +27,7 @@ import importlib
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -255,6 +256,10 @@ def _start(
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_init_required=False)
         _use_groups(mesh)
+        zero = settings["zero_optimization"]
+        # Its default is 2 GB, whatever the size of the model.
+        numel = sum(weight.numel() for weight in model.parameters())
+        zero.setdefault("reduce_bucket_size", min(numel, 500_000_000))
         with _expert_layer(model, mesh):
             return deepspeed.initialize(
                 model=model, optimizer=optimizer, config=settings, dist_init_required=False
@@ -288,6 +293,8 @@ def _import() -> Any:
         importlib.import_module("deepspeed.ops")
     finally:
         logging.disable(quiet)
+    # Of the newest torch, about a call of DeepSpeed's.
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor.* is deprecated", FutureWarning)
     return deepspeed
 
 

@@ -52,7 +52,7 @@ def _inside(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
 
 
 class Fragment(Tensor):
-    """The elements `start`, `start` + 1 ... of a tensor of logical `shape`, in the memory of `flat`.
+    """Elements `start`, `start` + 1 ... of a tensor of logical `shape`, in the memory of `flat`.
 
     It has no operations; it is there to be saved and loaded by torch.distributed.checkpoint, whose
     protocol for tensors that lie in pieces it follows (DTensor does the same).
