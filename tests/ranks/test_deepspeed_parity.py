@@ -1,0 +1,348 @@
+"""What DeepSpeed trains is what one process trains: gradients, norm, three steps, at every stage.
+
+DeepSpeed computes in fp32 here, the reference in fp64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import parity
+import pytest
+import torch
+from layouts import BATCH, LENGTH, STEPS, Case, Layout, Text, pick, spread
+from parity import agree, alone, build_run, on_rank, weights_of
+from torch import Tensor
+
+from moetrain.config import Config
+from moetrain.engines import deepspeed as engine_module
+from moetrain.moe import MoE
+from moetrain.objective import reduce
+from moetrain.step import Position, train_step
+from moetrain.testing import RankPool
+
+ROUNDING = 1e-5
+"""Of fp32."""
+
+TOPK, TOPK_DROPLESS = (pick("topk", dropless=dropless) for dropless in (False, True))
+SIGMOID, GSHARD = pick("sigmoid", dropless=True), pick("gshard", dropless=True)
+"""Without drops by gate, in which equal tokens tie: fp32 and fp64 do not round them alike."""
+EP2, EP4 = Layout(2, ep=2, dp_replicate=1, micro=8), Layout(4, ep=4, dp_replicate=1, micro=4)
+DATA2_EP2 = Layout(4, ep=2, dp_replicate=1, micro=4)
+DENSE = Layout(2, ep=1, dp_replicate=1, micro=4)
+
+
+class Variant(NamedTuple):
+    """One way to train."""
+
+    layout: Layout
+    stage: int
+    case: Case
+
+    def __str__(self) -> str:
+        return f"zero{self.stage}-{self.layout}-{self.case}"
+
+    def config(self, **engine: Any) -> Config:
+        """Under DeepSpeed."""
+        return under(self.case.config, self.layout, "deepspeed", zero_stage=self.stage, **engine)
+
+
+def under(config: Config, layout: Layout, kind: str, **engine: Any) -> Config:
+    """A configuration at a layout under an engine, in fp32."""
+    sections = config.model_dump()
+    sections["engine"] = {"kind": kind, "precision": "fp32", **engine}
+    return spread(Config.model_validate(sections), layout)
+
+
+ACCUMULATED = set()
+"""Layouts, by number, and stages with two micro-batches."""
+
+
+def cover() -> list[Variant]:
+    """Every pair of layout, stage, dropless or not, one micro-batch or two."""
+    found = []
+    for (i, layout), stage in itertools.product(enumerate((EP2, EP4, DATA2_EP2)), range(3)):
+        case = TOPK_DROPLESS if (i + stage) % 2 else TOPK
+        parts = 2 if (i, stage) in ACCUMULATED else 1
+        found.append(Variant(layout._replace(micro=layout.micro // parts), stage, case))
+    return found
+
+
+VARIANTS = [
+    *cover(),
+    Variant(EP2._replace(micro=2), 1, SIGMOID),
+    Variant(EP2._replace(micro=4), 2, GSHARD),
+    Variant(DENSE, 0, TOPK),
+    Variant(DENSE, 2, SIGMOID),
+]
+
+
+@functools.cache
+def reference(case: Case) -> parity.Outcome:
+    return alone(case.config, case.text)
+
+
+@pytest.fixture
+def pool_of(request: pytest.FixtureRequest) -> Callable[[int], RankPool]:
+    """The shared pool of so many ranks."""
+    return lambda world: request.getfixturevalue(f"ranks{world}")
+
+
+def test_variants_hold_every_pair_of_settings() -> None:
+    rows = [
+        (v.layout._replace(micro=0), v.stage, v.case, v.layout.micro * v.layout.world < BATCH)
+        for v in cover()
+    ]
+    for one, other in itertools.combinations(range(4), 2):
+        pairs = {(row[one], row[other]) for row in rows}
+        wanted = set(itertools.product({row[one] for row in rows}, {row[other] for row in rows}))
+        assert pairs == wanted, (one, other)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_training_equals_one_process(pool_of: Callable[[int], RankPool], variant: Variant) -> None:
+    """Where tokens went, losses, every gradient, the norm, biases, and the weights."""
+    ranks = pool_of(variant.layout.world).run(on_rank, variant.config(), variant.case.text)
+    agree(ranks, reference(variant.case), ROUNDING)
+
+
+# ---- nothing to learn from, nobody to learn ------------------------------------------------------
+
+
+@pytest.mark.parametrize(("case", "stage"), [(TOPK, 1), (TOPK_DROPLESS, 2)])
+@pytest.mark.parametrize("first", [12, 16])
+def test_ranks_of_padding_alone(ranks4: RankPool, case: Case, stage: int, first: int) -> None:
+    """3 or all 4 ranks have no token. DeepSpeed's layers hang here (#4808, #5066, #7461)."""
+    text = Text(case.documents, empty=frozenset(range(first)))
+    ranks = ranks4.run(on_rank, Variant(EP4, stage, case).config(), text, None, 1)
+    agree(ranks, alone(case.config, text, steps=1), ROUNDING)
+
+
+@pytest.mark.parametrize(("case", "stage"), [(TOPK, 2), (TOPK_DROPLESS, 0)])
+def test_ranks_whose_experts_nobody_chooses(ranks4: RankPool, case: Case, stage: int) -> None:
+    """No token reaches ranks 2 and 3: no hang, and gradient zero, not none."""
+    options = case.text, parity.opposite_pairs, 1
+    ranks = ranks4.run(on_rank, Variant(EP4, stage, case).config(), *options)
+    agree(ranks, alone(case.config, *options), ROUNDING)
+    for name, grad in ranks[0].steps[0].grads.items():
+        if ".experts." in name:
+            assert grad[:6].any(), name
+            assert (grad[6:] == 0).all(), name
+
+
+# ---- steps that are not finite -------------------------------------------------------------------
+
+
+def spoiled(config: Config, text: Text, spoil: str) -> tuple[list[float], bool, Any]:
+    """Three steps on one rank of several, the second of them tried before with a fault on rank 1:
+    the norms, whether weights and moments survived it bit by bit, and the weights in the end."""
+    run = build_run(config, text)
+    engine: Any = run.engine
+    norms, survived = [], True
+    for number in (0, 1, 1, 2):
+        before = held(engine)
+        is_bad = number == 1 and len(norms) == 1
+        undo = SPOILS[spoil](engine) if is_bad and run.mesh.rank == 1 else lambda: None
+        result = train_step(run, Position(number, number * BATCH, number * BATCH * LENGTH))
+        undo()
+        norms.append(result.grad_norm)
+        if is_bad:
+            survived = all(
+                torch.equal(now, old) for now, old in zip(held(engine), before, strict=True)
+            )
+    return norms, survived, weights_of(engine.engine)
+
+
+def held(engine: Any) -> list[Tensor]:
+    """Copies of all that a rank has of weights and moments."""
+    inner = engine.engine
+    moments = [t for state in inner.optimizer.state.values() for t in state.values()]
+    return [t.detach().clone() for t in (*inner.weights.values(), *moments)]
+
+
+def a_loss_of_nan(engine: Any) -> Callable[[], None]:
+    """In the last micro-batch."""
+    backward = engine.backward
+
+    def wrong(loss: Tensor, last: bool) -> None:
+        backward(loss * math.nan if last else loss, last)
+
+    engine.backward = wrong
+    return lambda: delattr(engine, "backward")
+
+
+def a_gradient_of_inf(engine: Any) -> Callable[[], None]:
+    """In one element of an expert, under a finite loss."""
+    weight = next(w for name, w in engine.engine.weights.items() if "w_down" in name)
+    wrong = torch.zeros_like(weight)
+    wrong.view(-1)[-1] = math.inf
+    return weight.register_hook(lambda grad: grad + wrong).remove
+
+
+SPOILS = {"loss": a_loss_of_nan, "gradient": a_gradient_of_inf}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_a_bad_step_of_one_rank_is_skipped_by_all(ranks4: RankPool, stage: int, spoil: str) -> None:
+    """And leaves nothing behind: the steps after it are those of a run that never had it."""
+    config = Variant(DATA2_EP2._replace(micro=2), stage, TOPK).config()
+    for norms, survived, weights in ranks4.run(spoiled, config, TOPK.text, spoil):
+        assert [math.isfinite(norm) for norm in norms] == [True, False, True, True]
+        assert survived
+        for name, value in reference(TOPK).weights.items():
+            parity.close(weights[name], value, f"{name} ends up", ROUNDING)
+
+
+# ---- bf16 ----------------------------------------------------------------------------------------
+
+
+def in_bf16(config: Config, text: Text) -> dict[str, Any]:
+    """One step and an evaluation on one rank, and the dtypes on the way."""
+    run = build_run(config, text)
+    engine: Any = run.engine
+    seen: dict[str, set[torch.dtype]] = {"logits": set(), "rows": set(), "weights": set()}
+    for module in engine.model.modules():
+        if isinstance(module, MoE):
+            module.router.register_forward_hook(
+                lambda _, x, record: seen["logits"].update(t.dtype for t in record[1:5])
+            )
+            module.experts.register_forward_pre_hook(
+                lambda _, arguments: seen["rows"].add(arguments[0].dtype)
+            )
+    result = train_step(run, Position())
+    seen["weights"].update(weight.dtype for weight in engine.engine.weights.values())
+    seen["weights"].update(grad.dtype for grad in engine.grads.values())
+    seen["weights"].update(bias.dtype for bias in engine.engine.buffers.values())
+    assert all(isinstance(w, torch.nn.Parameter) for w in engine.model.parameters())
+    loss = reduce(result.parts, result.counts, run.mesh).loss
+    return {**seen, "loss": loss, "grads": engine.grads, "norm": result.grad_norm}
+
+
+@pytest.mark.parametrize(("stage", "case"), [(0, TOPK), (1, SIGMOID), (2, TOPK_DROPLESS)])
+def test_bf16_is_that_of_the_torch_engine(ranks2: RankPool, stage: int, case: Case) -> None:
+    """bf16 in the experts, fp32 in routers, weights and gradients; the same numbers but for the
+    order of sums, which is to say to bf16's 8 bits."""
+    variant = Variant(EP2._replace(micro=4), stage, case)
+    ours = ranks2.run(in_bf16, variant.config(precision="bf16"), case.text)[0]
+    config = under(case.config, variant.layout, "torch", precision="bf16")
+    theirs = ranks2.run(in_bf16, config, case.text)[0]
+    assert ours["rows"] == {torch.bfloat16}
+    assert ours["logits"] == ours["weights"] == {torch.float32}
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+    assert ours["norm"] == pytest.approx(theirs["norm"], rel=1e-3)
+    for name, grad in theirs["grads"].items():
+        gap = (ours["grads"][name] - grad).norm() / grad.norm()
+        assert gap < 2**-8, (name, gap)
+
+
+# ---- what a user's JSON may change ---------------------------------------------------------------
+
+
+def final_weights(config: Config, text: Text) -> Any:
+    """What a rank has after all steps. (DeepSpeed's own view of gradients is wrong with round-robin
+    partitions, so it is not asked.)"""
+    run = build_run(config, text)
+    watched: Any = run.engine
+    run = dataclasses.replace(run, engine=watched.engine)
+    for step in range(STEPS):
+        train_step(run, Position(step, step * BATCH, step * BATCH * LENGTH))
+    return weights_of(watched.engine)
+
+
+SETTINGS: list[tuple[int, dict[str, Any]]] = [
+    (0, {"zero_optimization": {"reduce_bucket_size": 500}}),
+    (1, {"zero_optimization": {"reduce_bucket_size": 500, "round_robin_gradients": True}}),
+    (1, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
+    (2, {"zero_optimization": {"overlap_comm": True, "allgather_bucket_size": 500}}),
+    (2, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
+]
+
+
+@pytest.mark.parametrize(("stage", "given"), SETTINGS)
+def test_settings_that_pass_change_no_number(
+    ranks4: RankPool, tmp_path: Path, stage: int, given: dict[str, Any]
+) -> None:
+    """Buckets, overlap and offload say how, not what."""
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(given))
+    config = Variant(DATA2_EP2._replace(micro=2), stage, TOPK).config(deepspeed_config=path)
+    for weights in ranks4.run(final_weights, config, TOPK.text):
+        for name, value in reference(TOPK).weights.items():
+            parity.close(weights[name], value, f"{name} ends up", ROUNDING)
+
+
+# ---- what DeepSpeed got wrong, planted -----------------------------------------------------------
+
+
+def expert_gradients_by_their_holders(patch: pytest.MonkeyPatch) -> None:
+    """Experts averaged over the ranks that hold them: ep times too large (#5618, #6545)."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    right = DeepSpeedEngine.allreduce_bucket
+    patch.setattr(
+        DeepSpeedEngine,
+        "allreduce_bucket",
+        lambda engine, bucket, group, _=None: right(engine, bucket, group),
+    )
+
+
+def shares_counted_by_every_holder(patch: pytest.MonkeyPatch) -> None:
+    """Dense gradients enter the norm once a rank."""
+    right = engine_module.global_norm
+    patch.setattr(
+        engine_module,
+        "global_norm",
+        lambda grads, losses: right([(tensors, 1) for tensors, _ in grads], losses),
+    )
+
+
+def each_rank_its_own_norm(patch: pytest.MonkeyPatch) -> None:
+    """Every rank clips by its shares of the gradient (NeMo Automodel #3816)."""
+    patch.setattr(
+        engine_module,
+        "global_norm",
+        lambda grads, _: torch.nn.utils.get_total_norm([t for ts, _ in grads for t in ts]).item(),
+    )
+
+
+def the_mean_of_the_ranks(patch: pytest.MonkeyPatch) -> None:
+    """Its mean where a sum is due."""
+    right = engine_module.DeepSpeedEngine.backward
+    patch.setattr(
+        engine_module.DeepSpeedEngine,
+        "backward",
+        lambda engine, loss, last: right(engine, loss / engine.mesh.world, last),
+    )
+
+
+def with_bug(plant: str, config: Config, text: Text) -> parity.Outcome:
+    """One step of one rank with a bug planted."""
+    with pytest.MonkeyPatch.context() as patch:
+        globals()[plant](patch)
+        return on_rank(config, text, steps=1)
+
+
+BUGS = [
+    (expert_gradients_by_their_holders, 0, r"gradient of \S+\.experts\.w_gate_up is 2 times"),
+    (shares_counted_by_every_holder, 0, r"the global gradient norm is \d\.\d+ times"),
+    (each_rank_its_own_norm, 1, r"the global gradient norm is 0\.\d+ times"),
+    (the_mean_of_the_ranks, 2, r"the gradient of embedding.weight is 0\.25 times"),
+]
+
+
+@pytest.mark.parametrize(("plant", "stage", "message"), BUGS)
+def test_the_comparison_notices_what_deepspeed_got_wrong(
+    ranks4: RankPool, plant: Callable[..., None], stage: int, message: str
+) -> None:
+    config = Variant(DATA2_EP2, stage, TOPK).config()
+    ranks = ranks4.run(with_bug, plant.__name__, config, TOPK.text)
+    with pytest.raises(AssertionError, match=message):
+        agree(ranks, alone(TOPK.config, TOPK.text, steps=1), ROUNDING)
