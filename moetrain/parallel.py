@@ -48,8 +48,8 @@ def parallelize(
     if mesh.ep > 1:
         _apply_expert_parallelism(model, mesh)
     if compiled:
-        _compile(model)
-    _apply_recompute(model, recompute)
+        compile_regions(model)
+    apply_recompute(model, recompute)
     _apply_fsdp(model, mesh, precision)
     model.to_empty(device=mesh.device)
     _initialise(model, mesh, seed)
@@ -76,7 +76,7 @@ def _apply_expert_parallelism(model: Transformer, mesh: Mesh) -> None:
 # ---------------------------------------------------------------- compilation
 
 
-def _compile(model: Transformer) -> None:
+def compile_regions(model: Transformer) -> None:
     """Compile what lies between two gathers, each region as one graph.
 
     FSDP2's hooks cannot be traced, so they stay outside. Without a capacity, rows differ from call
@@ -88,18 +88,18 @@ def _compile(model: Transformer) -> None:
     torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
     for block in model.blocks:
         assert isinstance(block, Block)
-        _replace(block, "attend", _one_graph(block.attend))
+        replace_method(block, "attend", _one_graph(block.attend))
         if block.moe is not None:
-            _replace(block.moe, "forward", _where_static(block.moe))
+            replace_method(block.moe, "forward", _where_static(block.moe))
         elif block.feed_forward is not None:
-            _replace(block.feed_forward, "forward", _one_graph(block.feed_forward.forward))
+            replace_method(block.feed_forward, "forward", _one_graph(block.feed_forward.forward))
 
 
 def _one_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def _replace(module: nn.Module, method: str, function: Callable[..., Any]) -> None:
+def replace_method(module: nn.Module, method: str, function: Callable[..., Any]) -> None:
     """Give one module another method; hooks that are registered later surround it."""
     object.__setattr__(module, method, function)
 
@@ -133,7 +133,7 @@ _COSTLY = [
 """What selective recomputation keeps: matrix products, attention, what was communicated."""
 
 
-def _apply_recompute(model: Transformer, recompute: Recompute) -> None:
+def apply_recompute(model: Transformer, recompute: Recompute) -> None:
     """Let the forward pass forget what it computed, for the backward pass to compute it again.
 
     full: everything but a block's input and what its router decided. selective: norms, activations
@@ -145,17 +145,17 @@ def _apply_recompute(model: Transformer, recompute: Recompute) -> None:
     for block in model.blocks:
         assert isinstance(block, Block)
         if recompute == "full":
-            _replace(block, "forward", _recomputed(block.forward, with_memory=True))
+            replace_method(block, "forward", _recomputed(block.forward, with_memory=True))
             continue
         selective = partial(create_selective_checkpoint_contexts, _COSTLY)
-        _replace(block, "attend", _recomputed(block.attend, context_fn=selective))
+        replace_method(block, "attend", _recomputed(block.attend, context_fn=selective))
         if block.moe is not None:  # shared experts are computed inside it
             forward = _remembering(block.moe.forward)
             run = _recomputed(forward, with_memory=True, context_fn=selective)
-            _replace(block.moe, "forward", run)
+            replace_method(block.moe, "forward", run)
         elif block.feed_forward is not None:
             run = _recomputed(block.feed_forward.forward, context_fn=selective)
-            _replace(block.feed_forward, "forward", run)
+            replace_method(block.feed_forward, "forward", run)
 
 
 def _remembering(forward: Callable[..., LayerOutput]) -> Callable[..., LayerOutput]:

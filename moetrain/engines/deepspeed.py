@@ -36,14 +36,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moetrain.config import TrainConfig
+from moetrain.config import EngineConfig, TrainConfig
 from moetrain.engines.cast import compute_in
 from moetrain.engines.fragment import Fragment
 from moetrain.mesh import Mesh
 from moetrain.model import Transformer, initial_value
 from moetrain.moe import AllToAll, Experts, MoE
 from moetrain.optim import decays
-from moetrain.parallel import Precision
+from moetrain.parallel import apply_recompute, compile_regions
 
 EXPERT_GROUP = "moetrain"
 """DeepSpeed's name for the ranks that share a set of experts."""
@@ -68,16 +68,19 @@ class DeepSpeedEngine:
         self,
         model: Transformer,
         mesh: Mesh,
-        precision: Precision,
         seed: int,
+        engine: EngineConfig,
         train: TrainConfig,
         settings: dict[str, Any],
     ):
         """Takes a model on the meta device, and what `deepspeed_config.settings` made of the
         configuration. Collective over the mesh."""
         place(model, mesh, seed)
-        if precision == "bf16":
+        if engine.compile:
+            compile_regions(model)
+        if engine.precision == "bf16":
             compute_in(model, torch.bfloat16)
+        apply_recompute(model, engine.activation_checkpointing)
         self.mesh, self.clip_norm = mesh, train.clip_norm
         self.weights = dict(model.named_parameters())
         self.buffers = dict(model.named_buffers())

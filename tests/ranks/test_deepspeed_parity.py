@@ -61,7 +61,7 @@ def under(config: Config, layout: Layout, kind: str, **engine: Any) -> Config:
     return spread(Config.model_validate(sections), layout)
 
 
-ACCUMULATED = set()
+ACCUMULATED = {(0, 2), (1, 2), (2, 0), (2, 1)}
 """Layouts, by number, and stages with two micro-batches."""
 
 
@@ -100,6 +100,7 @@ def test_variants_hold_every_pair_of_settings() -> None:
         (v.layout._replace(micro=0), v.stage, v.case, v.layout.micro * v.layout.world < BATCH)
         for v in cover()
     ]
+    assert [len({row[i] for row in rows}) for i in range(4)] == [3, 3, 2, 2]
     for one, other in itertools.combinations(range(4), 2):
         pairs = {(row[one], row[other]) for row in rows}
         wanted = set(itertools.product({row[one] for row in rows}, {row[other] for row in rows}))
