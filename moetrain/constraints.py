@@ -116,6 +116,11 @@ def _head_problems(model: ModelConfig) -> Iterator[str]:
 def _engine_problems(config: Config) -> Iterator[str]:
     """What DeepSpeed cannot do; `moetrain.engines.deepspeed_config` compares it with its JSON."""
     engine, replicas = config.engine, config.parallel.dp_replicate
+    if engine.compile and engine.activation_checkpointing == "selective":
+        yield (
+            "engine.activation_checkpointing (selective) is what the compiler decides by itself "
+            "where engine.compile is true; set it to none or full"
+        )
     if engine.kind != "deepspeed":
         return
     if engine.zero_stage == 3:

@@ -27,8 +27,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from moetrain.mesh import Mesh
 from moetrain.model import Block, Memory, Transformer, initial_value
-from moetrain.moe import AllToAll, Experts, MoE, Router
-from moetrain.moe.layer import LayerOutput, Mode
+from moetrain.moe import AllToAll, Decisions, Experts, LayerOutput, MoE, Router
+from moetrain.moe.layer import Mode
 
 Precision = Literal["fp32", "bf16", "fp64"]
 Recompute = Literal["none", "selective", "full"]
@@ -48,7 +48,7 @@ def parallelize(
     if mesh.ep > 1:
         _apply_expert_parallelism(model, mesh)
     if compiled:
-        compile_regions(model)
+        compile_regions(model, recompute)
     apply_recompute(model, recompute)
     _apply_fsdp(model, mesh, precision)
     model.to_empty(device=mesh.device)
@@ -76,7 +76,7 @@ def _apply_expert_parallelism(model: Transformer, mesh: Mesh) -> None:
 # ---------------------------------------------------------------- compilation
 
 
-def compile_regions(model: Transformer) -> None:
+def compile_regions(model: Transformer, recompute: Recompute) -> None:
     """Compile what lies between two gathers, each region as one graph.
 
     FSDP2's hooks cannot be traced, so they stay outside. Without a capacity, rows differ from call
@@ -90,7 +90,8 @@ def compile_regions(model: Transformer) -> None:
         assert isinstance(block, Block)
         replace_method(block, "attend", _one_graph(block.attend))
         if block.moe is not None:
-            replace_method(block.moe, "forward", _where_static(block.moe))
+            forward = _where_static(block.moe, decides_first=recompute == "full")
+            replace_method(block.moe, "forward", forward)
         elif block.feed_forward is not None:
             replace_method(block.feed_forward, "forward", _one_graph(block.feed_forward.forward))
 
@@ -104,13 +105,30 @@ def replace_method(module: nn.Module, method: str, function: Callable[..., Any])
     object.__setattr__(module, method, function)
 
 
-def _where_static(moe: MoE) -> Callable[..., Any]:
-    """The compiled forward pass for modes with a capacity, the plain one for the others."""
-    plain, compiled = moe.forward, _one_graph(moe.forward)
+def _where_static(moe: MoE, decides_first: bool) -> Callable[..., LayerOutput]:
+    """The compiled forward pass for modes with a capacity, the plain one for the others.
 
-    def forward(x_BLD: Tensor, valid_BL: Tensor, mode: Mode, *others: Any, **named: Any) -> Any:
-        run = plain if moe.factors[mode] is None else compiled
-        return run(x_BLD, valid_BL, mode, *others, **named)
+    A pass that decides and one that repeats are two graphs, which save different tensors. So a pass
+    that will be recomputed `decides_first`, and is then run by the graph that recomputes it.
+    """
+    plain, compiled = moe.forward, _one_graph(moe.forward)
+    decide = _one_graph(lambda *arguments: moe.route(*arguments).decisions)
+
+    def forward(
+        x_BLD: Tensor,
+        valid_BL: Tensor,
+        mode: Mode,
+        *others: Any,
+        decided: Decisions | None = None,
+        **named: Any,
+    ) -> LayerOutput:
+        arguments = x_BLD, valid_BL, mode, *others
+        if moe.factors[mode] is None:
+            return plain(*arguments, decided=decided, **named)
+        if decides_first and decided is None and torch.is_grad_enabled():
+            with torch.no_grad():
+                decided = decide(*arguments)
+        return compiled(*arguments, decided=decided, **named)
 
     return forward
 
@@ -129,6 +147,8 @@ _COSTLY = [
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _c10d.all_to_all_single.default,
+    _c10d.all_gather_into_tensor.default,
+    _c10d.reduce_scatter_tensor.default,
 ]
 """What selective recomputation keeps: matrix products, attention, what was communicated."""
 

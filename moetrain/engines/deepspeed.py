@@ -77,7 +77,7 @@ class DeepSpeedEngine:
         configuration. Collective over the mesh."""
         place(model, mesh, seed)
         if engine.compile:
-            compile_regions(model)
+            compile_regions(model, engine.activation_checkpointing)
         if engine.precision == "bf16":
             compute_in(model, torch.bfloat16)
         apply_recompute(model, engine.activation_checkpointing)

@@ -145,7 +145,8 @@ class MoE(nn.Module):
         arrived = self.dispatcher.dispatch(x_BLD.flatten(0, 1), plan)
         beside = None if meanwhile is None else meanwhile()
         y_TD = self.dispatcher.combine(self.experts, arrived, gate_TK)
-        y_BLD = y_TD.view_as(x_BLD)
+        # Not a view: FSDP2 hangs its hooks on it.
+        y_BLD = torch.empty_like(x_BLD).copy_(y_TD.view_as(x_BLD))
         return LayerOutput(y_BLD, self.stats(routed), beside, routed.decisions)
 
     def route(
