@@ -26,6 +26,7 @@ IN_PAGES = pytest.mark.parametrize("page", TEXT)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+LAUNCHERS = ("launch/train.sh", "launch/slurm.sbatch", "launch/deepspeed.sh")
 SECTIONS = [name for name in Config.model_fields if hasattr(getattr(Config(), name), "model_dump")]
 SETTING = re.compile(rf"(?<![\w./])(?:{'|'.join(SECTIONS)})\.[a-z_][\w-]*")
 
@@ -42,8 +43,10 @@ def spans(text: str) -> list[str]:
 def arguments(line: str) -> list[str] | None:
     """The arguments that a shell line gives to `moetrain`, or None where it starts nothing."""
     words = [word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)]
-    if words[:1] == ["launch/train.sh"]:
-        return ["train", *words[1:]]
+    for launcher in LAUNCHERS:
+        if launcher in words:
+            rest = words[words.index(launcher) + 1 :]
+            return ["train", *(word for word in rest if word != "--dry-run")]
     if words[:1] == ["launch/quickstart.sh"]:
         return ["train", "configs/quickstart.yaml", *words[1:]]
     starts = [["moetrain"], ["-m", "moetrain"]]
@@ -71,6 +74,7 @@ COMMANDS = [
             "NPROC=2 launch/train.sh a.yaml --moe.experts 4",
             ["train", "a.yaml", "--moe.experts", "4"],
         ),
+        ("sbatch --nodes=2 launch/slurm.sbatch --dry-run a.yaml", ["train", "a.yaml"]),
         ("torchrun --nproc-per-node=2 -m moetrain eval x", ["eval", "x"]),
         ("python -m moetrain.torchrun -m moetrain eval x", ["eval", "x"]),
         ("python -m pytest tests", None),

@@ -496,7 +496,24 @@ def test_the_sky_task_sets_up_what_train_sh_uses(task: Task) -> None:
     assert Path(done.stdout.strip()) == Path(sys.prefix, "bin/python")
 
 
-# ---- all of them ---------------------------------------------------------------------------------
+# ---- what the documentation starts ---------------------------------------------------------------
+
+
+def test_documented_jobs_fit_the_ranks_that_they_ask_for(stubs: Stubs, tmp_path: Path) -> None:
+    page = (ROOT / "docs/running.md").read_text()
+    (job,) = re.findall(r"^sbatch --nodes=(\d+) --gpus-per-node=(\d+) (.*)$", page, re.MULTILINE)
+    check(shlex.split(job[2].partition("launch/slurm.sbatch ")[2]), int(job[0]) * int(job[1]))
+    hosts, command = re.findall(r"^(printf .*)\n(HOSTFILE=.*)$", page, re.MULTILINE)[0]
+    stubs.add("deepspeed")
+    stubs.add("python", f'exec {sys.executable} "$@"')
+    script = (
+        f"cd '{tmp_path}' && {hosts} && export HOSTFILE=$PWD/hostfile && cd '{ROOT}' && {command}"
+    )
+    done = run("bash", "-c", script.replace("HOSTFILE=hostfile ", ""), VENV=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (call,) = stubs.calls("python")
+    assert call.arguments[-2:] == ["--world-size", "16"]
+    assert "--engine.kind" in stubs.calls("deepspeed")[0].arguments
 
 
 @pytest.mark.parametrize("name", ["kubernetes.yaml", "sky.yaml", "slurm.sbatch", "deepspeed.sh"])
