@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from typing_extensions import TypeIs
 
 from moetrain.build import build_model
 from moetrain.config import Config
 from moetrain.loss import CHUNK_TOKENS
 from moetrain.model import Transformer
-from moetrain.moe import Draws, MoE, Router
+from moetrain.moe import Draws, LayerOutput, MoE, Router
+from moetrain.parallel import COSTLY, Recompute, apply_recompute
 
 COMPUTED_IN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 """What each `engine.precision` multiplies in."""
@@ -27,6 +31,8 @@ class Activations(NamedTuple):
     """Kept outside the blocks."""
     blocks: tuple[int, ...]
     """Kept by each block."""
+    recomputed: int
+    """What a block makes again for its backward pass, at most: one at a time has it."""
     logits: int
     """Those that exist at one time: as computed, their softmax and its gradient in fp32 at least;
     they are computed anew in the backward pass."""
@@ -38,27 +44,36 @@ def activations(config: Config, vocab_size: int) -> Activations:
     `vocab_size` is the tokenizer's. Expert parallelism changes nothing: a rank receives as many
     rows as it sends, provided that dropless experts are evenly loaded.
     """
+    recompute = config.engine.activation_checkpointing
     model = build_model(config, vocab_size)
     kinds = ["dense" if block.moe is None else "sparse" for block in model.blocks]
-    examples = {kind: model.blocks[kinds.index(kind)] for kind in set(kinds)}
-    model.blocks = nn.ModuleList(examples.values())
-    outside, *measured = kept_bytes(model, config)
-    of_kind = dict(zip(examples, measured, strict=True))
-    return Activations(outside, tuple(of_kind[kind] for kind in kinds), _logits(model, config))
+    different = sorted(set(kinds))
+    model.blocks = nn.ModuleList(model.blocks[kinds.index(kind)] for kind in different)
+    outside, *kept = kept_bytes(deepcopy(model), config, recompute)
+    whole = kept_bytes(model, config, "none")[1:] if recompute != "none" else kept
+    of_kind = dict(zip(different, kept, strict=True))
+    return Activations(
+        outside,
+        tuple(of_kind[kind] for kind in kinds),
+        max(all_of_it - part for all_of_it, part in zip(whole, kept, strict=True)),
+        _logits(model, config),
+    )
 
 
-def kept_bytes(model: Transformer, config: Config) -> list[int]:
-    """Bytes that autograd keeps outside the blocks, then in every block; weights do not count.
+def kept_bytes(model: Transformer, config: Config, recompute: Recompute) -> list[int]:
+    """Bytes that are kept outside the blocks, then in every block; weights do not count.
 
     Runs the model on a micro-batch, which turns its weights into tensors without memory.
     """
+    apply_recompute(model, recompute)
     with FakeTensorMode():
         _fill(model, COMPUTED_IN[config.engine.precision])
-        keeper = _Keeper(model)
+        keeper = _Keeper(model, recompute, sends_rows=config.parallel.ep > 1)
         tokens_BL = torch.zeros(config.train.micro_batch, config.data.seq_len, dtype=torch.int64)
         document_BL = tokens_BL.clone() if config.data.mask_documents else None
         draws = Draws(torch.zeros((), dtype=torch.int64), tokens_BL.flatten())
-        with torch.autograd.graph.saved_tensors_hooks(keeper.keep, lambda tensor: tensor):
+        hooks = torch.autograd.graph.saved_tensors_hooks(keeper.keep, lambda tensor: tensor)
+        with hooks, keeper:
             model(
                 tokens_BL,
                 targets_BL=tokens_BL,
@@ -81,23 +96,30 @@ def _fill(model: Transformer, compute: torch.dtype) -> None:
             module.factors = {"train": module.factors["train"] or 1.0}
 
 
-class _Keeper:
-    """Adds up the memory under saved tensors, each once, by the block that was first to save it.
+class _Keeper(TorchDispatchMode):
+    """Adds up the memory that is kept, each tensor once, by the block that was first to keep it.
 
+    What autograd saves comes through `keep`. What recomputation keeps by other means is found here:
+    decisions of routers, and with `selective` the products in blocks and the rows that were sent.
     What a block is given beside its input is shared by all of them and belongs to none.
     """
 
-    def __init__(self, model: Transformer):
+    def __init__(self, model: Transformer, recompute: Recompute, sends_rows: bool):
+        super().__init__()
+        self._recompute: Recompute = recompute
+        self._sends_rows = sends_rows
         self._ignored = {_memory(weight) for weight in model.parameters()}
         self._shared: set[int] = set()
         self._kept: dict[int, tuple[int, torch.UntypedStorage]] = {}
-        self._place, self._num_places = 0, 1 + len(model.blocks)
+        self._place, self._sent = 0, [0] * (1 + len(model.blocks))
         for place, block in enumerate(model.blocks, start=1):
             block.register_forward_pre_hook(partial(self._enter, place))
             block.register_forward_hook(self._leave)
+            if recompute != "none" and isinstance(block.moe, MoE):
+                block.moe.register_forward_hook(self._note_decisions)
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Note a tensor that autograd saves."""
+        """Note a tensor that is kept."""
         memory = _memory(tensor)
         if memory not in self._ignored:
             place = 0 if memory in self._shared else self._place
@@ -107,18 +129,39 @@ class _Keeper:
 
     def num_bytes(self) -> list[int]:
         """Bytes kept outside the blocks, then by every block."""
-        totals = [0] * self._num_places
+        totals = list(self._sent)
         for place, storage in self._kept.values():
             totals[place] += storage.nbytes()
         return totals
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and keep what it returns where recomputation would."""
+        result = func(*args, **(kwargs or {}))
+        if self._place and self._recompute == "selective" and func in COSTLY:
+            self._keep_all(result)
+        return result
+
     def _enter(self, place: int, _block: nn.Module, args: tuple[Any, ...]) -> None:
         self._place = place
-        others = tree_leaves(args[1:])
-        self._shared |= {_memory(other) for other in others if isinstance(other, Tensor)}
+        self._shared |= {_memory(leaf) for leaf in tree_leaves(args[1:]) if _is_tensor(leaf)}
 
     def _leave(self, *_: object) -> None:
         self._place = 0
+
+    def _note_decisions(self, _moe: nn.Module, _args: object, output: LayerOutput) -> None:
+        self._keep_all(output.decisions)
+        if self._recompute == "selective" and self._sends_rows:  # to the experts, and back
+            y_BLD, rows = output.y_BLD, output.decisions.plan.source_R.numel()
+            self._sent[self._place] += 2 * rows * y_BLD.shape[-1] * y_BLD.itemsize
+
+    def _keep_all(self, tree: Any) -> None:
+        for leaf in tree_leaves(tree):
+            if _is_tensor(leaf):
+                self.keep(leaf)
+
+
+def _is_tensor(leaf: object) -> TypeIs[Tensor]:
+    return isinstance(leaf, Tensor)
 
 
 def _memory(tensor: Tensor) -> int:

@@ -137,7 +137,7 @@ def _where_static(moe: MoE, decides_first: bool) -> Callable[..., LayerOutput]:
 
 
 _aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
-_COSTLY = [
+COSTLY = [
     _aten.mm.default,
     _aten.addmm.default,
     _aten.bmm.default,
@@ -167,7 +167,7 @@ def apply_recompute(model: Transformer, recompute: Recompute) -> None:
         if recompute == "full":
             replace_method(block, "forward", _recomputed(block.forward, with_memory=True))
             continue
-        selective = partial(create_selective_checkpoint_contexts, _COSTLY)
+        selective = partial(create_selective_checkpoint_contexts, COSTLY)
         replace_method(block, "attend", _recomputed(block.attend, context_fn=selective))
         if block.moe is not None:  # shared experts are computed inside it
             forward = _remembering(block.moe.forward)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from models import SMALL
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from moetrain import settings
 from moetrain.activations import activations, kept_bytes
@@ -22,7 +25,7 @@ from moetrain.mesh import Mesh
 from moetrain.moe import Draws
 from moetrain.moe.keyed import step_key
 from moetrain.parallel import parallelize
-from moetrain.testing import simulate_ranks
+from moetrain.testing import RankPool, simulate_ranks
 
 VOCAB = 257  # of the bytes tokenizer
 
@@ -58,8 +61,9 @@ def test_memory_by_hand(precision, master, compute, world, ep, dp_replicate):
     sparse = outside + router + 8 * expert
     ends, ranks = 2 * 257 * 1024 + 1024, world // dp_replicate
     rows = -(-257 // ranks)  # of the embedding and of the head, which do not divide
-    shard = (dense + 2 * sparse + 1024) // ranks + 2 * rows * 1024
-    computed = outside + router + 8 // ep * expert
+    shard = (dense + 2 * (sparse - router) + 1024) // ranks + 2 * rows * 1024 + 2 * router
+    experts = 8 // ep * expert
+    computed = outside + experts
     # One process takes eight micro-batches for a step, and keeps whole gradients from one to the
     # next; eight ranks take one each.
     whole = (ends + dense + 2 * computed) * (world == 1)
@@ -67,8 +71,8 @@ def test_memory_by_hand(precision, master, compute, world, ep, dp_replicate):
     assert found["weights"] == shard * master
     assert found["gradients"] == (shard + whole) * master
     assert found["Adam moments"] == 2 * shard * master
-    assert found["gathered weights"] == (ends + 2 * computed) * compute
-    assert found["gradients under way"] == computed * (compute + master)
+    assert found["gathered weights"] == (ends + computed + experts) * compute
+    assert found["gradients under way"] == experts * (compute + master)
     assert found["logits"] == 8 * 8 * 257 * (compute + 8)
 
 
@@ -98,9 +102,7 @@ def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
 def held_bytes(made: Config) -> dict[str, int]:
     """What one rank really holds in the two micro-batches of a step and after it."""
     mesh = Mesh(torch.device("cpu"), made.parallel.ep, made.parallel.dp_replicate)
-    engine = TorchEngine(
-        build_model(made, VOCAB), mesh, made.engine.precision, made.seed, made.train
-    )
+    engine = TorchEngine(build_model(made, VOCAB), mesh, made.seed, made.engine, made.train)
     tokens_BL = torch.arange(made.train.micro_batch * made.data.seq_len).view(-1, made.data.seq_len)
     for last in (False, True):
         output = engine.model(tokens_BL, targets_BL=tokens_BL, mode="train")
@@ -151,11 +153,19 @@ def storage(tensor: torch.Tensor) -> torch.UntypedStorage:
     return tensor.untyped_storage()
 
 
+def live() -> dict[int, torch.UntypedStorage]:
+    """The memory under every tensor that Python knows."""
+    gc.collect()
+    objects = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+    real = [t for t in objects if t.device.type == "cpu" and not isinstance(t, FakeTensor)]
+    return {storage(tensor).data_ptr(): storage(tensor) for tensor in real}
+
+
 def saved_bytes(made: Config) -> int:
-    """What a real forward pass of one rank keeps besides the weights."""
+    """What a real forward pass of one rank keeps besides the weights, for the backward pass."""
     mesh = Mesh(torch.device("cpu"), made.parallel.ep)
-    model = build_model(made, VOCAB)
-    parallelize(model, mesh, made.engine.precision, seed=0)
+    model, recompute = build_model(made, VOCAB), made.engine.activation_checkpointing
+    parallelize(model, mesh, made.engine.precision, seed=0, recompute=recompute)
     tokens_BL = torch.randint(
         0,
         VOCAB,
@@ -170,8 +180,13 @@ def saved_bytes(made: Config) -> int:
         kept[memory.data_ptr()] = memory  # holds it, so that no other gets its address
         return tensor
 
+    before = {} if recompute == "none" else live()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(tokens_BL, targets_BL=tokens_BL, mode="train", draws=draws)
+        output = model(tokens_BL, targets_BL=tokens_BL, mode="train", draws=draws)
+    if recompute != "none":  # which keeps things where hooks do not see them
+        returned = {storage(leaf).data_ptr() for leaf in tree_leaves(output) if leaf is not None}
+        found = live()
+        kept |= {at: found[at] for at in found.keys() - before.keys() - returned}
     weights = {storage(weight).data_ptr() for weight in model.parameters()}
     return sum(memory.nbytes() for at, memory in kept.items() if at not in weights)
 
@@ -200,6 +215,9 @@ ROOM = {"dim": 64, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 96}
         {"moe": {"router": "dense", "top_k": 8, "capacity_factor": None}},
         {"engine": {"precision": "bf16"}},
         {"parallel": {"ep": 4}},
+        {"engine": {"activation_checkpointing": "full"}},
+        {"engine": {"activation_checkpointing": "selective"}},
+        {"engine": {"activation_checkpointing": "selective"}, "moe": {"shared_experts": 1}},
     ],
 )
 def test_the_estimate_of_activations_is_what_a_real_pass_keeps(sections):
@@ -217,22 +235,40 @@ def test_the_estimate_of_activations_is_what_a_real_pass_keeps(sections):
         assert estimate == pytest.approx(real, rel=0.01)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize(
     "sections",
     [
-        {"moe": {"every": 2}},
+        {"moe": {"every": 2}, "parallel": {"ep": 2}},
         {"moe": {"first_dense": 2, "shared_experts": 1}, "data": {"mask_documents": True}},
         {"moe": {"experts": 0}, "data": {"mask_documents": True}},
     ],
 )
-def test_one_block_of_each_kind_stands_for_all(sections, precision):
+def test_one_block_of_each_kind_stands_for_all(sections, recompute):
     made = config(
         model={**ROOM, "layers": 6},
         moe=sections["moe"],
         data={"seq_len": 32, **sections.get("data", {})},
-        engine={"precision": precision},
+        parallel=sections.get("parallel", {}),
+        engine={"precision": "bf16", "activation_checkpointing": recompute},
     )
     found = activations(made, VOCAB)
-    assert [found.outside, *found.blocks] == kept_bytes(build_model(made, VOCAB), made)
+    model = build_model(made, VOCAB)
+    assert [found.outside, *found.blocks] == kept_bytes(model, made, recompute)
     assert found.outside > 0 < min(found.blocks)
+    assert (found.recomputed > 0) == (recompute != "none")
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_what_recomputation_keeps_of_rows_that_were_sent(ranks2: RankPool, recompute: str):
+    """In processes, because what lives in simulated ranks cannot be told apart."""
+    made = config(
+        model=ROOM,
+        moe={"experts": 8, "expert_ffn_dim": 48},
+        engine={"activation_checkpointing": recompute},
+        parallel={"ep": 2},
+        data={"seq_len": 64},
+    )
+    found = activations(made, VOCAB)
+    for real in ranks2.run(saved_bytes, made):
+        assert found.outside + sum(found.blocks) == pytest.approx(real, rel=0.01)
