@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from moetrain.config import EngineConfig, TrainConfig
 from moetrain.engines.cast import compute_in
 from moetrain.engines.fragment import Fragment
+from moetrain.errors import UserError
 from moetrain.mesh import Mesh
 from moetrain.model import Transformer, initial_value
 from moetrain.moe import AllToAll, Experts, MoE
@@ -263,10 +264,19 @@ def _start(
         # Its default is 2 GB, whatever the size of the model.
         numel = sum(weight.numel() for weight in model.parameters())
         zero.setdefault("reduce_bucket_size", min(numel, 500_000_000))
-        with _expert_layer(model, mesh):
+        with _expert_layer(model, mesh), _refusals():
             return deepspeed.initialize(
                 model=model, optimizer=optimizer, config=settings, dist_init_required=False
             )[0]
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What DeepSpeed itself finds wrong with its settings, as an error of the user's."""
+    try:
+        yield
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"engine.deepspeed_config: DeepSpeed refuses: {error}") from error
 
 
 @contextmanager
