@@ -12,12 +12,13 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import parity
 import pytest
 import torch
-from layouts import BATCH, LENGTH, STEPS, Case, Layout, Text, pick, spread
+from deepspeed_layouts import DATA2_EP2, DENSE, EP2, EP4, ROUNDING, Variant, under
+from layouts import BATCH, LENGTH, STEPS, Case, Text, pick
 from parity import agree, alone, build_run, on_rank, weights_of
 from torch import Tensor
 
@@ -28,40 +29,10 @@ from moetrain.objective import reduce
 from moetrain.step import Position, train_step
 from moetrain.testing import RankPool
 
-ROUNDING = 1e-5
-"""Of fp32."""
-
 TOPK, TOPK_DROPLESS = (pick("topk", dropless=dropless) for dropless in (False, True))
 SIGMOID, GSHARD = pick("sigmoid", dropless=True), pick("gshard", dropless=True)
 RENORMALIZED = pick("renormalized", dropless=False)
 """Without drops by gate, in which equal tokens tie: fp32 and fp64 do not round them alike."""
-EP2, EP4 = Layout(2, ep=2, dp_replicate=1, micro=8), Layout(4, ep=4, dp_replicate=1, micro=4)
-DATA2_EP2 = Layout(4, ep=2, dp_replicate=1, micro=4)
-DENSE = Layout(2, ep=1, dp_replicate=1, micro=4)
-
-
-class Variant(NamedTuple):
-    """One way to train."""
-
-    layout: Layout
-    stage: int
-    case: Case
-
-    def __str__(self) -> str:
-        return f"zero{self.stage}-{self.layout}-{self.case}"
-
-    def config(self, **engine: Any) -> Config:
-        """Under DeepSpeed."""
-        return under(self.case.config, self.layout, "deepspeed", zero_stage=self.stage, **engine)
-
-
-def under(config: Config, layout: Layout, kind: str, **engine: Any) -> Config:
-    """A configuration at a layout under an engine, in fp32."""
-    sections = config.model_dump()
-    sections["engine"] = {"kind": kind, "precision": "fp32", **engine}
-    return spread(Config.model_validate(sections), layout)
-
-
 ACCUMULATED = {(0, 2), (1, 2), (2, 0), (2, 1)}
 """Layouts, by number, and stages with two micro-batches."""
 
@@ -250,7 +221,7 @@ def in_bf16(config: Config, text: Text) -> dict[str, Any]:
 def test_bf16_is_that_of_the_torch_engine(
     ranks2: RankPool, stage: int, case: Case, recompute: str
 ) -> None:
-    """bf16 in the experts, fp32 in routers, weights and gradients, and sums in the same order: these
+    """bf16 in the experts, fp32 in routers, weights and gradients, sums in the same order: these
     models have no shared experts, whose gradients the two would add up in another."""
     options = {"precision": "bf16", "activation_checkpointing": recompute}
     variant = Variant(EP2._replace(micro=4), stage, case)
