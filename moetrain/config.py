@@ -162,6 +162,20 @@ class ParallelConfig(Section):
     """Ranks that share one set of experts, experts/ep each."""
     dp_replicate: PositiveInt = 1
     """Copies of the sharded model (hybrid sharding); dp_shard is what remains of the world."""
+    dispatch: Literal["all_to_all", "two_level", "all_gather"] = "all_to_all"
+    """How tokens reach their experts. two_level: inside a node first, then across `nodes`.
+    all_gather: every rank gets all tokens of the ep ranks, which pays where top_k is large and ep
+    small."""
+    overlap_chunks: PositiveInt = 1
+    """Parts into which each rank's experts are cut, so that one part's tokens travel while another
+    part computes; must divide moe.experts/ep."""
+    nodes: PositiveInt = 1
+    """Nodes that the ep ranks lie on, for two_level."""
+
+    @property
+    def nodes_apart(self) -> int:
+        """The nodes that make a difference to an expert group: 1 unless dispatch is two_level."""
+        return self.nodes if self.dispatch == "two_level" and self.ep > 1 else 1
 
 
 class EngineConfig(Section):

@@ -35,7 +35,8 @@ def problems(config: Config) -> list[str]:
     """Conflicts between fields that no number of ranks can mend."""
     found = [*_name_problems(config.name), *_head_problems(config.model), *_engine_problems(config)]
     if config.moe.experts:
-        return [*found, *_choice_problems(config.moe), *_placement_problems(config)]
+        found += [*_choice_problems(config.moe), *_placement_problems(config)]
+        return [*found, *_dispatch_problems(config)]
     if config.parallel.ep > 1:
         found.append(
             f"parallel.ep ({config.parallel.ep}) needs experts to share, but moe.experts is 0; "
@@ -44,11 +45,17 @@ def problems(config: Config) -> list[str]:
     return found
 
 
-def check_world(config: Config, world_size: int) -> None:
-    """Raise `UserError`, with one line per problem, if the config cannot run on so many ranks."""
+def check_world(config: Config, world_size: int, local_world: int | None = None) -> None:
+    """Raise `UserError`, with one line per problem, if the config cannot run on so many ranks.
+
+    `local_world` is the number of ranks on each node, where it is known.
+    """
     if world_size < 1:
         raise UserError(f"world size ({world_size}) must be at least 1")
-    if found := [*mesh_problems(config, world_size), *_batch_problems(config, world_size)]:
+    found = [*mesh_problems(config, world_size), *_batch_problems(config, world_size)]
+    if local_world is not None:
+        found += node_problems(config, local_world)
+    if found:
         raise UserError("\n".join(found))
 
 
@@ -252,6 +259,45 @@ def _placement_problems(config: Config) -> Iterator[str]:
         )
 
 
+def _dispatch_problems(config: Config) -> Iterator[str]:
+    """How tokens travel, where they do: with experts on several ranks."""
+    parallel = config.parallel
+    ep, chunks, nodes = parallel.ep, parallel.overlap_chunks, parallel.nodes
+    if ep == 1:
+        return
+    held, rest = divmod(config.moe.experts, ep)
+    if parallel.dispatch == "all_gather" and chunks > 1:
+        yield (
+            f"parallel.overlap_chunks ({chunks}) must be 1 for parallel.dispatch all_gather, which "
+            "sends all tokens at once; set it to 1, or parallel.dispatch to all_to_all"
+        )
+    elif rest == 0 and held % chunks:
+        yield (
+            f"parallel.overlap_chunks ({chunks}) must divide the experts of a rank ({held} = "
+            f"moe.experts {config.moe.experts} / parallel.ep {ep}); "
+            f"try {_nearest(_divisors(held), chunks)}"
+        )
+    if parallel.dispatch == "two_level" and (nodes == 1 or ep % nodes):
+        legal = [n for n in _divisors(ep) if n > 1]
+        yield (
+            f"parallel.nodes ({nodes}) must divide parallel.ep ({ep}) and be at least 2 for "
+            f"parallel.dispatch two_level; try {_nearest(legal, nodes)}, "
+            "or parallel.dispatch all_to_all"
+        )
+
+
+def node_problems(config: Config, local_world: int) -> Iterator[str]:
+    """What keeps nodes of so many ranks from being those that the dispatcher has been told of."""
+    ep, nodes = config.parallel.ep, config.parallel.nodes_apart
+    if nodes > 1 and local_world % (ep // nodes):
+        legal = [n for n in _divisors(ep) if n > 1 and local_world % (ep // n) == 0]
+        yield (
+            f"parallel.nodes ({nodes}) puts {ep // nodes} = parallel.ep {ep} / {nodes} ranks that "
+            f"share experts on each node, which must divide the ranks of a node ({local_world}); "
+            f"try parallel.nodes {_nearest(legal, nodes)}"
+        )
+
+
 def mesh_problems(config: Config, world_size: int) -> Iterator[str]:
     """What keeps a number of ranks from sharing the model as configured."""
     replicas, ep = config.parallel.dp_replicate, config.parallel.ep
@@ -310,6 +356,7 @@ def _idle_settings(config: Config) -> Iterator[tuple[str, str]]:
         yield from ((f"moe.{field}", "when moe.experts is 0") for field in sorted(idle))
     else:
         yield from _idle_moe_settings(moe)
+        yield from _idle_dispatch_settings(config)
     if source == "stdlib" or Path(source).expanduser().exists():
         for field in ("data.subset", "data.split", "data.streaming"):
             yield field, f"for the local data.source {source}"
@@ -355,6 +402,18 @@ def _idle_moe_settings(moe: MoEConfig) -> Iterator[tuple[str, str]]:
         yield "moe.shared_gate", "when moe.shared_experts is 0"
 
 
+def _idle_dispatch_settings(config: Config) -> Iterator[tuple[str, str]]:
+    parallel = config.parallel
+    if parallel.ep == 1:
+        for field in ("dispatch", "overlap_chunks", "nodes"):
+            yield f"parallel.{field}", "when parallel.ep is 1: tokens stay where they are"
+    elif parallel.dispatch != "two_level":
+        yield (
+            "parallel.nodes",
+            f"with parallel.dispatch {parallel.dispatch}; only two_level reads it",
+        )
+
+
 def _doubtful(config: Config) -> Iterator[str]:
     moe, train = config.moe, config.train
     if moe.experts > 1:
@@ -364,6 +423,12 @@ def _doubtful(config: Config) -> Iterator[str]:
             f"moe.eval_capacity_factor ({moe.eval_capacity_factor}) gives a token another number "
             f"of experts in evaluation than moe.capacity_factor ({moe.capacity_factor}) does in "
             "training, since moe.router expert_choice has no other limit; set them equal"
+        )
+    if config.parallel.dispatch == "two_level" and config.parallel.nodes == config.parallel.ep > 1:
+        yield (
+            f"parallel.nodes ({config.parallel.nodes}) puts every rank that shares experts on a "
+            "node of its own, so parallel.dispatch two_level has nobody to meet inside a node; "
+            "set parallel.dispatch to all_to_all"
         )
     if train.warmup_steps >= train.steps:
         yield (

@@ -2,7 +2,8 @@
 
 World = dp_replicate × dp_shard, and expert parallelism folds into the latter: dp_shard = edp × ep.
 The `ep` ranks of an expert group are adjacent and hold different experts; the `edp` ranks (one from
-every expert group) hold the same ones. Every rank reads its own data.
+every expert group) hold the same ones. Where an expert group spans several nodes, consecutive ranks
+of it share a node. Every rank reads its own data.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ T = TypeVar("T")
 def rank_and_world() -> tuple[int, int]:
     """This process's rank and the world size, as the launcher set them; (0, 1) without one."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def ranks_of_node() -> int | None:
+    """The number of ranks on this node, where the launcher says it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
 
 
 @contextmanager
@@ -76,8 +82,11 @@ def _device() -> torch.device:
 class Mesh:
     """The named axes of a run, and the collectives over all of its ranks."""
 
-    def __init__(self, device: torch.device, ep: int = 1, dp_replicate: int = 1):
-        """Collective: every rank of the default process group takes part."""
+    def __init__(self, device: torch.device, ep: int = 1, dp_replicate: int = 1, nodes: int = 1):
+        """Collective: every rank of the default process group takes part.
+
+        `nodes` is the number of nodes that an expert group spans, if one is to tell them apart.
+        """
         self.device = device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         dp_shard = self.world // dp_replicate
@@ -90,6 +99,14 @@ class Mesh:
         self._expert = init_device_mesh(
             device.type, (dp_replicate, edp, ep), mesh_dim_names=("dp_replicate", "edp", "ep")
         )
+
+        self._nodes = None
+        if nodes > 1:
+            self._nodes = init_device_mesh(
+                device.type,
+                (self.world // ep, nodes, ep // nodes),
+                mesh_dim_names=("expert_group", "across", "inside"),
+            )
 
     @property
     def dense(self) -> DeviceMesh:
@@ -106,6 +123,18 @@ class Mesh:
     def expert_parallel(self) -> DeviceMesh:
         """The ranks that share one set of experts."""
         return self._expert["ep"]
+
+    @property
+    def inside_node(self) -> DeviceMesh:
+        """Those of them on the same node; only of a mesh of several nodes."""
+        assert self._nodes is not None
+        return self._nodes["inside"]
+
+    @property
+    def across_nodes(self) -> DeviceMesh:
+        """One of them on every node, each at the same place; only of a mesh of several nodes."""
+        assert self._nodes is not None
+        return self._nodes["across"]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in a new tensor."""

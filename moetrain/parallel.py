@@ -1,7 +1,7 @@
 """Parallelism, applied to a single-device model from outside, in this order:
 
 1. expert parallelism: expert weights become DTensors sharded by expert over `ep`, and every MoE
-   layer gets the all-to-all dispatcher;
+   layer gets a dispatcher;
 2. compilation of the regions between what FSDP2 gathers;
 3. recomputation of whole blocks in the backward pass;
 4. FSDP2: dense weights over all data ranks, experts over the ranks that hold the same ones. Routers
@@ -27,11 +27,22 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from moetrain.mesh import Mesh
 from moetrain.model import Block, Memory, Transformer, initial_value
-from moetrain.moe import AllToAll, Decisions, Experts, LayerOutput, MoE, Router
+from moetrain.moe import (
+    AllGather,
+    AllToAll,
+    Decisions,
+    Dispatcher,
+    Experts,
+    LayerOutput,
+    Local,
+    MoE,
+    Router,
+)
 from moetrain.moe.layer import Mode
 
 Precision = Literal["fp32", "bf16", "fp64"]
 Recompute = Literal["none", "selective", "full"]
+Dispatch = Literal["all_to_all", "two_level", "all_gather"]
 
 
 def parallelize(
@@ -46,7 +57,8 @@ def parallelize(
     if precision == "fp64":
         model.double()
     if mesh.ep > 1:
-        _apply_expert_parallelism(model, mesh)
+        connect_experts(model, mesh)
+        _shard_experts(model, mesh)
     if compiled:
         compile_regions(model, recompute)
     apply_recompute(model, recompute)
@@ -56,16 +68,36 @@ def parallelize(
     return model
 
 
+def connect_experts(
+    model: nn.Module, mesh: Mesh, dispatch: Dispatch = "all_to_all", overlap_chunks: int = 1
+) -> None:
+    """Choose how tokens reach experts that are spread over ranks, in every layer."""
+    dispatcher = _dispatcher(mesh, dispatch, overlap_chunks)
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.dispatcher = dispatcher
+
+
+def _dispatcher(mesh: Mesh, dispatch: Dispatch, overlap_chunks: int) -> Dispatcher:
+    if mesh.ep == 1:
+        return Local()
+    if dispatch == "all_gather":
+        return AllGather(mesh.expert_parallel.get_group())
+    if dispatch == "two_level":
+        inside, across = mesh.inside_node.get_group(), mesh.across_nodes.get_group()
+        return AllToAll(inside, across, chunks=overlap_chunks)
+    return AllToAll(mesh.expert_parallel.get_group(), chunks=overlap_chunks)
+
+
 def router_weights(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that every rank holds whole; their gradients are for the engine to sum."""
     routers = [module for module in model.modules() if isinstance(module, Router)]
     return [weight for router in routers for weight in router.parameters()]
 
 
-def _apply_expert_parallelism(model: Transformer, mesh: Mesh) -> None:
+def _shard_experts(model: Transformer, mesh: Mesh) -> None:
     for module in model.modules():
         if isinstance(module, MoE):
-            module.dispatcher = AllToAll(mesh.expert_parallel.get_group())
             for name, weight in list(module.experts.named_parameters()):
                 sharded = distribute_tensor(
                     weight, mesh.expert_parallel, [Shard(0)], src_data_rank=None
@@ -148,7 +180,6 @@ COSTLY = [
     _aten._scaled_dot_product_cudnn_attention.default,
     _c10d.all_to_all_single.default,
     _c10d.all_gather_into_tensor.default,
-    _c10d.reduce_scatter_tensor.default,
 ]
 """What selective recomputation keeps: matrix products, attention, what was communicated."""
 

@@ -14,7 +14,14 @@ from moetrain.constraints import check_world
 from moetrain.data import Samples, prepare
 from moetrain.errors import DivergedError, UserError
 from moetrain.evaluate import evaluate
-from moetrain.mesh import Mesh, on_first_local_rank, process_group, rank_and_world, require_same
+from moetrain.mesh import (
+    Mesh,
+    on_first_local_rank,
+    process_group,
+    rank_and_world,
+    ranks_of_node,
+    require_same,
+)
 from moetrain.objective import reduce
 from moetrain.report import Report
 from moetrain.step import Position, Run, train_step
@@ -26,11 +33,12 @@ def run(config: Config) -> int:
     Raises UserError, alike on every rank, for what the user can mend.
     """
     world = rank_and_world()[1]
-    check_world(config, world)
+    check_world(config, world, ranks_of_node())
     engines.check(config, world)
     folder = settings.run_directory(config.out, config.name)
     with process_group() as device:
-        mesh = Mesh(device, config.parallel.ep, config.parallel.dp_replicate)
+        parallel = config.parallel
+        mesh = Mesh(device, parallel.ep, parallel.dp_replicate, parallel.nodes_apart)
         train(set_up(config, folder, mesh))
     return 0
 

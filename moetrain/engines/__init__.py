@@ -15,6 +15,7 @@ from moetrain.engines.deepspeed_config import settings
 from moetrain.engines.torch import TorchEngine
 from moetrain.mesh import Mesh
 from moetrain.model import Transformer
+from moetrain.parallel import connect_experts
 
 
 class Engine(Protocol):
@@ -57,5 +58,8 @@ def build(config: Config, model: Transformer, mesh: Mesh) -> Engine:
     """The engine of a configuration, around a model on the meta device. Collective."""
     common = model, mesh, config.seed, config.engine, config.train
     if config.engine.kind == "deepspeed":
-        return DeepSpeedEngine(*common, settings(config, mesh.world))
-    return TorchEngine(*common)
+        engine = DeepSpeedEngine(*common, settings(config, mesh.world))
+    else:
+        engine = TorchEngine(*common)
+    connect_experts(model, mesh, config.parallel.dispatch, config.parallel.overlap_chunks)
+    return engine

@@ -185,12 +185,12 @@ class AllGather:
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Gathered:
         """Start to send this rank's tokens to everybody, and the rows planned for them."""
         table = torch.cat([plan.row_TK.flatten(), plan.count_E])[None]
-        x_RD, table_PX = (all_gather(t, self.group) for t in (x_TD, table))
+        x_RD, table_PX = (all_gather(t, group=self.group) for t in (x_TD, table))
         return Gathered(plan, x_RD, table_PX)
 
     def combine(self, experts: Experts, arrived: Gathered, gate_TK: Tensor) -> Tensor:
         """Run the experts on the tokens of all ranks, and add up what all ranks have for ours."""
-        gates = all_gather(gate_TK, self.group)
+        gates = all_gather(gate_TK, group=self.group)
         table_PX = land(arrived.table)
         plan, counts = _share(arrived.plan, table_PX, self.group.rank())
         rows_RD = gather_rows(land(arrived.x), plan)

@@ -60,14 +60,14 @@ def add_up(share_RD: Tensor, group: dist.ProcessGroup) -> Tensor:
     A reduce-scatter that adds in the same order every time.
     """
     rows = [len(share_RD) // group.size()] * group.size()
-    landed_RD = land(all_to_all(share_RD, group.group_name, rows, rows))
+    landed_RD = land(all_to_all(share_RD, group=group.group_name, sent=rows, received=rows))
     return landed_RD.unflatten(0, (group.size(), -1)).sum(0)
 
 
 def swap(block_PX: Tensor, group: dist.ProcessGroup) -> Tensor:
     """One block for every rank, against one from each; without a gradient."""
     each = [1] * group.size()
-    return land(all_to_all(block_PX, group.group_name, each, each))
+    return land(all_to_all(block_PX, group=group.group_name, sent=each, received=each))
 
 
 class _AllToAll(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Checkpoints move between engines, stages and layouts, bit by bit: weights, moments, step counts."""
+"""Checkpoints move between engines, stages and layouts, bit by bit: weights, moments, steps."""
 
 from __future__ import annotations
 
