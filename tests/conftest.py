@@ -20,3 +20,8 @@ def ranks4() -> Iterator[RankPool]:
     """Four Gloo processes, shared by a module; a call that fails replaces them."""
     with RankPool(4) as pool:
         yield pool
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--full-matrix`: every combination where the suite runs a cover of all pairs."""
+    parser.addoption("--full-matrix", action="store_true", help="see tests/ranks/test_matrix.py")

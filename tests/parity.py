@@ -345,7 +345,8 @@ def evaluated_alone(config: Config, text: Text, sequences: int) -> Means:
 
 def build_run(config: Config, text: Text, change: Change | None = None) -> Run:
     """A run of this rank, with routers changed before the first step."""
-    mesh = Mesh(torch.device("cpu"), config.parallel.ep, config.parallel.dp_replicate)
+    parallel = config.parallel
+    mesh = Mesh(torch.device("cpu"), parallel.ep, parallel.dp_replicate, parallel.nodes_apart)
     model = build_model(config, VOCAB)
     engine: Any = engines.build(config, model, mesh)
     for name, weight in engine.weights.items():
