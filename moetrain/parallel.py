@@ -114,10 +114,7 @@ def compile_regions(model: Transformer, recompute: Recompute) -> None:
     FSDP2's hooks cannot be traced, so they stay outside. Without a capacity, rows differ from call
     to call and their numbers are read on the host: such passes run as they are.
     """
-    # The draws of a layer are keyed by its number, so that every layer may need a graph of its own,
-    # and more for evaluation and recomputation.
-    limit = 8 * len(model.blocks)
-    torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
+    allow_graphs(len(model.blocks))
     for block in model.blocks:
         assert isinstance(block, Block)
         replace_method(block, "attend", _one_graph(block.attend))
@@ -126,6 +123,14 @@ def compile_regions(model: Transformer, recompute: Recompute) -> None:
             replace_method(block.moe, "forward", forward)
         elif block.feed_forward is not None:
             replace_method(block.feed_forward, "forward", _one_graph(block.feed_forward.forward))
+
+
+def allow_graphs(num_layers: int) -> None:
+    """Let every layer have graphs of its own, since its draws are keyed by its number: of training,
+    evaluation, recomputation. torch counts them together, as graphs of one function."""
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(8 * num_layers, dynamo.recompile_limit)
+    dynamo.accumulated_recompile_limit = max(8 * num_layers, dynamo.accumulated_recompile_limit)
 
 
 def _one_graph(function: Callable[..., Any]) -> Callable[..., Any]:

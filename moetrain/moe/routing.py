@@ -205,7 +205,7 @@ def sigmoid(
     log_TE = F.logsigmoid(logits_TE)  # s/Σs as a softmax of log s, which cannot divide by 0
     # torch.sigmoid rounds by an element's place in memory, which would break ties by layout
     biased_TE = log_TE.detach().exp() + bias_E
-    if num_groups > 1:
+    if num_groups > 1 and chosen_TK is None:
         biased_TE = _limit_to_groups(biased_TE, num_groups, top_groups, k // top_groups)
     expert_TK = choose(biased_TE, k) if chosen_TK is None else chosen_TK
     gate_TK = scale * log_TE.gather(1, expert_TK).softmax(dim=-1)
