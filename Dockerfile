@@ -3,7 +3,7 @@
 #   docker build --tag moetrain:cpu .
 #   docker build --tag moetrain \
 #       --build-arg BASE=nvidia/cuda:13.0.1-base-ubuntu24.04 --build-arg TORCH=cu130 .
-#   docker run --gpus all --ipc=host --volume "$PWD/runs:/moetrain/runs" moetrain \
+#   docker run --gpus all --ipc=host --volume "$PWD/runs:/workspace/runs" moetrain \
 #       launch/train.sh configs/quickstart.yaml
 #
 # BASE is a Debian or an Ubuntu with Python 3.11 or newer; TORCH names one of PyTorch's builds. A
@@ -17,9 +17,9 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --create-home moetrain \
-    && install --directory --owner=moetrain /moetrain /moetrain/runs
+    && install --directory --owner=moetrain /workspace /workspace/runs
 
-WORKDIR /moetrain
+WORKDIR /workspace
 ENV VENV=/opt/venv PATH=/opt/venv/bin:$PATH
 # An empty package first: what it requires takes minutes to install, and changes less than the code.
 COPY pyproject.toml README.md LICENSE ./

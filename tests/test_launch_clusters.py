@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import signal
@@ -54,16 +55,35 @@ STEP = (
 
 @pytest.fixture
 def slurm(stubs: Stubs) -> Stubs:
-    """srun that trains for as long as it is let, and the controller."""
-    stubs.add("scontrol", '[[ "$1" != show ]] || printf "node%s\\n" 07 08 09')
+    """srun that trains for as long as it is let, and the controller, which can signal it.
+
+    Like the real ones: srun kills its task when it is signalled itself, `scancel --signal` signals
+    the task, and `scontrol show job` tells of preemption.
+    """
+    stubs.add("scontrol", SCONTROL)
+    (stubs.folder / "job").write_text("PreemptTime=None")
+    stubs.add("scancel", 'kill -TERM "$(cat "${0%/*}/task")"')
     stubs.add("srun", training("echo saved; exit 75"))
     return stubs
 
 
+SCONTROL = """
+case "$1 $2" in
+    "show hostnames") printf "node%s\\n" 07 08 09 ;;
+    "show job") echo "JobId=$3 PreemptEligibleTime=2030-01-01T00:00:00 $(cat "${0%/*}/job")" ;;
+esac
+"""
+
+
 def training(when_told_to_end: str) -> str:
-    """A program that runs for a while, and what it does on SIGTERM."""
-    wait = "for _ in {1..200}; do sleep 0.1; done"
-    return f"trap '{when_told_to_end}' TERM; touch \"$0.ready\"; {wait}"
+    """What srun starts: a task that runs for a while, and what that does on SIGTERM."""
+    task = f"trap '{when_told_to_end}' TERM; touch ready; for _ in {{1..200}}; do sleep 0.1; done"
+    return f"""
+cd "${{0%/*}}"
+bash -c {shlex.quote(task)} & echo $! >task
+trap 'kill -KILL $(cat task); exit 137' TERM
+wait $(cat task)
+"""
 
 
 def submitted(stubs: Stubs, tmp_path: Path) -> subprocess.Popen[str]:
@@ -84,7 +104,7 @@ def submitted(stubs: Stubs, tmp_path: Path) -> subprocess.Popen[str]:
 def started(stubs: Stubs, job: subprocess.Popen[str]) -> None:
     """Wait until srun can be told to end."""
     deadline = time.monotonic() + 20
-    while not (stubs.folder / "srun.ready").exists():
+    while not (stubs.folder / "ready").exists():
         assert job.poll() is None, job.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -103,16 +123,44 @@ def test_a_job_starts_one_agent_on_each_node(slurm: Stubs, tmp_path: Path) -> No
     ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_preempted_job_ends_its_run_and_goes_back_to_the_queue(
-    slurm: Stubs, tmp_path: Path, number: signal.Signals
+def verbs(slurm: Stubs) -> list[str]:
+    """What the controller was asked to do."""
+    return [call.arguments[0] for call in slurm.calls("scontrol")]
+
+
+def test_a_job_that_is_warned_ends_its_run_and_goes_back_to_the_queue(
+    slurm: Stubs, tmp_path: Path
 ) -> None:
     job = submitted(slurm, tmp_path)
     started(slurm, job)
-    job.send_signal(number)
+    job.send_signal(signal.SIGUSR1)
     assert job.communicate(timeout=20)[0] == "saved\n"
     assert job.returncode == 0
+    (cancel,) = slurm.calls("scancel")
+    assert cancel.arguments == ["--signal=TERM", "--quiet", "123456"]
     assert slurm.calls("scontrol")[-1].arguments == ["requeue", "123456"]
+
+
+@pytest.mark.parametrize("hears", ["the script", "the run alone"])
+def test_a_preempted_job_goes_back_to_the_queue(slurm: Stubs, tmp_path: Path, hears: str) -> None:
+    job = submitted(slurm, tmp_path)
+    started(slurm, job)
+    (slurm.folder / "job").write_text("PreemptTime=2030-01-01T00:00:10")
+    if hears == "the script":
+        job.send_signal(signal.SIGTERM)
+    else:
+        os.kill(int((slurm.folder / "task").read_text()), signal.SIGTERM)
+    assert job.communicate(timeout=20)[0] == "saved\n"
+    assert slurm.calls("scontrol")[-1].arguments == ["requeue", "123456"]
+
+
+def test_a_cancelled_job_ends_its_run_and_stays_away(slurm: Stubs, tmp_path: Path) -> None:
+    job = submitted(slurm, tmp_path)
+    started(slurm, job)
+    job.send_signal(signal.SIGTERM)
+    assert job.communicate(timeout=20)[0] == "saved\n"
+    assert job.returncode == 75
+    assert "requeue" not in verbs(slurm)
 
 
 def test_a_second_warning_lets_the_run_save(slurm: Stubs, tmp_path: Path) -> None:
@@ -124,6 +172,7 @@ def test_a_second_warning_lets_the_run_save(slurm: Stubs, tmp_path: Path) -> Non
     assert job.stdout.readline() == "saving\n"
     job.send_signal(signal.SIGTERM)
     assert job.communicate(timeout=20)[0] == "saved\n"
+    assert len(slurm.calls("scancel")) == 1
     assert slurm.calls("scontrol")[-1].arguments == ["requeue", "123456"]
 
 
@@ -135,7 +184,7 @@ def test_a_run_that_ends_by_itself_is_not_requeued(
     job = submitted(slurm, tmp_path)
     job.communicate(timeout=20)
     assert job.returncode == code
-    assert [call.arguments[0] for call in slurm.calls("scontrol")] == ["show"]
+    assert "requeue" not in verbs(slurm)
 
 
 def test_a_run_that_finished_when_it_was_warned_is_not_requeued(
@@ -147,7 +196,7 @@ def test_a_run_that_finished_when_it_was_warned_is_not_requeued(
     job.send_signal(signal.SIGUSR1)
     job.communicate(timeout=20)
     assert job.returncode == 0
-    assert [call.arguments[0] for call in slurm.calls("scontrol")] == ["show"]
+    assert "requeue" not in verbs(slurm)
 
 
 def test_slurm_is_told_to_warn_and_to_requeue() -> None:
