@@ -5,6 +5,7 @@ Nothing is measured on a device. What is sharded over what: `moetrain.parallel`.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from math import ceil, prod
 from typing import NamedTuple
 
@@ -14,6 +15,10 @@ from moetrain.activations import COMPUTED_IN, activations
 from moetrain.config import Config
 from moetrain.model import Block, Transformer
 from moetrain.moe import Experts, Router
+from moetrain.optim import decays
+
+BUCKET = 500_000_000
+"""Most numbers that DeepSpeed reduces at once, unless it is told otherwise."""
 
 
 class Row(NamedTuple):
@@ -24,19 +29,40 @@ class Row(NamedTuple):
 
 
 def memory(config: Config, model: Transformer, vocab_size: int, world_size: int) -> list[Row]:
-    """What rank 0, on which no shard is smaller than elsewhere, holds in a backward pass.
+    """What the fullest rank holds in a backward pass, in the order in which it comes about.
 
     `model` may be on the meta device; `vocab_size` is the tokenizer's. Left out is what lasts for
     a moment alone (buffers of collectives, products inside a kernel), what the allocator cannot
     use, and what CUDA and NCCL take for themselves.
     """
-    master = 8 if config.engine.precision == "fp64" else 4
-    compute = COMPUTED_IN[config.engine.precision].itemsize
-    sharded = _sharded(config, model, world_size)
-    units = _units(config, model)
-    # Ranks reduce gradients with the last micro-batch, and keep whole ones until then.
-    between = sum(map(sum, units)) if config.accumulation(world_size) > 1 else 0
+    of_engine = _zero if config.engine.kind == "deepspeed" else _fsdp
     kept = activations(config, vocab_size)
+    return [
+        *of_engine(config, model, world_size),
+        Row("activations", kept.outside + sum(kept.blocks)),
+        Row("recomputed", kept.recomputed),
+        Row("logits", kept.logits),
+    ]
+
+
+def _master(config: Config) -> int:
+    """Bytes of a number in weights, reduced gradients and moments."""
+    return 8 if config.engine.precision == "fp64" else 4
+
+
+def _accumulates(config: Config, world_size: int) -> bool:
+    return config.accumulation(world_size) > 1
+
+
+# ---------------------------------------------------------------- the torch engine
+
+
+def _fsdp(config: Config, model: Transformer, world_size: int) -> list[Row]:
+    """Rank 0, on which no shard is smaller than elsewhere: see `moetrain.parallel`."""
+    master, compute = _master(config), COMPUTED_IN[config.engine.precision].itemsize
+    sharded, units = _sharded(config, model, world_size), _units(config, model)
+    # Ranks reduce gradients with the last micro-batch, and keep whole ones until then.
+    between = sum(map(sum, units)) if _accumulates(config, world_size) else 0
     return [
         Row("weights", sharded * master),
         Row("gradients", (sharded + between) * master),
@@ -44,9 +70,6 @@ def memory(config: Config, model: Transformer, vocab_size: int, world_size: int)
         Row("gathered weights", _gathered(units) * compute),
         # Of the unit whose gradient is complete: as computed, and as sent in master precision.
         Row("gradients under way", max(map(max, units)) * (compute + master)),
-        Row("activations", kept.outside + sum(kept.blocks)),
-        Row("recomputed", kept.recomputed),
-        Row("logits", kept.logits),
     ]
 
 
@@ -90,6 +113,79 @@ def _gathered(units: list[list[int]]) -> int:
     after = [*(block[0] for block in blocks[1:]), 0]
     at_work = (sum(block) + max(ahead) for block, *ahead in zip(blocks, before, after, strict=True))
     return outside + max(at_work)
+
+
+# ---------------------------------------------------------------- the deepspeed engine
+
+
+class _Group(NamedTuple):
+    """Weights that ZeRO lays out one after the other and cuts into equal shares."""
+
+    sizes: list[int]
+    """Of each weight, this rank's experts alone."""
+    ranks: int
+    """That share them."""
+    stride: int
+    """Ranks from one share to the next: rank r has share r // stride."""
+
+    @property
+    def share(self) -> int:
+        """Parameters of one rank; DeepSpeed aligns shares to two numbers."""
+        return 2 * ceil(sum(self.sizes) / (2 * self.ranks))
+
+    def touched(self) -> list[int]:
+        """For every share, the parameters of all weights that reach into it."""
+        ends = list(accumulate(self.sizes))
+        return [
+            sum(
+                size
+                for size, end in zip(self.sizes, ends, strict=True)
+                if end - size < first + self.share and end > first
+            )
+            for first in range(0, self.ranks * self.share, self.share)
+        ]
+
+
+def _zero(config: Config, model: Transformer, world_size: int) -> list[Row]:
+    """Whole weights, and of all else the share that its stage leaves to a rank."""
+    master, stage = _master(config), config.engine.zero_stage
+    groups = _groups(config, model, world_size)
+    whole, share = sum(sum(g.sizes) for g in groups), sum(g.share for g in groups)
+    # Reduced gradients are kept for every weight that a share reaches into; those that are not
+    # reduced yet are whole, all of them before stage 2.
+    touched = [(group.touched(), group.stride) for group in groups]
+    reduced = max(sum(of[r // stride] for of, stride in touched) for r in range(world_size))
+    gradients = {0: whole, 1: whole + reduced, 2: reduced}[stage]
+    return [
+        Row("weights", (whole + (share if stage else 0)) * master),  # the share is a copy
+        Row("gradients", gradients * master),
+        Row("Adam moments", 2 * (share if stage else whole) * master),
+        Row("rounded weights", _rounded(config, model)),
+        Row("gradients under way", min(whole, BUCKET) * master),
+    ]
+
+
+def _groups(config: Config, model: Transformer, world_size: int) -> list[_Group]:
+    """By weight decay, and experts by themselves where other ranks hold others."""
+    ep, found = config.parallel.ep, {}
+    for module in model.modules():
+        is_expert = isinstance(module, Experts) and ep > 1
+        for weight in module.parameters(recurse=False):
+            size = weight.numel() // ep if is_expert else weight.numel()
+            found.setdefault((decays(weight), is_expert), []).append(size)
+    return [
+        _Group(sizes, world_size // ep, ep) if is_expert else _Group(sizes, world_size, 1)
+        for (_, is_expert), sizes in found.items()
+    ]
+
+
+def _rounded(config: Config, model: Transformer) -> int:
+    """Bytes of the weights in bf16: autograd keeps all, or those of a block that is recomputed."""
+    if config.engine.precision != "bf16":
+        return 0
+    outside, *blocks = (sum(unit) for unit in _units(config, model))
+    recomputes = config.engine.activation_checkpointing != "none"
+    return (outside + (max(blocks) if recomputes else sum(blocks))) * 2
 
 
 def _numel(module: nn.Module) -> int:

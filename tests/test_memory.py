@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from moetrain import settings
 from moetrain.activations import activations, kept_bytes
 from moetrain.build import build_model
 from moetrain.config import Config
+from moetrain.engines import deepspeed_config
+from moetrain.engines.deepspeed import DeepSpeedEngine
 from moetrain.engines.torch import TorchEngine
 from moetrain.memory import memory
 from moetrain.mesh import Mesh
@@ -139,6 +142,83 @@ def test_ranks_hold_what_is_estimated(precision, world, ep, dp_replicate):
     logical = sum(w.numel() for w in build_model(made, VOCAB).parameters())
     itemsize = 8 if precision == "fp64" else 4
     assert sum(found["weights"] for found in ranks) >= logical * itemsize * dp_replicate
+
+
+def gradient_bytes(engine: DeepSpeedEngine) -> int:
+    """Those of weights and those that are reduced, but not the copies that are being sent."""
+    found = [w.grad for w in engine.weights.values() if w.grad is not None]
+    if (zero := engine.zero) is None:
+        return local_bytes(found)
+    sent = {storage(part).data_ptr() for b in zero.ipg_buckets.values() for part in b.buffer}
+    found = [gradient for gradient in found if storage(gradient).data_ptr() not in sent]
+    averaged = [ours for ours in zero.averaged_gradients.values() if ours is not None]
+    in_partition = [] if zero.grads_in_partition is None else [zero.grads_in_partition]
+    return local_bytes([*found, *in_partition, *(tensor for ours in averaged for tensor in ours)])
+
+
+def held_under_zero(made: Config) -> dict[str, int]:
+    """The same under DeepSpeed, with the most gradients that are there at one time."""
+    mesh = Mesh(torch.device("cpu"), made.parallel.ep)
+    zero_settings = deepspeed_config.settings(made, mesh.world)
+    model = build_model(made, VOCAB)
+    engine = DeepSpeedEngine(model, mesh, made.seed, made.engine, made.train, zero_settings)
+    zero, seen = engine.zero, [0]
+    for weight in engine.weights.values():
+        weight.register_hook(lambda _: seen.append(gradient_bytes(engine)))
+    if zero is not None:
+        copy = zero.copy_grads_in_partition
+
+        def copied(*arguments: Any) -> None:
+            copy(*arguments)
+            seen.append(gradient_bytes(engine))
+
+        zero.copy_grads_in_partition = copied
+    tokens_BL = torch.arange(made.train.micro_batch * made.data.seq_len).view(-1, made.data.seq_len)
+    steps = made.accumulation(mesh.world)
+    for number in range(steps):
+        output = engine.model(tokens_BL, targets_BL=tokens_BL, mode="train")
+        loss = output.loss_sum + sum(s.balance_sum for s in output.layers)
+        engine.backward(loss, last=number == steps - 1)
+    reduced = gradient_bytes(engine)
+    engine.step(lr=1e-3)
+    weights = [weight.detach() for weight in engine.weights.values()]
+    if zero is not None:
+        weights += zero.single_partition_of_fp32_groups
+    state = engine.optimizer.state.values()
+    return {
+        "weights": local_bytes(weights),
+        "reduced": reduced,
+        "gradients": max(reduced, *seen),
+        "Adam moments": local_bytes(entry[n] for entry in state for n in ("exp_avg", "exp_avg_sq")),
+    }
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("ep", [1, 2, 4])
+def test_ranks_hold_what_is_estimated_under_zero(
+    ranks4: RankPool, tmp_path: Path, ep: int, stage: int, accumulation: int
+) -> None:
+    of_zero = tmp_path / "zero.json"  # many buckets, as a large model has
+    of_zero.write_text('{"zero_optimization": {"reduce_bucket_size": 500}}')
+
+    def made(stage: int) -> Config:
+        return config(
+            model={"qk_norm": "full", "tie_embeddings": False, "vocab_size": 263},
+            moe={"first_dense": 1, "shared_experts": 1, "shared_gate": "sigmoid"},
+            parallel={"ep": ep},
+            engine={"kind": "deepspeed", "zero_stage": stage, "deepspeed_config": str(of_zero)},
+            train={"global_batch": 8 * accumulation},
+        )
+
+    ranks, expected = ranks4.run(held_under_zero, made(stage)), bytes_of(made(stage), 4)
+    most = {name: max(held[name] for held in ranks) for name in ranks[0]}
+    assert most["weights"] == expected["weights"]
+    assert most["Adam moments"] == expected["Adam moments"]
+    # After the last micro-batch, a rank has what stage 2 leaves to it; before, also the weight
+    # whose gradient is new, or all but a bucket that is being sent.
+    assert most["reduced"] == bytes_of(made(2 if stage else 0), 4)["gradients"]
+    assert most["gradients"] == pytest.approx(expected["gradients"], abs=263 * 16 * 4)
 
 
 # ---------------------------------------------------------------- activations
