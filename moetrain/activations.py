@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import TypeIs
 
 from moetrain.build import build_model
-from moetrain.config import Config
+from moetrain.config import Config, ParallelConfig
 from moetrain.loss import CHUNK_TOKENS
 from moetrain.model import Transformer
 from moetrain.moe import Draws, LayerOutput, MoE, Router
@@ -68,7 +68,7 @@ def kept_bytes(model: Transformer, config: Config, recompute: Recompute) -> list
     apply_recompute(model, recompute)
     with FakeTensorMode():
         _fill(model, COMPUTED_IN[config.engine.precision])
-        keeper = _Keeper(model, recompute, sends_rows=config.parallel.ep > 1)
+        keeper = _Keeper(model, recompute, config.parallel)
         tokens_BL = torch.zeros(config.train.micro_batch, config.data.seq_len, dtype=torch.int64)
         document_BL = tokens_BL.clone() if config.data.mask_documents else None
         draws = Draws(torch.zeros((), dtype=torch.int64), tokens_BL.flatten())
@@ -104,10 +104,10 @@ class _Keeper(TorchDispatchMode):
     What a block is given beside its input is shared by all of them and belongs to none.
     """
 
-    def __init__(self, model: Transformer, recompute: Recompute, sends_rows: bool):
+    def __init__(self, model: Transformer, recompute: Recompute, parallel: ParallelConfig):
         super().__init__()
         self._recompute: Recompute = recompute
-        self._sends_rows = sends_rows
+        self._parallel = parallel
         self._ignored = {_memory(weight) for weight in model.parameters()}
         self._shared: set[int] = set()
         self._kept: dict[int, tuple[int, torch.UntypedStorage]] = {}
@@ -115,8 +115,8 @@ class _Keeper(TorchDispatchMode):
         for place, block in enumerate(model.blocks, start=1):
             block.register_forward_pre_hook(partial(self._enter, place))
             block.register_forward_hook(self._leave)
-            if recompute != "none" and isinstance(block.moe, MoE):
-                block.moe.register_forward_hook(self._note_decisions)
+            if isinstance(block.moe, MoE):
+                block.moe.register_forward_hook(self._note_what_moe_keeps)
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Note a tensor that is kept."""
@@ -148,16 +148,33 @@ class _Keeper(TorchDispatchMode):
     def _leave(self, *_: object) -> None:
         self._place = 0
 
-    def _note_decisions(self, _moe: nn.Module, _args: object, output: LayerOutput) -> None:
-        self._keep_all(output.decisions)
-        if self._recompute == "selective" and self._sends_rows:  # to the experts, and back
-            y_BLD, rows = output.y_BLD, output.decisions.plan.source_R.numel()
-            self._sent[self._place] += 2 * rows * y_BLD.shape[-1] * y_BLD.itemsize
+    def _note_what_moe_keeps(self, _moe: nn.Module, _args: object, output: LayerOutput) -> None:
+        if self._recompute != "none":
+            self._keep_all(output.decisions)
+        self._sent[self._place] += _sent_bytes(self._recompute, self._parallel, output)
 
     def _keep_all(self, tree: Any) -> None:
         for leaf in tree_leaves(tree):
             if _is_tensor(leaf):
                 self.keep(leaf)
+
+
+def _sent_bytes(recompute: Recompute, parallel: ParallelConfig, output: LayerOutput) -> int:
+    """What a layer keeps beside what it would keep on one rank, by `moetrain.moe.dispatch`: the
+    rows that it received, if those are kept, and with all_gather the plans of all ranks."""
+    y_BLD, plan = output.y_BLD, output.decisions.plan
+    wide = torch.promote_types(y_BLD.dtype, torch.float32).itemsize
+    keeps_rows, ep = recompute == "selective", parallel.ep
+    if ep == 1 or recompute == "full":
+        return 0
+    if parallel.dispatch == "all_gather":  # tokens of all ranks, and back their shares of sums
+        plans = plan.row_TK.numel() * (plan.row_TK.itemsize + wide)
+        if not keeps_rows:
+            return (ep - 1) * plans
+        return ep * (y_BLD.numel() * (y_BLD.itemsize + wide) + plans + plan.count_E.nbytes)
+    hops = 2 if parallel.dispatch == "two_level" else 1
+    num_rows = plan.source_R.numel()
+    return 2 * hops * num_rows * y_BLD.shape[-1] * y_BLD.itemsize * keeps_rows
 
 
 def _is_tensor(leaf: object) -> TypeIs[Tensor]:

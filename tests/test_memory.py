@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from moetrain import settings
+from moetrain import engines, settings
 from moetrain.activations import activations, kept_bytes
 from moetrain.build import build_model
 from moetrain.config import Config
@@ -27,7 +27,6 @@ from moetrain.memory import memory
 from moetrain.mesh import Mesh
 from moetrain.moe import Draws
 from moetrain.moe.keyed import step_key
-from moetrain.parallel import parallelize
 from moetrain.testing import RankPool, simulate_ranks
 
 VOCAB = 257  # of the bytes tokenizer
@@ -243,9 +242,9 @@ def live() -> dict[int, torch.UntypedStorage]:
 
 def saved_bytes(made: Config) -> int:
     """What a real forward pass of one rank keeps besides the weights, for the backward pass."""
-    mesh = Mesh(torch.device("cpu"), made.parallel.ep)
-    model, recompute = build_model(made, VOCAB), made.engine.activation_checkpointing
-    parallelize(model, mesh, made.engine.precision, seed=0, recompute=recompute)
+    mesh = Mesh(torch.device("cpu"), made.parallel.ep, nodes=made.parallel.nodes_apart)
+    model = engines.build(made, build_model(made, VOCAB), mesh).model
+    recompute = made.engine.activation_checkpointing
     tokens_BL = torch.randint(
         0,
         VOCAB,
@@ -339,16 +338,27 @@ def test_one_block_of_each_kind_stands_for_all(sections, recompute):
     assert (found.recomputed > 0) == (recompute != "none")
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_what_recomputation_keeps_of_rows_that_were_sent(ranks2: RankPool, recompute: str):
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    "transport",
+    [
+        {},
+        {"overlap_chunks": 2},
+        {"dispatch": "two_level", "nodes": 2},
+        {"dispatch": "all_gather"},
+    ],
+)
+def test_what_ranks_keep_however_rows_are_sent(
+    ranks4: RankPool, recompute: str, transport: dict[str, Any]
+) -> None:
     """In processes, because what lives in simulated ranks cannot be told apart."""
     made = config(
         model=ROOM,
         moe={"experts": 8, "expert_ffn_dim": 48},
         engine={"activation_checkpointing": recompute},
-        parallel={"ep": 2},
+        parallel={"ep": 4, **transport},
         data={"seq_len": 64},
     )
     found = activations(made, VOCAB)
-    for real in ranks2.run(saved_bytes, made):
+    for real in ranks4.run(saved_bytes, made):
         assert found.outside + sum(found.blocks) == pytest.approx(real, rel=0.01)
