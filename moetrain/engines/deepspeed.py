@@ -42,7 +42,7 @@ from moetrain.engines.fragment import Fragment
 from moetrain.errors import UserError
 from moetrain.mesh import Mesh
 from moetrain.model import Transformer, initial_value
-from moetrain.moe import AllToAll, Experts, MoE
+from moetrain.moe import Experts, MoE
 from moetrain.optim import decays
 from moetrain.parallel import apply_recompute, compile_regions
 
@@ -86,7 +86,7 @@ class DeepSpeedEngine:
         self.weights = dict(model.named_parameters())
         self.buffers = dict(model.named_buffers())
         self.optimizer = torch.optim.AdamW(
-            _groups(self.weights, mesh.ep, train.weight_decay),
+            _groups(self.weights, train.weight_decay),
             lr=0.0,
             betas=(train.beta1, train.beta2),
             eps=train.adam_eps,
@@ -202,11 +202,13 @@ def global_norm(grads: list[tuple[list[Tensor], int]], losses: Tensor) -> float:
 
 @torch.no_grad()
 def place(model: Transformer, mesh: Mesh, seed: int) -> None:
-    """Keep this rank's experts alone, and give a model on the meta device its initial values."""
+    """Keep this rank's experts alone, and give a model on the meta device its initial values.
+
+    The way to the other experts is `moetrain.parallel.connect_experts`.
+    """
     if mesh.ep > 1:
         for module in model.modules():
             if isinstance(module, MoE):
-                module.dispatcher = AllToAll(mesh.expert_parallel.get_group())
                 for name, weight in list(module.experts.named_parameters()):
                     mine = nn.Parameter(weight[: len(weight) // mesh.ep].clone())
                     module.experts.register_parameter(name, mine)
@@ -231,7 +233,7 @@ def _is_expert(weight: Tensor) -> bool:
     return not getattr(weight, "allreduce", True)
 
 
-def _groups(weights: dict[str, nn.Parameter], ep: int, weight_decay: float) -> list[dict[str, Any]]:
+def _groups(weights: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups: by decay, and experts in groups that DeepSpeed knows by their mark."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for weight in weights.values():
