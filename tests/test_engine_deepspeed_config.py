@@ -229,6 +229,20 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
     assert len(lines) == len(CONTRADICTIONS)
 
 
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_page_lists_every_key_that_both_decide_and_its_example_is_taken() -> None:
+    page = (ROOT / "docs/engines.md").read_text()
+    rows = "".join(line for line in page.splitlines() if line.startswith("| `"))
+    for key, (field, *_) in deepspeed_config.ours(CONFIG, WORLD).items():
+        assert f"`{key}`" in rows
+        for name in field.strip("[]").replace(", ", " / ").split(" / "):
+            assert name.strip("()").split(" ")[0] in rows, name
+    example = json.loads(page.partition("```json\n")[2].partition("```")[0])
+    assert merge(CONFIG, WORLD, example)["zero_optimization"]["overlap_comm"] is True
+
+
 # ---- the file ------------------------------------------------------------------------------------
 
 
@@ -300,5 +314,4 @@ def test_without_the_package_the_error_says_so(monkeypatch: pytest.MonkeyPatch) 
 def test_training_imports_no_deepspeed() -> None:
     """Another engine works where it is not installed."""
     code = "import sys; sys.modules['deepspeed'] = None; import moetrain.train, moetrain.check"
-    root = Path(__file__).parents[1]
-    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
