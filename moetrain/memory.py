@@ -107,9 +107,9 @@ def _units(config: Config, model: Transformer) -> list[list[int]]:
 
 def _gathered(units: list[list[int]]) -> int:
     """The most parameters that are gathered at one time: those outside the blocks, those of the
-    block at work, and the unit that is fetched ahead in the order of either pass."""
+    block at work, and those outside the experts of the block that comes next in either pass."""
     (outside,), *blocks = units
-    before = [0, *(block[-1] for block in blocks[:-1])]
+    before = [0, *(block[0] for block in blocks[:-1])]
     after = [*(block[0] for block in blocks[1:]), 0]
     at_work = (sum(block) + max(ahead) for block, *ahead in zip(blocks, before, after, strict=True))
     return outside + max(at_work)

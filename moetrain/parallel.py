@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -253,27 +253,30 @@ def _apply_fsdp(model: Transformer, mesh: Mesh, precision: Precision) -> None:
         cast_forward_inputs=False,
     )
     shard = partial(fully_shard, mp_policy=policy, ignored_params=set(router_weights(model)))
-    units: list[nn.Module] = []
     for block in model.blocks:
-        layers = [module for module in block.modules() if isinstance(module, MoE)]
-        for layer in layers:
+        assert isinstance(block, Block)
+        if block.moe is not None:
             # The whole layer rather than its experts, which it may call several times.
-            shard(layer, mesh=mesh.same_experts, shard_placement_fn=lambda weight: Shard(1))
+            shard(block.moe, mesh=mesh.same_experts, shard_placement_fn=lambda weight: Shard(1))
         shard(block, mesh=mesh.dense)
-        units += [block, *layers]
     shard(model, mesh=mesh.dense)
-    for unit in (model, *units):
-        assert isinstance(unit, FSDPModule)
-        unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)
-    _prefetch(units)
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+    _prefetch(model)
 
 
-def _prefetch(units: list[Any]) -> None:
-    """Gather the weights of the next unit while one computes, in both passes."""
-    for unit, following in pairwise(units):
-        unit.set_modules_to_forward_prefetch([following])
-        following.set_modules_to_backward_prefetch([unit])
+def _prefetch(model: Transformer) -> None:
+    """Gather the weights of a block's experts and of the next block while one computes.
+
+    It is the block that asks for both: experts run again where they are recomputed, when the next
+    block is done with. In the backward pass FSDP2 itself gathers one unit ahead.
+    """
+    blocks: Any = list(model.blocks)
+    for block, following in zip_longest(blocks, blocks[1:]):
+        ahead = [unit for unit in (block.moe, following) if unit is not None]
+        block.set_modules_to_forward_prefetch(ahead)
 
 
 # ---------------------------------------------------------------- initial values

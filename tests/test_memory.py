@@ -73,7 +73,7 @@ def test_memory_by_hand(precision, master, compute, world, ep, dp_replicate):
     assert found["weights"] == shard * master
     assert found["gradients"] == (shard + whole) * master
     assert found["Adam moments"] == 2 * shard * master
-    assert found["gathered weights"] == (ends + computed + experts) * compute
+    assert found["gathered weights"] == (ends + dense + computed) * compute
     assert found["gradients under way"] == experts * (compute + master)
     assert found["logits"] == 8 * 8 * 257 * (compute + 8)
 
