@@ -27,7 +27,10 @@ fi
 
 # shellcheck source-path=SCRIPTDIR source=setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
-gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
+gpus=0
+if [[ -n "${CUDA_VISIBLE_DEVICES-all}" ]]; then # empty, it hides them all
+    gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
+fi
 ranks="${NPROC:-$((gpus > 0 ? gpus : 1))}"
 check_config $((nodes * ranks)) "$@"
 

@@ -58,7 +58,8 @@ class Clone(NamedTuple):
 
     def run(self, script: str, **environ: str) -> subprocess.CompletedProcess[str]:
         self.calls_file.write_text("")
-        return run("bash", "-c", script, cwd=self.root, **environ)
+        seen = {"CUDA_VISIBLE_DEVICES": "all", **environ}  # whatever this process may see
+        return run("bash", "-c", script, cwd=self.root, **seen)
 
     def venv(self) -> str:
         return str(self.python.parents[1])
@@ -157,6 +158,12 @@ def test_train_checks_for_the_ranks_that_it_launches(
     assert check == f"-m moetrain check a.yaml --train.steps 3 --world-size {world_size}"
     assert options(train) == launch
     assert train.endswith(" -m moetrain train a.yaml --train.steps 3")
+
+
+def test_gpus_that_are_hidden_do_not_count(clone: Clone) -> None:
+    done = clone.run("launch/train.sh a.yaml", VENV=clone.venv(), GPUS="8", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0
+    assert options(clone.calls()[-1]) == ["--nproc-per-node=1"]
 
 
 def test_more_ranks_than_gpus_train_on_the_cpu(clone: Clone) -> None:

@@ -30,7 +30,7 @@ from moetrain.train import train as train_run
 
 INTERFACE = "eth0"
 NUMBERS = itertools.count()
-SECONDS = 120
+SECONDS = 200
 SECTIONS = {
     "train": {"steps": 4, "global_batch": 8, "micro_batch": 2},
     "eval": {"every": 4, "sequences": 4},
@@ -40,6 +40,7 @@ SECTIONS = {
 PARALLEL = {
     "experts inside a node": {"ep": 2},
     "experts across nodes": {"ep": 4},
+    "experts across nodes, in two hops": {"ep": 4, "dispatch": "two_level", "nodes": 2},
 }
 """Settings of `parallel` by what they are about."""
 
@@ -172,7 +173,8 @@ def on_ranks(config: Path, flags: list[str]) -> None:
     """The same run, by the ranks of this process group, without its plots."""
     report.write_plots = lambda *_: []
     made = settings.load(config, flags)
-    mesh = Mesh(torch.device("cpu"), made.parallel.ep)
+    parallel = made.parallel
+    mesh = Mesh(torch.device("cpu"), parallel.ep, parallel.dp_replicate, parallel.nodes_apart)
     train_run(set_up(made, settings.run_directory(made.out, made.name), mesh))
 
 
