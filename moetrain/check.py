@@ -61,9 +61,10 @@ def _mesh(config: Config, world_size: int) -> Iterator[str]:
     )
     if ep > 1:
         groups = [_span(group) for group in expert_groups(world_size, ep)]
-        yield f"           all-to-all among ranks {_some(groups)}"
+        yield f"           {config.parallel.dispatch} among ranks {_some(groups)}"
     yield from _some_lines(
-        f"           experts {_span(range(i * each, (i + 1) * each))} on ranks {_some(ranks)}"
+        f"           {_counted('expert', range(i * each, (i + 1) * each))}"
+        f" on {_counted('rank', ranks)}"
         for i, ranks in enumerate(holders(world_size, ep))
     )
 
@@ -80,6 +81,12 @@ def holders(world_size: int, ep: int) -> list[range]:
 
 def _span(numbers: range) -> str:
     return f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
+
+
+def _counted(what: str, numbers: range) -> str:
+    """expert 1, experts 2-3, ranks 0, 4, 8."""
+    shown = _span(numbers) if numbers.step == 1 else _some(numbers)
+    return f"{what}{'s' * (len(numbers) > 1)} {shown}"
 
 
 def _some(items: Sequence[object]) -> str:

@@ -126,6 +126,32 @@ def test_check_takes_seconds(name: str) -> None:
     assert time.process_time() - started < 15  # about two, on one core
 
 
+# ---------------------------------------------------------------- docs/sizing.md
+
+PAGE = (FOLDER.parent / "docs" / "sizing.md").read_text(encoding="utf-8")
+
+
+def test_the_page_shows_what_check_prints() -> None:
+    command, printed = re.findall(r"^```(?:sh|text)\n(.*?)\n```$", PAGE, re.MULTILINE | re.DOTALL)[
+        :2
+    ]
+    assert command == next(line for line in comment("mixtral-8x7b") if "check" in line)
+    assert printed == reported("mixtral-8x7b")
+
+
+@ALL
+def test_the_table_is_of_check(name: str) -> None:
+    (row,) = re.findall(rf"^\| \[{name}\]\(.*?\) \| (.*) \|$", PAGE, re.MULTILINE)
+    ranks, total, active, in_print, memory = row.split(" | ")
+    assert ranks == f"{check_command(name).world_size:,}"
+    assert f"parameters {total} in total, {active} active per token\n" in reported(name)
+    if name in PUBLISHED:
+        assert in_print == f"{PUBLISHED[name].total}B, {PUBLISHED[name].active}B"
+    together = re.search(r"together +([\d.]+)$", reported(name))
+    assert together is not None
+    assert memory == f"{float(together[1]):.1f}"
+
+
 # ---------------------------------------------------------------- published models
 
 
@@ -241,6 +267,7 @@ SMALL = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "intermediate_size": 24,
 }
 NAMES_OF_PARTS = {
     "model.embed_tokens": "embedding",
@@ -272,8 +299,10 @@ def our_name(name: str) -> str:
 @torch.no_grad()
 def test_a_small_one_computes_what_theirs_computes(name: str) -> None:
     """The same numbers from the same weights: norms, rotation, heads, gates."""
-    head_dim = {"head_dim": 12} if "head_dim" in PUBLISHED[name].fields else {}
-    model_of_theirs = theirs(name, **SMALL, **head_dim).double().eval()
+    head_dim, width = {}, {}
+    if name == "qwen3-30b-a3b":
+        head_dim, width = {"head_dim": 12}, {"moe_intermediate_size": 24}
+    model_of_theirs = theirs(name, **SMALL, **head_dim, **width).double().eval()
     made = settings.resolve(
         FOLDER / f"{name}.yaml",
         {
@@ -285,6 +314,7 @@ def test_a_small_one_computes_what_theirs_computes(name: str) -> None:
                 "kv_heads": 2,
                 **head_dim,
             },
+            "moe": {"expert_ffn_dim": 24},
             "parallel": {"ep": 1},
         },
     )
