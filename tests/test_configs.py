@@ -132,9 +132,8 @@ PAGE = (FOLDER.parent / "docs" / "sizing.md").read_text(encoding="utf-8")
 
 
 def test_the_page_shows_what_check_prints() -> None:
-    command, printed = re.findall(r"^```(?:sh|text)\n(.*?)\n```$", PAGE, re.MULTILINE | re.DOTALL)[
-        :2
-    ]
+    fences = re.findall(r"^```(?:sh|text)\n(.*?)\n```$", PAGE, re.MULTILINE | re.DOTALL)
+    command, printed = fences
     assert command == next(line for line in comment("mixtral-8x7b") if "check" in line)
     assert printed == reported("mixtral-8x7b")
 
