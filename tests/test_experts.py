@@ -1,27 +1,114 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import oracle
 import pytest
 import torch
 from layers import SWITCH, build, experts_in, random_x
 from strategies import close
+from torch import Tensor
 
-from moetrain.moe.experts import _grouped, _looped
+from moetrain.moe import Experts
+from moetrain.moe.experts import _can_group, _grouped, _looped
 
 
-@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0, 9], [9, 0, 0, 0], [0, 4, 5, 0]])
-def test_the_grouped_product_equals_the_loop(counts: list[int]) -> None:
-    """Forward and both gradients, with experts that have no row."""
+@pytest.fixture
+def _fresh_memory_is_nan() -> Iterator[None]:
+    """What no kernel has written is NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+COUNTS = pytest.mark.parametrize(
+    "counts", [[3, 0, 5, 1], [0, 0, 0, 9], [9, 0, 0, 0], [0, 4, 5, 0], [0, 0, 0, 0]]
+)
+
+
+@pytest.mark.usefixtures("_fresh_memory_is_nan")
+@COUNTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_grouped_product_equals_the_loop(dtype: torch.dtype, counts: list[int]) -> None:
+    """Forward and both gradients, with experts that have no row, whatever memory held before."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(9, 8, generator=generator, requires_grad=True)
-    weight = torch.randn(4, 8, 16, generator=generator, requires_grad=True)
-    cotangent = torch.randn(9, 16, generator=generator)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    rows, weight = draw(sum(counts), 8).requires_grad_(), draw(4, 8, 16).requires_grad_()
+    cotangent = draw(sum(counts), 16)
     results = []
     for product in (_looped, _grouped):
         y = product(rows, weight, counts)
         results.append((y, *torch.autograd.grad(y, (rows, weight), cotangent)))
     for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "hidden", "grouped"),
+    [
+        (torch.float32, 8, 4, True),
+        (torch.bfloat16, 8, 16, True),
+        (torch.float64, 8, 4, False),
+        (torch.float32, 6, 4, False),
+        (torch.bfloat16, 8, 12, False),
+    ],
+)
+def test_the_grouped_product_is_taken_where_it_can_be(
+    dtype: torch.dtype, dim: int, hidden: int, grouped: bool
+) -> None:
+    """Rows that are no whole 16 bytes, or of a dtype it does not know, are looped over."""
+    rows, weight = torch.ones(3, dim, dtype=dtype), torch.ones(2, dim, 2 * hidden, dtype=dtype)
+    assert _can_group(rows, weight, [3, 0]) == grouped
+    experts = Experts(2, dim, hidden).to(dtype)
+    with torch.no_grad():
+        for weights in experts.parameters():
+            weights.fill_(0.5)
+    assert experts(rows, [3, 0]).shape == rows.shape
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 6])
+@pytest.mark.parametrize("counts", [None, [3, 0, 1, 2, 0, 4]])
+def test_parts_compute_what_the_whole_does(counts: list[int] | None, num_parts: int) -> None:
+    """Output and every gradient, bitwise; in whichever order the parts run."""
+    layer = build(SWITCH, 6)
+    rows = random_x(6, 4) if counts is None else random_x(1, sum(counts))[0]
+    size = 6 // num_parts
+    sizes = [size] * num_parts
+    if counts is not None:
+        sizes = [sum(counts[i * size : (i + 1) * size]) for i in range(num_parts)]
+    results = []
+    for parts in (1, num_parts):
+        leaf = rows.clone().requires_grad_()
+        pieces = leaf.split(sizes) if parts > 1 else [leaf]
+        products = layer.experts.split(parts)
+        computed = {}
+        for i in reversed(range(parts)):
+            mine = counts and counts[i * 6 // parts : (i + 1) * 6 // parts]
+            computed[i] = products[i](pieces[i], mine)
+        y = torch.cat([computed[i] for i in range(parts)])
+        weights = (layer.experts.w_gate_up, layer.experts.w_down)
+        results.append((y, *torch.autograd.grad(y.sin().sum(), (leaf, *weights))))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_part_without_rows_gets_gradient_zero() -> None:
+    layer = build(SWITCH, 4)
+    first, second = layer.experts.split(2)
+    y = torch.cat([first(random_x(1, 3)[0], [1, 2]), second(random_x(1, 0)[0], [0, 0])])
+    y.sum().backward()
+    grad = layer.experts.w_down.grad
+    assert grad is not None
+    assert [bool(expert.abs().sum() > 0) for expert in grad] == [True, True, False, False]
+
+
+def test_parts_must_be_equal() -> None:
+    with pytest.raises(ValueError, match="4 experts cannot be cut into 3 equal parts"):
+        build(SWITCH, 4).experts.split(3)
 
 
 def test_experts_apply_their_own_weights_to_their_own_rows() -> None:
