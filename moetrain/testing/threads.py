@@ -69,10 +69,16 @@ def _threaded_backend() -> Iterator[Any]:
     from torch._C._distributed_c10d import (
         _set_thread_isolation_mode,  # pyright: ignore[reportAttributeAccessIssue]
     )
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
     if not _simulating.acquire(blocking=False):
         raise RuntimeError("simulate_ranks does not nest, nor run in two threads at once")
+    # torch 2.11, built for CUDA and run without a GPU, keeps for all threads what the first thread
+    # with fake tensors has made, and reads it after that thread's end (pytorch #178950). DTensor
+    # uses them: let the first be this thread, which outlives the ranks. Not needed from 2.12 on.
+    with FakeTensorMode():
+        pass
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     threaded._install_threaded_pg()
