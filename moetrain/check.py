@@ -13,6 +13,7 @@ from moetrain.memory import memory
 from moetrain.model import Block, Transformer
 from moetrain.moe import MoE, capacity
 from moetrain.sizes import sizes, train_flops_per_token
+from moetrain.traffic import traffic
 
 _BLOCKS = 15
 """Width of the column that numbers blocks."""
@@ -21,7 +22,7 @@ _KIND = 54
 
 
 def report(config: Config, world_size: int) -> str:
-    """Mesh, layers, parameters, tokens per step and memory per device, as text.
+    """Mesh, layers, parameters, tokens per step, memory and collectives per device, as text.
 
     The configuration must have passed `constraints.check_world`. Raises UserError where the
     engine cannot run it, or the tokenizer, whose vocabulary the model needs, cannot be loaded.
@@ -36,8 +37,9 @@ def report(config: Config, world_size: int) -> str:
         _parameters(config, model),
         _step(config, world_size),
         _memory(config, model, vocab_size, world_size),
+        _traffic(config, model, world_size),
     )
-    return "\n".join("\n".join(section) for section in sections)
+    return "\n".join("\n".join(lines) for section in sections if (lines := list(section)))
 
 
 def _vocab_size(config: Config) -> int:
@@ -188,3 +190,13 @@ def _memory(config: Config, model: Transformer, vocab_size: int, world_size: int
     yield "memory     per device, in GiB"
     for name, num_bytes in (*rows, ("together", sum(row.num_bytes for row in rows))):
         yield f"           {name:19s} {num_bytes / 2**30:9.3f}"
+
+
+def _traffic(config: Config, model: Transformer, world_size: int) -> Iterator[str]:
+    """Nothing for one rank, which is alone."""
+    rows = traffic(config, model, world_size)
+    if rows:
+        columns = f"{'among':17s} {'number':>7s} {'bytes':>18s}"
+        yield f"traffic    {'of one rank in a step':42s} {columns}"
+    for what, kind, axis, ranks, count, num_bytes in rows:
+        yield f"           {what:27s} {kind:14s} {f'{axis} {ranks}':17s} {count:7,} {num_bytes:18,}"
