@@ -1,13 +1,15 @@
 # moetrain and its launchers, run by a user without privileges.
 #
-#   docker build --tag moetrain:cpu .
+#   docker build --tag moetrain:cpu --build-arg INDEX=... .
 #   docker build --tag moetrain \
-#       --build-arg BASE=nvidia/cuda:13.0.1-base-ubuntu24.04 --build-arg TORCH=cu130 .
+#       --build-arg BASE=nvidia/cuda:13.0.1-base-ubuntu24.04 .
 #   docker run --gpus all --ipc=host --volume "$PWD/runs:/workspace/runs" moetrain \
 #       launch/train.sh configs/quickstart.yaml
 #
-# BASE is a Debian or an Ubuntu with Python 3.11 or newer; TORCH names one of PyTorch's builds. A
-# mounted folder must be writable for user 10001, or the container be run with --user.
+# BASE is a Debian or an Ubuntu with Python 3.11 or newer. pip takes PyTorch's default build, for
+# CUDA; INDEX adds the address of another index, such as PyTorch's own for the CPU (its installation
+# page names them), which makes a CPU image smaller by gigabytes. A mounted folder must be writable
+# for user 10001, or the container be run with --user.
 ARG BASE=debian:12.12-slim
 FROM ${BASE}
 
@@ -23,11 +25,10 @@ WORKDIR /workspace
 ENV VENV=/opt/venv PATH=/opt/venv/bin:$PATH
 # An empty package first: what it requires takes minutes to install, and changes less than the code.
 COPY pyproject.toml README.md LICENSE ./
-ARG TORCH=cpu
+ARG INDEX=""
 RUN python3 -m venv "$VENV" \
     && mkdir moetrain && touch moetrain/__init__.py \
-    && pip install --no-cache-dir --editable . \
-        --extra-index-url "https://download.pytorch.org/whl/$TORCH"
+    && pip install --no-cache-dir --editable . ${INDEX:+--extra-index-url "$INDEX"}
 COPY configs configs
 COPY launch launch
 COPY moetrain moetrain
