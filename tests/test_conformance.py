@@ -310,7 +310,11 @@ def results_of_the_next_rank(patch: Patch) -> None:
     honest = AllToAll.combine
 
     def combine(self, experts, arrived, gate_TK):
-        return honest(self, lambda *rows: experts(*rows).roll(1, dims=0), arrived, gate_TK)
+        def rolled(*rows):
+            return experts(*rows).roll(1, dims=0)
+
+        rolled.split = lambda num_parts: [rolled]  # type: ignore[attr-defined]
+        return honest(self, rolled, arrived, gate_TK)
 
     patch.setattr(AllToAll, "combine", combine)
 
