@@ -34,6 +34,8 @@ from moetrain.moe.keyed import step_key
 from moetrain.objective import LayerMeans, Means, reduce
 from moetrain.step import Position, Run, train_step
 
+CPU = torch.device("cpu")
+
 # ---- what came of it -----------------------------------------------------------------------------
 
 
@@ -64,7 +66,7 @@ class Outcome(NamedTuple):
 def _expert_of_row(plan: Plan) -> Tensor:
     """The expert of every row of the buffer, and -1 for the row past the end."""
     rows = plan.count_E if plan.rows_per_expert is None else plan.rows_per_expert
-    experts = torch.arange(len(plan.count_E)).repeat_interleave(rows)
+    experts = torch.arange(len(plan.count_E), device=plan.count_E.device).repeat_interleave(rows)
     return F.pad(experts, (0, plan.source_R.numel() + 1 - len(experts)), value=-1)
 
 
@@ -97,7 +99,7 @@ def _note(went: list[Tensor], _layer: MoE, _inputs: Any, output: LayerOutput) ->
     """A pass without a backward pass to come is none that trains; one inside of it recomputes."""
     if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
         plan = output.decisions.plan
-        went.append(_expert_of_row(plan).take(plan.row_TK))
+        went.append(_expert_of_row(plan).take(plan.row_TK).cpu())
 
 
 def fates(notes: list[list[Tensor]], batches: list[Batch]) -> list[Tensor]:
@@ -296,11 +298,14 @@ def _grads(weights: Tensors) -> Tensors:
 
 
 def _full(tensors: Tensors) -> Tensors:
-    """Logical copies of tensors, sharded or not."""
+    """Logical copies of tensors, sharded or not, on the CPU."""
     return {
-        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
-        for name, t in tensors.items()
+        name: _copy(t.full_tensor() if isinstance(t, DTensor) else t) for name, t in tensors.items()
     }
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 # ---- one rank of many ----------------------------------------------------------------------------
@@ -343,10 +348,12 @@ def evaluated_alone(config: Config, text: Text, sequences: int) -> Means:
         return plain_means(losses, output, records)
 
 
-def build_run(config: Config, text: Text, change: Change | None = None) -> Run:
+def build_run(
+    config: Config, text: Text, change: Change | None = None, device: torch.device = CPU
+) -> Run:
     """A run of this rank, with routers changed before the first step."""
     parallel = config.parallel
-    mesh = Mesh(torch.device("cpu"), parallel.ep, parallel.dp_replicate, parallel.nodes_apart)
+    mesh = Mesh(device, parallel.ep, parallel.dp_replicate, parallel.nodes_apart)
     model = build_model(config, VOCAB)
     engine: Any = engines.build(config, model, mesh)
     for name, weight in engine.weights.items():
@@ -358,10 +365,14 @@ def build_run(config: Config, text: Text, change: Change | None = None) -> Run:
 
 
 def on_rank(
-    config: Config, text: Text, change: Change | None = None, steps: int = STEPS
+    config: Config,
+    text: Text,
+    change: Change | None = None,
+    steps: int = STEPS,
+    device: torch.device = CPU,
 ) -> Outcome:
     """Train as one rank of the process group does; fates are those of its own tokens."""
-    run = build_run(config, text, change)
+    run = build_run(config, text, change, device)
     watched: Any = run.engine
     notes = note(watched.model)
     initial, results = weights_of(watched.engine), []
@@ -387,7 +398,7 @@ def whole(engine: Any, name: str, tensor: Tensor) -> Tensor:
 
 def weights_of(engine: Any) -> Tensors:
     """Copies of the logical weights."""
-    return {n: whole(engine, n, w.detach()).clone() for n, w in engine.weights.items()}
+    return {n: _copy(whole(engine, n, w.detach())) for n, w in engine.weights.items()}
 
 
 def grads_of(engine: Any) -> Tensors:
@@ -400,7 +411,7 @@ def grads_of(engine: Any) -> Tensors:
         grads = {name: weight.grad for name, weight in engine.weights.items()}
     for name, grad in grads.items():
         assert grad is not None, f"{name} has no gradient"
-    return {name: whole(engine, name, grad).clone() for name, grad in grads.items()}
+    return {name: _copy(whole(engine, name, grad)) for name, grad in grads.items()}
 
 
 # ---- the comparison ------------------------------------------------------------------------------
