@@ -20,7 +20,6 @@ from moetrain import engines, settings
 from moetrain.activations import activations, kept_bytes
 from moetrain.build import build_model
 from moetrain.config import Config
-from moetrain.engines import deepspeed_config
 from moetrain.engines.deepspeed import DeepSpeedEngine
 from moetrain.engines.torch import TorchEngine
 from moetrain.memory import memory
@@ -104,7 +103,8 @@ def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
 def held_bytes(made: Config) -> dict[str, int]:
     """What one rank really holds in the two micro-batches of a step and after it."""
     mesh = Mesh(torch.device("cpu"), made.parallel.ep, made.parallel.dp_replicate)
-    engine = TorchEngine(build_model(made, VOCAB), mesh, made.seed, made.engine, made.train)
+    engine = engines.build(made, build_model(made, VOCAB), mesh)
+    assert isinstance(engine, TorchEngine)
     tokens_BL = torch.arange(made.train.micro_batch * made.data.seq_len).view(-1, made.data.seq_len)
     for last in (False, True):
         output = engine.model(tokens_BL, targets_BL=tokens_BL, mode="train")
@@ -158,9 +158,8 @@ def gradient_bytes(engine: DeepSpeedEngine) -> int:
 def held_under_zero(made: Config) -> dict[str, int]:
     """The same under DeepSpeed, with the most gradients that are there at one time."""
     mesh = Mesh(torch.device("cpu"), made.parallel.ep)
-    zero_settings = deepspeed_config.settings(made, mesh.world)
-    model = build_model(made, VOCAB)
-    engine = DeepSpeedEngine(model, mesh, made.seed, made.engine, made.train, zero_settings)
+    engine = engines.build(made, build_model(made, VOCAB), mesh)
+    assert isinstance(engine, DeepSpeedEngine)
     zero, seen = engine.zero, [0]
     for weight in engine.weights.values():
         weight.register_hook(lambda _: seen.append(gradient_bytes(engine)))
@@ -192,9 +191,8 @@ def held_under_zero(made: Config) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("ep", [1, 2, 4])
+@pytest.mark.parametrize(("ep", "accumulation"), [(1, 1), (2, 1), (2, 2), (4, 1)])
 def test_ranks_hold_what_is_estimated_under_zero(
     ranks4: RankPool, tmp_path: Path, ep: int, stage: int, accumulation: int
 ) -> None:
