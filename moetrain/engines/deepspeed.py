@@ -158,6 +158,9 @@ class DeepSpeedEngine:
             }
             return [(grads[kind], ranks) for ranks, kind in shared if grads[kind]]  # type: ignore[misc]
         if self.zero.cpu_offload:
+            if self.mesh.device.type == "cuda":
+                # They may still be on their way to pinned memory; ZeRO waits for them in its step.
+                torch.cuda.synchronize(self.mesh.device)
             return [([part.grad for part in self.zero.single_partition_of_fp32_groups], 1)]
         return [(list(grads), 1) for grads in self.zero.averaged_gradients.values()]
 
