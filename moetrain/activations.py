@@ -41,8 +41,8 @@ class Activations(NamedTuple):
 def activations(config: Config, vocab_size: int) -> Activations:
     """Measure one block of each kind, which stands for all of its kind.
 
-    `vocab_size` is the tokenizer's. Expert parallelism changes nothing: a rank receives as many
-    rows as it sends, provided that dropless experts are evenly loaded.
+    `vocab_size` is the tokenizer's. A rank receives as many rows as it sends, provided that
+    dropless experts are evenly loaded; what expert parallelism adds to that is `_sent_bytes`.
     """
     recompute = config.engine.activation_checkpointing
     model = build_model(config, vocab_size)
