@@ -198,6 +198,7 @@ REFUSED = [
         "zero_optimization.reduce_scatter (false) cannot be: DeepSpeed reduces experts' gradients",
     ),
     ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op (sum) cannot be"),
+    ({"communication_data_type": "bf16"}, "communication_data_type (bf16) cannot be"),
     ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype (bf16) cannot be"),
     ({"elasticity": {"enabled": True}}, "elasticity changes batch sizes"),
     ({"curriculum_learning": {"enabled": True}}, "curriculum_learning changes the model"),
