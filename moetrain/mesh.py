@@ -31,7 +31,8 @@ def rank_and_world() -> tuple[int, int]:
 
 def ranks_of_node() -> int | None:
     """The number of ranks on this node, where the launcher says it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # torchrun's, and that of DeepSpeed's launcher
+    return next((int(os.environ[name]) for name in names if os.environ.get(name)), None)
 
 
 @contextmanager

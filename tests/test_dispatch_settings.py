@@ -126,8 +126,11 @@ def test_other_dispatchers_do_not_ask_for_nodes():
 
 
 def test_the_launcher_says_the_ranks_of_a_node(monkeypatch):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     assert ranks_of_node() is None
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    assert ranks_of_node() == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert ranks_of_node() == 4
 
