@@ -232,7 +232,10 @@ _VALUES_REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v == 1,
         "is for ZeRO stage 3; leave it out",
     ),
-    "communication_data_type": (lambda v: v == "fp32", "gradients are summed in fp32; leave it out"),
+    "communication_data_type": (
+        lambda v: v == "fp32",
+        "gradients are summed in fp32; leave it out",
+    ),
     "data_types.grad_accum_dtype": (lambda v: v == "fp32", "gradients are fp32; leave it out"),
     "optimizer.type": (
         lambda v: isinstance(v, str) and v.lower() == "adamw",
