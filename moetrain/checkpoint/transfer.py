@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import WriteResult
 
 from moetrain.checkpoint.folder import FOLDER, beside, delete, remove, saves
 from moetrain.checkpoint.manifest import (
@@ -98,8 +99,22 @@ def _check_shared(partial: Path) -> None:
         raise UserError(f"{partial}, made by rank 0, is not visible: ranks must share `out`")
 
 
+class _Writer(dcp.FileSystemWriter):
+    """Returns an index that says where each piece lies.
+
+    torch 2.11 writes that to `.metadata`, but leaves it out of what `dcp.save` returns. From 2.12
+    on torch's own class will do.
+    """
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Complete the index, on the rank that coordinates the save."""
+        super().finish(metadata, results)
+        written = chain.from_iterable(results)
+        metadata.storage_data = {piece.index: piece.storage_data for piece in written}
+
+
 def _write_tensors(partial: Path, tensors: dict[str, Tensor], group: Group) -> Metadata:
-    writer = dcp.FileSystemWriter(partial, sync_files=True, overwrite=False)
+    writer = _Writer(partial, sync_files=True, overwrite=False)
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with _dcp_errors("writing tensors"):
         return dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group)
