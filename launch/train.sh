@@ -32,7 +32,7 @@ if [[ -n "${CUDA_VISIBLE_DEVICES-all}" ]]; then # empty, it hides them all
     gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
 fi
 ranks="${NPROC:-$((gpus > 0 ? gpus : 1))}"
-check_config $((nodes * ranks)) "$@"
+LOCAL_WORLD_SIZE="$ranks" check_config $((nodes * ranks)) "$@"
 
 # nproc knows how many cores this process may use; it is not on every system.
 cores="$(OMP_NUM_THREADS='' nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"

@@ -84,7 +84,7 @@ class Check:
     def run(self) -> int:
         """Print the report."""
         config = settings.resolve(self.config, self.flags)
-        check_world(config, self.world_size)
+        check_world(config, self.world_size, settings.ranks_of_node())
         _warn(cautions(config))
         from moetrain.check import report
 

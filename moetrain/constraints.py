@@ -27,8 +27,8 @@ _ROUTERS_OF_FIELD = {
     "moe.top_groups": ("sigmoid", "hierarchical"),
     "moe.allow_noncausal": ("expert_choice",),
 }
-_WITHOUT_WEIGHTS = ("hash", "random", "balanced")
-BALANCED_BY_DESIGN = (*_WITHOUT_WEIGHTS, "dense", "expert_choice")
+WITHOUT_WEIGHTS = ("hash", "random", "balanced")
+BALANCED_BY_DESIGN = (*WITHOUT_WEIGHTS, "dense", "expert_choice")
 
 
 def problems(config: Config) -> list[str]:
@@ -215,7 +215,7 @@ def _drop_policy_problems(moe: MoEConfig) -> Iterator[str]:
     reason = None
     if policy != "position" and router == "expert_choice":
         reason = "moe.router expert_choice drops nothing: no expert takes more than its capacity"
-    elif policy == "probability" and (router in _WITHOUT_WEIGHTS or _one_gate_is_all(moe)):
+    elif policy == "probability" and (router in WITHOUT_WEIGHTS or _one_gate_is_all(moe)):
         reason = f"all gates of moe.router {router} with moe.top_k ({moe.top_k}) are equal"
     elif policy == "spill" and _experts_to_spill_to(moe) < 1:
         reason = f"with moe.top_k ({moe.top_k}) every expert open to a token is chosen already"
@@ -384,7 +384,7 @@ def _idle_moe_settings(moe: MoEConfig) -> Iterator[tuple[str, str]]:
         yield "moe.balance_scope", reason
     elif moe.balance_coef == 0:
         yield "moe.balance_scope", "when moe.balance_coef is 0"
-    if moe.router in _WITHOUT_WEIGHTS:
+    if moe.router in WITHOUT_WEIGHTS:
         yield "moe.z_loss_coef", f"with moe.router {moe.router}, which has no weights"
     if moe.capacity_factor is None and moe.eval_capacity_factor is None:
         for field in ("moe.min_capacity", "moe.drop_policy", "moe.spill_depth"):

@@ -13,12 +13,10 @@ from torch import nn
 
 from moetrain.activations import COMPUTED_IN, activations
 from moetrain.config import Config
+from moetrain.engines.deepspeed_config import bucket_size
 from moetrain.model import Block, Transformer
 from moetrain.moe import Experts, Router
 from moetrain.optim import decays
-
-BUCKET = 500_000_000
-"""Most numbers that DeepSpeed reduces at once, unless it is told otherwise."""
 
 
 class Row(NamedTuple):
@@ -156,12 +154,13 @@ def _zero(config: Config, model: Transformer, world_size: int) -> list[Row]:
     touched = [(group.touched(), group.stride) for group in groups]
     reduced = max(sum(of[r // stride] for of, stride in touched) for r in range(world_size))
     gradients = {0: whole, 1: whole + reduced, 2: reduced}[stage]
+    bucket = bucket_size(config, world_size, whole)
     return [
         Row("weights", (whole + (share if stage else 0)) * master),  # the share is a copy
         Row("gradients", gradients * master),
         Row("Adam moments", 2 * (share if stage else whole) * master),
         Row("rounded weights", _rounded(config, model)),
-        Row("gradients under way", min(whole, BUCKET) * master),
+        Row("gradients under way", min(whole, bucket) * master),
     ]
 
 

@@ -29,12 +29,6 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def ranks_of_node() -> int | None:
-    """The number of ranks on this node, where the launcher says it."""
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # torchrun's, and that of DeepSpeed's launcher
-    return next((int(os.environ[name]) for name in names if os.environ.get(name)), None)
-
-
 @contextmanager
 def process_group():
     """Join the launcher's process group, or make one of a single rank; leave it at the end.

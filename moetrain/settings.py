@@ -310,3 +310,9 @@ def _subsection(section: type[Section], name: object) -> type[Section] | None:
 def _short(value: object) -> str:
     text = spell(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def ranks_of_node() -> int | None:
+    """The number of ranks on this node, where the launcher says it."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # torchrun's, and that of DeepSpeed's launcher
+    return next((int(os.environ[name]) for name in names if os.environ.get(name)), None)

@@ -15,7 +15,8 @@ from torch import Tensor
 from moetrain.activations import COMPUTED_IN
 from moetrain.build import routing_group_tokens
 from moetrain.config import Config
-from moetrain.engines.deepspeed_config import settings
+from moetrain.constraints import WITHOUT_WEIGHTS
+from moetrain.engines.deepspeed_config import bucket_size
 from moetrain.model import Block, Transformer
 from moetrain.moe import Experts, MoE, Router, capacity
 from moetrain.optim import decays
@@ -143,9 +144,6 @@ def _weights(model: Transformer, kind: type[Router | Experts]) -> list[Tensor]:
 
 # ---- weights and gradients: DeepSpeed ------------------------------------------------------------
 
-BUCKET = 500_000_000
-"""Elements that DeepSpeed reduces at once, unless it is told otherwise."""
-
 
 def _deepspeed(
     config: Config, model: Transformer, times: _Times, world_size: int
@@ -158,7 +156,7 @@ def _deepspeed(
     experts = [weight for weight in model.parameters() if id(weight) in spread]
     numel = _numel(dense) + _numel(experts) // ep
     rounds = times.backward if stage == 2 else 1
-    count = rounds * ceil(numel / _bucket_size(config, world_size, numel))
+    count = rounds * ceil(numel / bucket_size(config, world_size, numel))
     kinds: list[tuple[str, Axis, int, Sequence[Tensor], int]] = [
         ("", "world", world_size, dense, 1),
         ("experts' ", "edp", world_size // ep, experts, ep),
@@ -170,13 +168,6 @@ def _deepspeed(
             groups = [_numel(w for w in weights if decays(w) == kind) for kind in (True, False)]
             flat = [_aligned(numel // shards, ranks) for numel in groups if numel and stage]
             yield Traffic(f"{whose}weights", "all_gather", axis, ranks, len(flat), 4 * sum(flat))
-
-
-def _bucket_size(config: Config, world_size: int, numel: int) -> int:
-    """As the engine and the user tell DeepSpeed; at stage 0 nobody can."""
-    zero = settings(config, world_size)["zero_optimization"]
-    given = zero.get("reduce_bucket_size", min(numel, BUCKET))
-    return BUCKET if config.engine.zero_stage == 0 else int(given)
 
 
 def _aligned(numel: int, ranks: int) -> int:
@@ -248,9 +239,6 @@ def _all_gather(config: Config, times: _Times) -> Iterator[Traffic]:
     returned = sum(times) * shares + backward * (x + learned * gates)
     yield Traffic("sums and gradients", "all_to_all", "ep", ep, count, returned)
 
-
-WITHOUT_WEIGHTS = ("hash", "random", "balanced")
-"""Routers whose gates are constants."""
 
 # ---- statistics ----------------------------------------------------------------------------------
 

@@ -19,7 +19,6 @@ from moetrain.mesh import (
     on_first_local_rank,
     process_group,
     rank_and_world,
-    ranks_of_node,
     require_same,
 )
 from moetrain.objective import reduce
@@ -33,7 +32,7 @@ def run(config: Config) -> int:
     Raises UserError, alike on every rank, for what the user can mend.
     """
     world = rank_and_world()[1]
-    check_world(config, world, ranks_of_node())
+    check_world(config, world, settings.ranks_of_node())
     engines.check(config, world)
     folder = settings.run_directory(config.out, config.name)
     with process_group() as device:

@@ -10,9 +10,10 @@ from pydantic import ValidationError
 from moetrain.config import Config, MoEConfig, ParallelConfig, TrainConfig
 from moetrain.constraints import cautions, check_world
 from moetrain.errors import UserError
-from moetrain.mesh import Mesh, ranks_of_node
+from moetrain.mesh import Mesh
 from moetrain.moe import AllGather, AllToAll, Gate, Local, MoE
 from moetrain.parallel import connect_experts
+from moetrain.settings import ranks_of_node
 from moetrain.testing import simulate_ranks
 
 

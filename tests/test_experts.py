@@ -47,6 +47,14 @@ def test_the_grouped_product_equals_the_loop(dtype: torch.dtype, counts: list[in
         assert torch.equal(one, other)
 
 
+def test_the_grouped_product_takes_an_expanded_gradient() -> None:
+    """Such as that of a sum."""
+    rows, weight = torch.ones(5, 8, requires_grad=True), torch.ones(2, 8, 16, requires_grad=True)
+    _grouped(rows, weight, [2, 3]).sum().backward()
+    assert torch.equal(rows.grad, torch.full((5, 8), 16.0))  # type: ignore[arg-type]
+    assert torch.equal(weight.grad[1], torch.full((8, 16), 3.0))  # type: ignore[index]
+
+
 @pytest.mark.parametrize(
     ("dtype", "dim", "hidden", "grouped"),
     [

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from moetrain.config import EngineConfig, TrainConfig
 from moetrain.engines.cast import compute_in
+from moetrain.engines.deepspeed_config import BUCKET
 from moetrain.engines.fragment import Fragment
 from moetrain.errors import UserError
 from moetrain.mesh import Mesh
@@ -268,7 +269,7 @@ def _start(
         zero = settings["zero_optimization"]
         # Its default is 2 GB, whatever the size of the model.
         numel = sum(weight.numel() for weight in model.parameters())
-        zero.setdefault("reduce_bucket_size", min(numel, 500_000_000))
+        zero.setdefault("reduce_bucket_size", min(numel, BUCKET))
         with _expert_layer(model, mesh), _refusals():
             return deepspeed.initialize(
                 model=model, optimizer=optimizer, config=settings, dist_init_required=False

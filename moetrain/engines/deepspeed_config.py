@@ -16,6 +16,8 @@ from moetrain.config import Config
 from moetrain.errors import UserError
 
 FIELD = "engine.deepspeed_config"
+BUCKET = 500_000_000
+"""Elements that DeepSpeed reduces at once, at most, unless the user says otherwise."""
 AUTO = "auto"
 ABSENT = object()
 
@@ -91,6 +93,13 @@ def merge(config: Config, world_size: int, given: Mapping[str, Any]) -> dict[str
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # AdamW of torch on the CPU, too
     }
+
+
+def bucket_size(config: Config, world_size: int, numel: int) -> int:
+    """Elements that are reduced at once, of `numel`; at stage 0 nobody can set it."""
+    zero = settings(config, world_size)["zero_optimization"]
+    given = zero.get("reduce_bucket_size", min(numel, BUCKET))
+    return BUCKET if config.engine.zero_stage == 0 else int(given)
 
 
 _DECIDED = ("optimizer", "bf16", "bfloat16", "fp16", "amp", "torch_autocast", "data_types")

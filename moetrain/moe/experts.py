@@ -99,4 +99,7 @@ def _grouped(rows_RD: Tensor, weight_eDF: Tensor, counts: list[int]) -> Tensor:
     is faster in bf16 with few rows an expert, and several times slower where load is uneven.
     """
     ends = torch.tensor(counts, device=rows_RD.device).cumsum(0).to(torch.int32)
-    return F.grouped_mm(rows_RD, weight_eDF, offs=ends)
+    product_RF = F.grouped_mm(rows_RD, weight_eDF, offs=ends)
+    if product_RF.requires_grad:
+        product_RF.register_hook(Tensor.contiguous)  # it takes no expanded gradient
+    return product_RF
