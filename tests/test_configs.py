@@ -101,7 +101,7 @@ def test_the_counts_are_those_of_check(name: str) -> None:
 
 @ALL
 def test_it_fits_the_hardware_by_the_figure_that_check_prints(name: str) -> None:
-    together = re.search(r"together +([\d.]+)$", reported(name))
+    together = re.search(r"together +([\d.]+)\n", reported(name))
     said = re.search(r"about (\d+) GiB of memory on each", paragraph(name))
     room = re.search(r"GPUs of (\d+) GB", paragraph(name))
     assert together is not None
@@ -146,7 +146,7 @@ def test_the_table_is_of_check(name: str) -> None:
     assert f"parameters {total} in total, {active} active per token\n" in reported(name)
     if name in PUBLISHED:
         assert in_print == f"{PUBLISHED[name].total}B, {PUBLISHED[name].active}B"
-    together = re.search(r"together +([\d.]+)$", reported(name))
+    together = re.search(r"together +([\d.]+)\n", reported(name))
     assert together is not None
     assert memory == f"{float(together[1]):.1f}"
 
