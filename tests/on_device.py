@@ -114,25 +114,15 @@ def grouped_products_are_those_of_the_loop(device: torch.device) -> None:
         torch.testing.assert_close(grouped, looped, rtol=2**-7, atol=2**-7)
 
 
-def grouped_training_is_that_of_the_loop(
-    case: Case, device: torch.device, can_group: Callable[..., bool]
-) -> None:
+def grouped_training_is_that_of_the_loop(case: Case, device: torch.device) -> None:
     """Three steps in bf16 of a model of widths that the kernel takes, which must get work to do."""
-    case, calls, results = Wide(**vars(case)), [], []
-
-    def counted(*arguments: Any) -> Tensor:
-        calls.append(arguments)
-        return experts_grouped(*arguments)
-
-    experts_grouped = experts._grouped
-    for rule in (can_group, lambda *_: False):
-        with mock.patch.multiple(experts, _can_group=rule, _grouped=counted):
-            results.append(trained(case, device, precision="bf16"))
-        if rule is can_group:
-            assert len(calls) > STEPS
-            calls.clear()
-    assert not calls
-    for grouped, looped in zip(results[0].steps, results[1].steps, strict=True):
+    wide, kernel = Wide(**vars(case)), mock.Mock(side_effect=experts._grouped)
+    with mock.patch.object(experts, "_grouped", kernel):
+        ours = trained(wide, device, precision="bf16")
+    assert kernel.call_count > STEPS
+    with mock.patch.object(experts, "_can_group", lambda *_: False):
+        theirs = trained(wide, device, precision="bf16")
+    for grouped, looped in zip(ours.steps, theirs.steps, strict=True):
         assert abs(grouped.means.loss / looped.means.loss - 1) < LOSS_BAND
         assert gap(grouped.grads, looped.grads) < GRADIENT_BAND
 

@@ -11,8 +11,6 @@ import pytest
 import torch
 from layouts import CASES, Case, Layout, pick
 
-from moetrain.moe import experts
-
 pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
@@ -52,7 +50,7 @@ def test_compiled(kind: str, recompute: str) -> None:
 
 
 def test_the_grouped_kernel() -> None:
-    on_device.grouped_training_is_that_of_the_loop(TOPK_DROPLESS, CUDA, experts._can_group)
+    on_device.grouped_training_is_that_of_the_loop(TOPK_DROPLESS, CUDA)
 
 
 # ---- processes -----------------------------------------------------------------------------------
