@@ -25,7 +25,9 @@ class _Gather(torch.autograd.Function):
         num_tokens, k = row_TK.shape
         token_R = (source_R // k).clamp(max=num_tokens - 1)
         empty_R = source_R == row_TK.numel()
-        return x_TD.index_select(0, token_R).masked_fill_(empty_R[:, None], 0)
+        rows_RD = x_TD.index_select(0, token_R).masked_fill_(empty_R[:, None], 0)
+        # torch 2.11, compiling, loses the gradient of a result that was changed in place.
+        return rows_RD.view(rows_RD.shape)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor):  # type: ignore[override]
@@ -55,7 +57,8 @@ class _Combine(torch.autograd.Function):
         for choice in range(1, row_TK.shape[1]):
             gate_T1 = gate_TK[:, choice : choice + 1]
             y_TD = y_TD + gate_T1 * _rows_at(rows_RD, row_TK[:, choice])
-        return y_TD.to(dtype)
+        # torch 2.11, compiling, loses the gradient of a result that `to` has handed through.
+        return y_TD if y_TD.dtype == dtype else y_TD.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor):  # type: ignore[override]
