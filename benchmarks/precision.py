@@ -2,9 +2,9 @@
 
     python benchmarks/precision.py [--steps 300]
 
-The yardstick is a third run, in fp32 with a learning rate that is larger by 2^-9, which is what bf16
-rounds by: how far so small a change, carried along by training, takes two runs apart. Each run has
-two processes. Writes results/precision.{json,md}; the exit code is 1 where bf16 leaves the band.
+The yardstick is a third run, in fp32 with a learning rate that is larger by 2^-9, which is what
+bf16 rounds by: how far so small a change, carried along by training, takes two runs apart. Each run
+has two processes. Writes results/precision.{json,md}; the exit code is 1 where bf16 leaves the band.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import record
+import yaml
 
 CONFIG = "configs/quickstart.yaml"
+LR = yaml.safe_load((record.ROOT / CONFIG).read_text())["train"]["lr"]
 BAND = 0.02
 """Nats, at every evaluation."""
 RUNS: dict[str, list[str]] = {
     "fp32": ["--engine.precision=fp32"],
     "bf16": ["--engine.precision=bf16"],
-    "fp32, nudged": ["--engine.precision=fp32", f"--train.lr={3e-3 * (1 + 2**-9)}"],
+    "fp32, nudged": ["--engine.precision=fp32", f"--train.lr={LR * (1 + 2**-9)}"],
 }
 EVERY = {"loss": "--log.every=5", "eval_loss": "--eval.every=25"}
 Curve = list[tuple[int, float]]
