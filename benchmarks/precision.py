@@ -4,7 +4,7 @@
 
 The yardstick is a third run, in fp32 with a learning rate that is larger by 2^-9, which is what
 bf16 rounds by: how far so small a change, carried along by training, takes two runs apart. Each run
-has two processes. Writes results/precision.{json,md}; the exit code is 1 where bf16 leaves the band.
+has two processes. Writes results/precision.{json,md}; exit code 1 where bf16 leaves the band.
 """
 
 from __future__ import annotations

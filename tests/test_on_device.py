@@ -34,17 +34,8 @@ def test_the_band_of_bf16_can_be_left() -> None:
 
 
 def test_ranks_under_torchrun(tmp_path: Path) -> None:
-    """On either engine."""
-    ep2 = Layout(2, ep=2, dp_replicate=1, micro=8)
-    ways = [
-        (TOPK, on_device.config_of(TOPK, ep2)),
-        (
-            TOPK_DROPLESS,
-            on_device.config_of(
-                TOPK_DROPLESS, ep2, kind="deepspeed", zero_stage=2, precision="fp32"
-            ),
-        ),
-    ]
+    layout = Layout(2, ep=2, dp_replicate=1, micro=8)
+    ways = [(case, on_device.config_of(case, layout)) for case in (TOPK, TOPK_DROPLESS)]
     on_device.ranks_train_as_the_reference(2, ways, tmp_path, CUDA_VISIBLE_DEVICES="")
 
 
