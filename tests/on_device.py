@@ -76,6 +76,7 @@ def ranks_train_as_the_reference(
         **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
         **variables,
     }
     command = [sys.executable, "-m", "moetrain.torchrun", f"--nproc-per-node={world}"]
