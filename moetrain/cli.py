@@ -21,8 +21,9 @@ from tyro.conf import Positional, arg
 from tyro.extras import SubcommandApp
 
 from moetrain import settings
+from moetrain.cautions import cautions
 from moetrain.config import Config, DataConfig
-from moetrain.constraints import cautions, check_world
+from moetrain.constraints import check_world
 from moetrain.errors import DivergedError, UserError
 
 FAILED = 1

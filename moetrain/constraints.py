@@ -1,4 +1,4 @@
-"""What settings must satisfy together, and what is legal but hardly meant.
+"""What settings must satisfy together.
 
 Pure functions over a `moetrain.config.Config`. Each complaint is one line that names field, value,
 what it conflicts with and values that would do.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetrain.errors import UserError
@@ -17,7 +16,7 @@ from moetrain.errors import UserError
 if TYPE_CHECKING:
     from moetrain.config import Config, ModelConfig, MoEConfig
 
-_ROUTERS_OF_FIELD = {
+ROUTERS_OF_FIELD = {
     "moe.jitter": ("switch",),
     "moe.random_second": ("gshard",),
     "moe.renormalize": ("topk", "hierarchical"),
@@ -69,18 +68,6 @@ def padded_vocab_size(config: Config, tokenizer_size: int) -> int:
             f"{-(-tokenizer_size // 128) * 128} (a multiple of 128) or null"
         )
     return rows
-
-
-def cautions(config: Config) -> list[str]:
-    """What is legal but hardly meant: settings without effect, and a router that cannot learn."""
-    found = []
-    for field, reason in _idle_settings(config):
-        section, name = field.split(".")
-        settings = getattr(config, section)
-        value = getattr(settings, name)
-        if value != type(settings).model_fields[name].default:
-            found.append(f"{field} ({spell(value)}) has no effect {reason}")
-    return found + list(_doubtful(config))
 
 
 def spell(value: object) -> str:
@@ -161,7 +148,7 @@ def _choice_problems(moe: MoEConfig) -> Iterator[str]:
     elif experts < top_k:
         legal = "1" if experts == 1 else f"1 to {experts}"
         yield f"moe.top_k ({top_k}) must not exceed moe.experts ({experts}); try {legal}"
-    elif router in _ROUTERS_OF_FIELD["moe.expert_groups"]:
+    elif router in ROUTERS_OF_FIELD["moe.expert_groups"]:
         yield from _group_problems(moe)
     yield from _expert_choice_problems(moe)
     yield from _drop_policy_problems(moe)
@@ -215,23 +202,23 @@ def _drop_policy_problems(moe: MoEConfig) -> Iterator[str]:
     reason = None
     if policy != "position" and router == "expert_choice":
         reason = "moe.router expert_choice drops nothing: no expert takes more than its capacity"
-    elif policy == "probability" and (router in WITHOUT_WEIGHTS or _one_gate_is_all(moe)):
+    elif policy == "probability" and (router in WITHOUT_WEIGHTS or one_gate_is_all(moe)):
         reason = f"all gates of moe.router {router} with moe.top_k ({moe.top_k}) are equal"
-    elif policy == "spill" and _experts_to_spill_to(moe) < 1:
+    elif policy == "spill" and experts_to_spill_to(moe) < 1:
         reason = f"with moe.top_k ({moe.top_k}) every expert open to a token is chosen already"
     if reason:
         yield f"moe.drop_policy ({policy}) cannot act, because {reason}; set it to position"
 
 
-def _one_gate_is_all(moe: MoEConfig) -> bool:
+def one_gate_is_all(moe: MoEConfig) -> bool:
     """Whether a token's only gate is divided by itself."""
     divides = moe.router in ("noisy_topk", "sigmoid") or (
-        moe.router in _ROUTERS_OF_FIELD["moe.renormalize"] and moe.renormalize
+        moe.router in ROUTERS_OF_FIELD["moe.renormalize"] and moe.renormalize
     )
     return moe.top_k == 1 and divides
 
 
-def _experts_to_spill_to(moe: MoEConfig) -> int:
+def experts_to_spill_to(moe: MoEConfig) -> int:
     """Experts open to a token beyond its choices; sigmoid closes those of the other groups."""
     is_limited = moe.router == "sigmoid" and moe.top_groups <= moe.expert_groups
     open_to_all = moe.experts // moe.expert_groups * moe.top_groups if is_limited else moe.experts
@@ -346,116 +333,6 @@ def _batch_problems(config: Config, world_size: int) -> Iterator[str]:
             f"train.global_batch ({batch}) must be train.micro_batch ({micro}) × world size "
             f"({world_size}) × a whole number of accumulation steps; try train.micro_batch "
             f"{_nearest(_divisors(batch // world_size), micro)}"
-        )
-
-
-def _idle_settings(config: Config) -> Iterator[tuple[str, str]]:
-    moe, source = config.moe, config.data.source
-    if moe.experts == 0:
-        idle = set(type(moe).model_fields) - {"experts"}
-        yield from ((f"moe.{field}", "when moe.experts is 0") for field in sorted(idle))
-    else:
-        yield from _idle_moe_settings(moe)
-        yield from _idle_dispatch_settings(config)
-    if source == "stdlib" or Path(source).expanduser().exists():
-        for field in ("data.subset", "data.split", "data.streaming"):
-            yield field, f"for the local data.source {source}"
-    if source == "stdlib":
-        yield "data.field", "for data.source stdlib"
-    if config.engine.kind != "deepspeed":
-        for field in ("engine.zero_stage", "engine.deepspeed_config"):
-            yield field, f"with engine.kind {config.engine.kind}; only deepspeed reads it"
-    if config.train.schedule != "wsd":
-        yield "train.decay_fraction", f"with train.schedule {config.train.schedule}"
-    if config.checkpoint.every == 0:
-        yield "checkpoint.keep", "when checkpoint.every is 0 (never)"
-    if config.log.wandb == "off":
-        yield "log.wandb_project", "when log.wandb is off"
-
-
-def _idle_moe_settings(moe: MoEConfig) -> Iterator[tuple[str, str]]:
-    for field, routers in _ROUTERS_OF_FIELD.items():
-        if moe.router not in routers:
-            verb = "reads" if len(routers) == 1 else "read"
-            yield field, f"with moe.router {moe.router}; only {' and '.join(routers)} {verb} it"
-    if moe.router in BALANCED_BY_DESIGN:
-        reason = f"with moe.router {moe.router}, which no loss can balance"
-        yield "moe.balance_coef", reason
-        yield "moe.balance_scope", reason
-    elif moe.balance_coef == 0:
-        yield "moe.balance_scope", "when moe.balance_coef is 0"
-    if moe.router in WITHOUT_WEIGHTS:
-        yield "moe.z_loss_coef", f"with moe.router {moe.router}, which has no weights"
-    if moe.capacity_factor is None and moe.eval_capacity_factor is None:
-        for field in ("moe.min_capacity", "moe.drop_policy", "moe.spill_depth"):
-            yield field, "when both capacity factors are null (dropless)"
-    elif moe.drop_policy == "random" and moe.capacity_factor is None:
-        yield (
-            "moe.drop_policy",
-            ("when moe.capacity_factor is null (dropless): outside training it is position"),
-        )
-    if moe.drop_policy != "spill":
-        yield "moe.spill_depth", f"with moe.drop_policy {moe.drop_policy}; only spill reads it"
-    elif moe.spill_depth > (most := _experts_to_spill_to(moe)):
-        yield "moe.spill_depth", f"beyond the {most} experts that a token has not chosen"
-    if moe.shared_experts == 0:
-        yield "moe.shared_gate", "when moe.shared_experts is 0"
-
-
-def _idle_dispatch_settings(config: Config) -> Iterator[tuple[str, str]]:
-    parallel = config.parallel
-    if parallel.ep == 1:
-        for field in ("dispatch", "overlap_chunks", "nodes"):
-            yield f"parallel.{field}", "when parallel.ep is 1: tokens stay where they are"
-    elif parallel.dispatch != "two_level":
-        yield (
-            "parallel.nodes",
-            f"with parallel.dispatch {parallel.dispatch}; only two_level reads it",
-        )
-
-
-def _doubtful(config: Config) -> Iterator[str]:
-    moe, train = config.moe, config.train
-    if moe.experts > 1:
-        yield from _gates_that_teach_nothing(moe)
-    if moe.router == "expert_choice" and moe.eval_capacity_factor != moe.capacity_factor:
-        yield (
-            f"moe.eval_capacity_factor ({moe.eval_capacity_factor}) gives a token another number "
-            f"of experts in evaluation than moe.capacity_factor ({moe.capacity_factor}) does in "
-            "training, since moe.router expert_choice has no other limit; set them equal"
-        )
-    if config.parallel.dispatch == "two_level" and config.parallel.nodes == config.parallel.ep > 1:
-        yield (
-            f"parallel.nodes ({config.parallel.nodes}) puts every rank that shares experts on a "
-            "node of its own, so parallel.dispatch two_level has nobody to meet inside a node; "
-            "set parallel.dispatch to all_to_all"
-        )
-    if train.warmup_steps >= train.steps:
-        yield (
-            f"train.warmup_steps ({train.warmup_steps}) lasts for all train.steps "
-            f"({train.steps}), so the learning rate never falls again"
-        )
-
-
-def _gates_that_teach_nothing(moe: MoEConfig) -> Iterator[str]:
-    """Gates that are constant, so that the cross-entropy has no gradient by them."""
-    blind = "so {} learns from the auxiliary losses alone; "
-    if _one_gate_is_all(moe) and moe.router in ("noisy_topk", "sigmoid"):
-        yield (
-            f"moe.top_k (1) makes every gate of moe.router {moe.router} the same, "
-            f"{blind.format('the router')}set moe.top_k to 2, or moe.router to switch"
-        )
-    elif _one_gate_is_all(moe):
-        yield (
-            "moe.renormalize (true) with moe.top_k 1 makes every gate 1, "
-            f"{blind.format('the router')}set moe.renormalize to false"
-        )
-    elif moe.router == "hierarchical" and moe.renormalize and moe.top_groups in (1, moe.top_k):
-        level = "over groups" if moe.top_groups == 1 else "inside a group"
-        yield (
-            f"moe.renormalize (true) with moe.top_groups {moe.top_groups} and moe.top_k "
-            f"{moe.top_k} makes every gate {level} 1, {blind.format('the router ' + level)}"
-            "set moe.renormalize to false"
         )
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from moetrain.build import build_model
+from moetrain.cautions import cautions
 from moetrain.config import (
     CheckpointConfig,
     Config,
@@ -22,7 +23,7 @@ from moetrain.config import (
     ParallelConfig,
     TrainConfig,
 )
-from moetrain.constraints import cautions, check_world, problems, spell
+from moetrain.constraints import check_world, problems, spell
 from moetrain.errors import UserError
 from moetrain.moe.router import RouterName
 

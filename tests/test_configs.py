@@ -13,8 +13,9 @@ import torch
 
 from moetrain import check, cli, settings
 from moetrain.build import build_model
+from moetrain.cautions import cautions
 from moetrain.config import Config
-from moetrain.constraints import cautions, check_world
+from moetrain.constraints import check_world
 from moetrain.data import is_on_hub, load_tokenizer
 from moetrain.sizes import Sizes, sizes
 

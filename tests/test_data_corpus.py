@@ -177,8 +177,8 @@ def test_invalid_utf8_in_parquet_is_named(tmp_path):
         ("a.parquet", b""),
         ("a.parquet", b"PAR1 is not enough PAR1"),
         ("a.txt.gz", b"not gzip"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "long enough to be cut"}')[:-12]),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "abc"}')[:10] + b"\xff\xff\xff\xff"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "long enough to be cut"}', mtime=0)[:-12]),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "abc"}', mtime=0)[:10] + b"\xff\xff\xff\xff"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, content):

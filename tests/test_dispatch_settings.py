@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 
+from moetrain.cautions import cautions
 from moetrain.config import Config, MoEConfig, ParallelConfig, TrainConfig
-from moetrain.constraints import cautions, check_world
+from moetrain.constraints import check_world
 from moetrain.errors import UserError
 from moetrain.mesh import Mesh
 from moetrain.moe import AllGather, AllToAll, Gate, Local, MoE
