@@ -254,10 +254,10 @@ def _apply_fsdp(model: Transformer, mesh: Mesh, precision: Precision) -> None:
     )
     shard = partial(fully_shard, mp_policy=policy, ignored_params=set(router_weights(model)))
     for block in model.blocks:
-        assert isinstance(block, Block)
-        if block.moe is not None:
+        layer = _moe_of(block)
+        if layer is not None:
             # The whole layer rather than its experts, which it may call several times.
-            shard(block.moe, mesh=mesh.same_experts, shard_placement_fn=lambda weight: Shard(1))
+            shard(layer, mesh=mesh.same_experts, shard_placement_fn=lambda weight: Shard(1))
         shard(block, mesh=mesh.dense)
     shard(model, mesh=mesh.dense)
     for unit in model.modules():
@@ -275,8 +275,13 @@ def _prefetch(model: Transformer) -> None:
     """
     blocks: Any = list(model.blocks)
     for block, following in zip_longest(blocks, blocks[1:]):
-        ahead = [unit for unit in (block.moe, following) if unit is not None]
+        ahead = [unit for unit in (_moe_of(block), following) if unit is not None]
         block.set_modules_to_forward_prefetch(ahead)
+
+
+def _moe_of(block: nn.Module) -> MoE | None:
+    """The MoE layer in a block of any make."""
+    return next((module for module in block.modules() if isinstance(module, MoE)), None)
 
 
 # ---------------------------------------------------------------- initial values
