@@ -357,7 +357,7 @@ def test_help_describes_every_setting_with_its_default():
     for text in (
         "--moe.capacity-factor null FLOAT",
         "Training: slots per expert over the mean demand K·S/E; null: dropless. (default: 1.25)",
-        "--model.qk-norm {true,false}",
+        "--model.tie-embeddings {true,false}",
         "--log.wandb {off,offline,online}",
         "--data.cache null PATH",
         "AdamW: decay of the mean of the gradients. (default: 0.9)",
