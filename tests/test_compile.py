@@ -125,8 +125,6 @@ def on_rank(*arguments: Any) -> parity.Outcome:
     [
         ("switch", "none", {}),
         ("topk", "full", {"overlap_chunks": 2}),
-        ("gshard", "full", {"dispatch": "two_level", "nodes": 2}),
-        ("topk", "none", {"dispatch": "all_gather"}),
     ],
 )
 def test_compiled_ranks_equal_one_process(
