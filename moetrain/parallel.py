@@ -14,7 +14,7 @@ dense and expert weights need no divisor, whatever the number of ranks that hold
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import zip_longest
 from typing import Any, Literal
@@ -291,15 +291,24 @@ def _moe_of(block: nn.Module) -> MoE | None:
 def _initialise(model: Transformer, mesh: Mesh, seed: int) -> None:
     for buffer in model.buffers():
         buffer.zero_()
+    for module, parameter, value in initial_values(model, mesh, seed):
+        _fill(parameter, value, mesh.same_experts if isinstance(module, Experts) else mesh.dense)
+
+
+def initial_values(
+    model: Transformer, mesh: Mesh, seed: int
+) -> Iterator[tuple[nn.Module, nn.Parameter, Tensor]]:
+    """Every parameter with its module and the value it starts from: of experts, this rank's."""
     ep_rank = mesh.expert_parallel.get_local_rank()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
             experts = range(0)
             if isinstance(module, Experts):
-                num_local = parameter.shape[0] // mesh.ep
-                experts = range(ep_rank * num_local, (ep_rank + 1) * num_local)
-            value = initial_value(module, name, parameter.shape, seed, len(model.blocks), experts)
-            _fill(parameter, value, mesh.same_experts if experts else mesh.dense)
+                # A DTensor has the shape of the experts of all ranks, a plain one of its own.
+                held = len(parameter) // (mesh.ep if isinstance(parameter.data, DTensor) else 1)
+                experts = range(ep_rank * held, (ep_rank + 1) * held)
+            shape, num_layers = parameter.shape, len(model.blocks)
+            yield module, parameter, initial_value(module, name, shape, seed, num_layers, experts)
 
 
 def _fill(parameter: nn.Parameter, value: Tensor, fsdp_mesh: Any) -> None:

@@ -42,10 +42,10 @@ from moetrain.engines.deepspeed_config import BUCKET
 from moetrain.engines.fragment import Fragment
 from moetrain.errors import UserError
 from moetrain.mesh import Mesh
-from moetrain.model import Transformer, initial_value
+from moetrain.model import Transformer
 from moetrain.moe import Experts, MoE
 from moetrain.optim import decays
-from moetrain.parallel import apply_recompute, compile_regions
+from moetrain.parallel import apply_recompute, compile_regions, initial_values
 
 EXPERT_GROUP = "moetrain"
 """DeepSpeed's name for the ranks that share a set of experts."""
@@ -219,17 +219,11 @@ def place(model: Transformer, mesh: Mesh, seed: int) -> None:
     model.to_empty(device=mesh.device)
     for buffer in model.buffers():
         buffer.zero_()
-    ep_rank = mesh.expert_parallel.get_local_rank()
-    for prefix, module in model.named_modules():
-        for name, weight in module.named_parameters(prefix, recurse=False):
-            experts = range(0)
-            if isinstance(module, Experts):
-                experts = range(ep_rank * len(weight), (ep_rank + 1) * len(weight))
-                if mesh.ep > 1:  # reduced over the ranks that hold the same ones alone
-                    weight.allreduce, weight.group_name = False, EXPERT_GROUP  # type: ignore[attr-defined]
-            weight.copy_(
-                initial_value(module, name, weight.shape, seed, len(model.blocks), experts)
-            )
+    for module, weight, value in initial_values(model, mesh, seed):
+        if isinstance(module, Experts) and mesh.ep > 1:
+            # reduced over the ranks that hold the same ones alone
+            weight.allreduce, weight.group_name = False, EXPERT_GROUP  # type: ignore[attr-defined]
+        weight.copy_(value)
 
 
 def _is_expert(weight: Tensor) -> bool:
