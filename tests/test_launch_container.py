@@ -108,8 +108,7 @@ def test_the_health_check_trains_a_step_with_experts_on_two_ranks(image: Path) -
 RANK_DIES = """
 import os
 if os.environ.get("RANK") == "1":
-    from moetrain import step
-    step.train_step = lambda *_: os._exit(9)
+    os._exit(9)
 """
 
 

@@ -121,11 +121,18 @@ def held_bytes(made: Config) -> dict[str, int]:
     return found | {"weights": local_bytes(weights), "Adam moments": local_bytes(moments)}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
 @pytest.mark.parametrize(
-    ("world", "ep", "dp_replicate"), [(1, 1, 1), (2, 2, 1), (4, 1, 1), (4, 2, 1), (8, 2, 2)]
+    ("world", "ep", "dp_replicate", "precision"),
+    [
+        (1, 1, 1, "fp32"),
+        (1, 1, 1, "bf16"),
+        (2, 2, 1, "fp64"),
+        (4, 1, 1, "fp32"),
+        (4, 2, 1, "bf16"),
+        (8, 2, 2, "fp32"),
+    ],
 )
-def test_ranks_hold_what_is_estimated(precision, world, ep, dp_replicate):
+def test_ranks_hold_what_is_estimated(world, ep, dp_replicate, precision):
     made = config(
         model={"kv_heads": 2, "qk_norm": "full", "tie_embeddings": False, "vocab_size": 262},
         moe={"router": "sigmoid", "first_dense": 1, "shared_experts": 1, "shared_gate": "sigmoid"},
@@ -336,14 +343,17 @@ def test_one_block_of_each_kind_stands_for_all(sections, recompute):
     assert (found.recomputed > 0) == (recompute != "none")
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize(
-    "transport",
+    ("recompute", "transport"),
     [
-        {},
-        {"overlap_chunks": 2},
-        {"dispatch": "two_level", "nodes": 2},
-        {"dispatch": "all_gather"},
+        ("none", {}),
+        ("none", {"overlap_chunks": 2}),
+        ("none", {"dispatch": "two_level", "nodes": 2}),
+        ("none", {"dispatch": "all_gather"}),
+        ("selective", {"overlap_chunks": 2}),
+        ("selective", {"dispatch": "all_gather"}),
+        ("full", {"dispatch": "two_level", "nodes": 2}),
+        ("full", {"overlap_chunks": 2}),
     ],
 )
 def test_what_ranks_keep_however_rows_are_sent(

@@ -20,11 +20,12 @@ from runs import (
     lines_without_timings,
     saved_tensors,
     train,
+    without_pictures,
     write_config,
     write_text,
 )
 
-from moetrain import checkpoint, settings
+from moetrain import checkpoint, cli, settings
 from moetrain.engines import Engine
 from moetrain.errors import DivergedError
 from moetrain.mesh import Mesh
@@ -57,15 +58,9 @@ def config(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(config) -> Path:
-    """The folder of a finished run; tests leave it as it is."""
-    assert train(config) == 0
+    """The folder of a finished run, pictures and all; tests leave it as it is."""
+    assert cli.main(["train", str(config)]) == 0
     return config.parent / "runs" / "run"
-
-
-@pytest.fixture
-def _no_plots(monkeypatch):
-    """Drawing takes longer than the training here."""
-    monkeypatch.setattr("moetrain.report.write_plots", lambda *_: [])
 
 
 # ---------------------------------------------------------------- what a run leaves
@@ -183,7 +178,6 @@ def snapshot(run: Path) -> dict[str, object]:
     return {**found, "metrics": (run / "metrics.jsonl").read_text()}
 
 
-@pytest.mark.usefixtures("_no_plots")
 def test_a_finished_run_has_nothing_to_do_and_says_so(config, run, capsys):
     before = snapshot(run)
     assert train(config) == 0
@@ -191,7 +185,6 @@ def test_a_finished_run_has_nothing_to_do_and_says_so(config, run, capsys):
     assert "already at step 8 of 8" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("_no_plots")
 def test_a_branch_from_a_checkpoint_repeats_the_run_bit_by_bit(config, run):
     start = run / "checkpoints" / "step-00000006"
     assert train(config, "--name", "branch", "--checkpoint.resume", start) == 0
@@ -202,7 +195,6 @@ def test_a_branch_from_a_checkpoint_repeats_the_run_bit_by_bit(config, run):
     ]
 
 
-@pytest.mark.usefixtures("_no_plots")
 def test_a_longer_schedule_continues_a_finished_run(config, run, capsys):
     flags = ["--name", "longer", "--checkpoint.resume", run]
     assert train(config, *flags, "--train.steps", 10, "--eval.every", 0) == 0
@@ -256,10 +248,10 @@ def train_on(
             return str(error)
         return ""
 
-    return made.out / made.name, simulate_ranks(world, of_rank)
+    with without_pictures():
+        return made.out / made.name, simulate_ranks(world, of_rank)
 
 
-@pytest.mark.usefixtures("_no_plots")
 @pytest.mark.parametrize(
     "moe",
     [
@@ -324,9 +316,7 @@ def bad_run(tmp_path_factory) -> tuple[Path, Path]:
         parallel={"ep": 2},
         checkpoint={"every": 1, "keep": 8},
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moetrain.report.write_plots", lambda *_: [])
-        run, errors = train_on(2, config, bad=frozenset({3, 5, 6}))
+    run, errors = train_on(2, config, bad=frozenset({3, 5, 6}))
     assert errors == ["", ""]
     return config, run
 
@@ -357,7 +347,6 @@ def test_a_bad_step_changes_no_bit_of_what_is_saved(bad_run):
         assert is_same == (step in (3, 5, 6))
 
 
-@pytest.mark.usefixtures("_no_plots")
 def test_counters_outlive_the_process(bad_run):
     """Two bad steps in a row before the end, one after: three. A good one between starts anew."""
     config, run = bad_run

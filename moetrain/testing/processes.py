@@ -40,9 +40,10 @@ def run_ranks(
 ) -> list[Any]:
     """Run `fn(*args)` once per rank, each rank a process of one Gloo group on this machine.
 
-    The first call in a program starts a server that imports torch (a second or more); every rank
-    after that is a fork of it. Ranks have one compute thread and the caller's environment, and
-    Gloo is bound to loopback. A script that calls this needs `if __name__ == "__main__":`.
+    The first call in a program starts a server that imports torch and moetrain (a few seconds);
+    every rank after that is a fork of it. Ranks have one compute thread and the caller's
+    environment, and Gloo is bound to loopback. A script that calls this needs
+    `if __name__ == "__main__":`.
 
     Args:
         num_ranks: World size, at least 1.
@@ -118,7 +119,7 @@ class RankPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.fsdp", "moetrain.testing"])
+        context.set_forkserver_preload(["moetrain.testing", "moetrain.train"])
         self._directory = tempfile.TemporaryDirectory(prefix="ranks-")
         for rank in range(self.num_ranks):
             ours, theirs = context.Pipe()

@@ -54,7 +54,7 @@ def journey(ranks4: RankPool, tmp_path: Path) -> Journey:
     return Journey(ranks4, tmp_path)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 2])
 def test_from_torch_at_ep_2_to_deepspeed_at_ep_4_and_back(journey: Journey, stage: int) -> None:
     """And the training that goes on at each stop is that of one process."""
     deepspeed = Variant(EP4, stage, CASE).config()
@@ -72,7 +72,7 @@ def test_from_torch_at_ep_2_to_deepspeed_at_ep_4_and_back(journey: Journey, stag
 OFFLOAD = '{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}'
 
 
-@pytest.mark.parametrize(("stage", "given"), [(0, None), (1, OFFLOAD), (2, None)])
+@pytest.mark.parametrize(("stage", "given"), [(1, OFFLOAD), (2, None)])
 def test_resumed_training_is_that_of_a_run_without_a_stop(
     journey: Journey, tmp_path: Path, stage: int, given: str | None
 ) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import lines_without_timings, write_config
+from runs import lines_without_timings, train, write_config
 
 from moetrain import cli
 
@@ -79,7 +79,7 @@ def test_its_losses_are_those_of_the_torch_engine(
 ) -> None:
     """On one rank, and from the middle: the torch engine goes on from its checkpoint."""
     flags = ["--engine.kind", "torch", "--parallel.ep", "1", "--name"]
-    assert cli.main(["train", str(config), *flags, "alone"]) == 0
+    assert train(config, *flags, "alone") == 0
     runs = config.parent / "runs"
     ours, theirs = (lines_without_timings(runs / name) for name in ("run", "alone"))
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
@@ -87,7 +87,7 @@ def test_its_losses_are_those_of_the_torch_engine(
         for key in {"loss", "eval_loss", "grad_norm"} & mine.keys():
             assert mine[key] == pytest.approx(other[key], rel=1e-3), (mine["step"], key)
     resumed = str(runs / "run/checkpoints/step-00000006")
-    assert cli.main(["train", str(config), *flags, "on", "--checkpoint.resume", resumed]) == 0
+    assert train(config, *flags, "on", "--checkpoint.resume", resumed) == 0
     last = lines_without_timings(runs / "on")[-1]
     assert last["eval_loss"] == pytest.approx(ours[-1]["eval_loss"], rel=1e-3)
     capsys.readouterr()
@@ -105,7 +105,8 @@ def test_its_checkpoint_is_evaluated_and_generates(
 
 TWICE = """
 import os, sys
-from moetrain import cli
+from moetrain import cli, report
+report.write_plots = lambda *_: []
 config, json = sys.argv[1:]
 flags = ["--parallel.ep", "1", "--checkpoint.resume", "auto"]
 for steps in (1, 2):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-from runs import write_config
+from runs import without_pictures, write_config
 
 from moetrain import settings, train
 from moetrain.config import Config
@@ -35,7 +34,7 @@ def run(config: Config) -> None:
     """Train as one rank does, without pictures of it."""
     mesh = Mesh(torch.device("cpu"), config.parallel.ep)
     folder = settings.run_directory(config.out, config.name)
-    with mock.patch("moetrain.report.write_plots"):
+    with without_pictures():
         train.train(train.set_up(config, folder, mesh))
 
 
