@@ -545,6 +545,27 @@ def test_the_sky_task_sets_up_what_train_sh_uses(task: Task) -> None:
     assert Path(done.stdout.strip()) == Path(sys.prefix, "bin/python")
 
 
+# ---- what nodes would run ------------------------------------------------------------------------
+
+
+def test_jobs_show_what_their_nodes_would_run(train_job: TrainJob, task: Task) -> None:
+    """With --dry-run before the configuration; both are asked for the same training."""
+    command = [*train_job.spec.trainer.command, "--dry-run", *train_job.spec.trainer.args]
+    ours = run(
+        *command, NPROC="8", PET_NNODES="2", PET_NODE_RANK="1", PET_MASTER_ADDR="one",
+        PET_MASTER_PORT="29500",
+    )  # fmt: skip
+    script = task.run.replace("train.sh ", "train.sh --dry-run ")
+    theirs = run(
+        *("bash", "-c", script), NPROC="8", SKYPILOT_NUM_NODES="2", SKYPILOT_NODE_RANK="1",
+        SKYPILOT_NODE_IPS="one\ntwo",
+    )  # fmt: skip
+    assert ours.returncode == theirs.returncode == 0, ours.stderr + theirs.stderr
+    agent = "torch.distributed.run --nproc-per-node=8 --nnodes=2 --node-rank=1 --master-addr=one "
+    assert agent in ours.stdout
+    assert ours.stdout.replace("=", " ") == theirs.stdout.replace("=", " ")
+
+
 # ---- what the documentation starts ---------------------------------------------------------------
 
 
