@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -194,6 +195,14 @@ REFUSED = [
         "zero_optimization.offload_param is for ZeRO stage 3",
     ),
     (
+        {"zero_optimization": {"stage3_max_live_parameters": 1e9}},
+        "zero_optimization.stage3_max_live_parameters (1000000000.0) is for ZeRO stage 3",
+    ),
+    (
+        {"zero_optimization": {"zero_quantized_weights": True}},
+        "zero_optimization.zero_quantized_weights (true) is for ZeRO stage 3",
+    ),
+    (
         {"zero_optimization": {"reduce_scatter": False}},
         "zero_optimization.reduce_scatter (false) cannot be: DeepSpeed reduces experts' gradients",
     ),
@@ -214,6 +223,17 @@ def test_what_cannot_work_is_refused_with_its_reason(given: dict[str, Any], mess
     with pytest.raises(UserError) as caught:
         merge(CONFIG, WORLD, given)
     assert message in str(caught.value)
+
+
+def test_keys_of_stage_3_may_be_left_to_us() -> None:
+    zero = {"stage3_max_live_parameters": "auto", "sub_group_size": "auto"}
+    assert merge(CONFIG, WORLD, {"zero_optimization": zero}) == TOLD
+
+
+def test_keys_of_stage_3_are_fields_of_deepspeed() -> None:
+    zero = importlib.import_module("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
+    known = {*zero.model_fields, *(field.alias for field in zero.model_fields.values())}
+    assert known >= deepspeed_config._STAGE_3_ONLY
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:

@@ -29,7 +29,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -93,7 +93,8 @@ class DeepSpeedEngine:
             eps=train.adam_eps,
             fused=True,
         )
-        self.deepspeed = _start(model, self.optimizer, mesh, settings)
+        with _refusals() if engine.deepspeed_config else nullcontext():
+            self.deepspeed = _start(model, self.optimizer, mesh, settings)
         self.zero = self.deepspeed.optimizer if self.deepspeed.zero_optimization() else None
         self.model = cast(Transformer, self.deepspeed)
         self._losses, self._norm = torch.zeros((), device=mesh.device), 0.0
@@ -264,7 +265,7 @@ def _start(
         # Its default is 2 GB, whatever the size of the model.
         numel = sum(weight.numel() for weight in model.parameters())
         zero.setdefault("reduce_bucket_size", min(numel, BUCKET))
-        with _expert_layer(model, mesh), _refusals():
+        with _expert_layer(model, mesh):
             return deepspeed.initialize(
                 model=model, optimizer=optimizer, config=settings, dist_init_required=False
             )[0]
@@ -272,7 +273,7 @@ def _start(
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What DeepSpeed itself finds wrong with its settings, as an error of the user's."""
+    """What DeepSpeed itself finds wrong with a user's settings, as an error of the user's."""
     try:
         yield
     except (AssertionError, ValueError) as error:

@@ -255,6 +255,16 @@ _VALUES_REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optimizer.params.amsgrad": (lambda v: v is False, "moetrain's AdamW is the plain one"),
 }
 """What a value must be where it is given."""
+_STAGE_3_ONLY = {
+    "sub_group_size", "prefetch_bucket_size", "param_persistence_threshold",
+    "model_persistence_threshold", "max_live_parameters", "max_reuse_distance",
+    "gather_16bit_weights_on_model_save", "module_granularity_threshold",
+    "use_all_reduce_for_fetch_params", "allgather_sequential", "zero_hpz_partition_size",
+    "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients",
+    "memory_efficient_linear",
+    "log_trace_cache_warnings", "leaf_module",
+}  # fmt: skip
+"""Keys of zero_optimization without effect at other stages; so are those that begin stage3_."""
 _PARAMS = ("lr", "betas", "eps", "weight_decay", "adam_w_mode", "bias_correction", "amsgrad")
 _IMPLEMENTATIONS = ("torch_adam", "fused", "foreach")
 
@@ -267,6 +277,10 @@ def _refusals(given: Mapping[str, Any]) -> Iterator[str]:
         found = _at(given, key)
         if found not in (ABSENT, AUTO) and not is_legal(found):
             yield f"  {key} ({_spell(found)}) cannot be: {reason}"
+    zero = _at(given, "zero_optimization")
+    for name, value in zero.items() if isinstance(zero, Mapping) else ():
+        if value != AUTO and (name in _STAGE_3_ONLY or name.startswith("stage3_")):
+            yield f"  zero_optimization.{name} ({_spell(value)}) is for ZeRO stage 3; leave it out"
     params = _at(given, "optimizer.params")
     for name in params if isinstance(params, Mapping) else ():
         if name not in (*_PARAMS, *_IMPLEMENTATIONS):
