@@ -228,10 +228,12 @@ def test_pool_computes(ranks4: RankPool) -> None:
         torch.testing.assert_close(gradient, single_gradient(), rtol=1e-12, atol=1e-12)
 
 
-def test_pool_keeps_its_processes(ranks2: RankPool) -> None:
+def test_pool_keeps_its_processes_until_it_is_renewed(ranks2: RankPool) -> None:
     first = ranks2.run(os.getpid)
     assert len({os.getpid(), *first}) == 3
     assert ranks2.run(os.getpid) == first
+    ranks2.renew()
+    assert not set(first) & set(ranks2.run(os.getpid))
 
 
 def test_pool_forms_a_new_group_when_a_call_left_the_old_one(ranks2: RankPool) -> None:

@@ -77,7 +77,8 @@ class RankPool:
     """Rank processes that stay alive between calls, so that imports and groups are paid for once.
 
     Use it as a context manager. What a call leaves behind in the processes (groups, modules,
-    environment) the next call finds; after a failed call they are replaced by new ones.
+    environment) the next call finds; after a failed call, and by `renew`, they are replaced by new
+    ones.
     """
 
     def __init__(self, num_ranks: int) -> None:
@@ -116,6 +117,11 @@ class RankPool:
         except BaseException:
             self._stop()
             raise
+
+    def renew(self) -> None:
+        """Replace the processes, and all that calls have left behind in them."""
+        self._stop()
+        self._start()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")

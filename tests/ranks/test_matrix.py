@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -119,10 +120,19 @@ def reference(case: Case) -> parity.Outcome:
     return parity.alone(case.config, case.text)
 
 
-@pytest.fixture
-def pool_of(request: pytest.FixtureRequest) -> Callable[[int], RankPool]:
-    """The shared pool of so many ranks."""
-    return lambda world: request.getfixturevalue(f"ranks{world}")
+@pytest.fixture(scope="module")
+def pool_of(ranks2: RankPool, ranks4: RankPool) -> Callable[[int], RankPool]:
+    """A pool of so many ranks, now and then a new one: every process group leaves threads behind,
+    and hundreds of them slow down what comes after."""
+    pools, calls = {2: ranks2, 4: ranks4}, Counter[int]()
+
+    def pool(world: int) -> RankPool:
+        calls[world] += 1
+        if calls[world] % 20 == 0:
+            pools[world].renew()
+        return pools[world]
+
+    return pool
 
 
 def test_every_way_trains_the_same(pool_of: Callable[[int], RankPool], way: Way) -> None:
