@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import parity
@@ -18,9 +19,11 @@ from deepspeed_layouts import ROUNDING
 from layers import ROUTERS, build
 from layouts import Layout, pick, spread
 from test_recompute import gradients, inputs
+from torch.torch_version import TorchVersion
 
-from moetrain import parallel
+from moetrain import engines, parallel
 from moetrain.config import Config
+from moetrain.errors import UserError
 from moetrain.moe import MoE
 from moetrain.testing import RankPool
 
@@ -81,6 +84,17 @@ def test_a_plan_of_another_size_is_another_graph() -> None:
     for length in (12, 6, 12):
         arguments = x_BLD[:, :length], valid_BL[:, :length], *others
         close(tuple(run(*arguments)), tuple(moe(*arguments)))
+
+
+@pytest.mark.parametrize(("version", "refused"), [("2.12.1+cu130", True), ("2.13.0+cpu", False)])
+def test_fp64_is_refused_where_its_code_does_not_run(
+    version: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "torch_version", TorchVersion(version))
+    in_fp64 = Config.model_validate({"engine": {"compile": True, "precision": "fp64"}})
+    message = r"engine.compile \(true\) with engine.precision \(fp64\) needs torch 2.13"
+    with pytest.raises(UserError, match=message) if refused else nullcontext():
+        engines.check(in_fp64, 1)
 
 
 @pytest.mark.parametrize("factor", [0.75, None])

@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import Protocol
 
 from torch import Tensor
+from torch import __version__ as torch_version
 
 from moetrain.config import Config
 from moetrain.engines.deepspeed import DeepSpeedEngine
 from moetrain.engines.deepspeed_config import settings
 from moetrain.engines.torch import TorchEngine
+from moetrain.errors import UserError
 from moetrain.mesh import Mesh
 from moetrain.model import Transformer
 from moetrain.parallel import connect_experts
@@ -50,6 +52,14 @@ class Engine(Protocol):
 
 def check(config: Config, world_size: int) -> None:
     """Raise UserError where the engine cannot run as configured; needs no process group."""
+    engine = config.engine
+    # Attention's backward pass then mixes fp64 and fp32.
+    if engine.compile and engine.precision == "fp64" and torch_version < "2.13":
+        raise UserError(
+            f"engine.compile (true) with engine.precision (fp64) needs torch 2.13, which is not "
+            f"installed ({torch_version} is); set engine.compile to false, or engine.precision "
+            "to fp32"
+        )
     if config.engine.kind == "deepspeed":
         settings(config, world_size)
 
