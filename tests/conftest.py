@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from multiprocessing import forkserver
-from pathlib import Path
 
 import pytest
 
@@ -32,17 +31,6 @@ def ranks4(_server: None) -> Iterator[RankPool]:
     """Four Gloo processes, shared by a module; a call that fails replaces them."""
     with RankPool(4) as pool:
         yield pool
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Spread the files of several processes among the others: two of them at a time are in each
-    other's way, and at the end one would be waited for."""
-    place: dict[Path, float] = {}
-    files = dict.fromkeys(item.path for item in items)
-    for kind in (True, False):
-        found = [path for path in files if (path.parent.name == "ranks") == kind]
-        place |= {path: number / len(found) for number, path in enumerate(found)}
-    items.sort(key=lambda item: place[item.path])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
