@@ -183,7 +183,7 @@ def _present_core() -> set[int]:
     """The core that this thread runs on, as Linux tells; elsewhere none.
 
     Ranks take turns anyway, for they share an interpreter. On one core they do so without a fight
-    over it, which took half of their time on two.
+    over it.
     """
     with suppress(OSError):
         after_name = Path("/proc/thread-self/stat").read_text().rpartition(")")[2]
