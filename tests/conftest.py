@@ -6,15 +6,14 @@ from multiprocessing import forkserver
 import pytest
 
 from moetrain.testing import RankPool
+from moetrain.testing.processes import PRELOADED
 
 
 @pytest.fixture(scope="session")
 def _server() -> None:
     """Start the server that ranks are forks of with all that DeepSpeed imports as it starts, the
     compiler among it: each rank would take seconds for that."""
-    forkserver.set_forkserver_preload(
-        ["moetrain.testing", "moetrain.train", "deepspeed.runtime.zero.muon.original_muon"]
-    )
+    forkserver.set_forkserver_preload([*PRELOADED, "deepspeed.runtime.zero.muon.original_muon"])
     forkserver.ensure_running()
 
 

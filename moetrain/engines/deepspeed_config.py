@@ -261,8 +261,7 @@ _STAGE_3_ONLY = {
     "gather_16bit_weights_on_model_save", "module_granularity_threshold",
     "use_all_reduce_for_fetch_params", "allgather_sequential", "zero_hpz_partition_size",
     "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients",
-    "memory_efficient_linear",
-    "log_trace_cache_warnings", "leaf_module",
+    "memory_efficient_linear", "log_trace_cache_warnings", "leaf_module",
 }  # fmt: skip
 """Keys of zero_optimization without effect at other stages; so are those that begin stage3_."""
 _PARAMS = ("lr", "betas", "eps", "weight_decay", "adam_w_mode", "bias_correction", "amsgrad")

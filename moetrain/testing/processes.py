@@ -29,6 +29,8 @@ from moetrain.testing.report import (
     stuck_message,
 )
 
+PRELOADED = ("moetrain.testing", "moetrain.train")
+"""What the server imports that ranks are forks of."""
 DEATH_SECONDS = 0.3
 """How long a rank's exception waits for the death of a rank that would explain it."""
 STACK_SECONDS = 0.5
@@ -125,7 +127,7 @@ class RankPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["moetrain.testing", "moetrain.train"])
+        context.set_forkserver_preload(list(PRELOADED))
         self._directory = tempfile.TemporaryDirectory(prefix="ranks-")
         for rank in range(self.num_ranks):
             ours, theirs = context.Pipe()

@@ -137,7 +137,8 @@ class _Simulation:
         """Life of one rank."""
         failure = None
         if self.cores:
-            os.sched_setaffinity(0, self.cores)  # of this thread alone
+            with suppress(OSError):  # a core that was taken from this process meanwhile
+                os.sched_setaffinity(0, self.cores)  # of this thread alone
         try:
             dist.init_process_group(
                 "threaded", rank=rank, world_size=self.num_ranks, store=self.store
