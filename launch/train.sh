@@ -6,22 +6,30 @@
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
 #                several nodes: run the same command on each, with its own NODE_RANK (default: as
 #                srun numbers them). A single node listens on loopback alone, on any free port.
+#                NNODES=MIN:MAX goes on with the nodes that are left, and takes in new ones.
+#   MAX_RESTARTS how often the ranks are started again when some are lost (default: 3; 0 for a fixed
+#                number of several nodes). They continue from the newest checkpoint.
 #   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME
 #                several nodes: the interface that ranks talk over (default: as Gloo and NCCL choose)
 #
 # --dry-run checks the configuration and prints the command. A mistake in the configuration is one
-# message and exit code 2, before any rank starts.
+# message and exit code 2, before any rank starts. Stopped by a signal, it saves and exits with 75.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 nodes="${NNODES:-1}" node="${NODE_RANK:-${SLURM_NODEID:-}}"
-require_count NNODES "$nodes"
+fewest="${nodes%%:*}" most="${nodes##*:}"
+require_count NNODES "$fewest"
+require_count NNODES "$most"
+((fewest <= most)) || fail "NNODES ($nodes) must be MIN:MAX with MIN not above MAX"
 require_count NPROC "${NPROC:-1}"
-if ((nodes > 1)); then
+[[ "${MAX_RESTARTS:-0}" =~ ^[0-9]+$ ]] ||
+    fail "MAX_RESTARTS ($MAX_RESTARTS) must be a whole number, 0 or more"
+if ((most > 1)); then
     [[ -n "${MASTER_ADDR:-}" ]] ||
         fail "MASTER_ADDR must be set when NNODES is above 1: where the other nodes reach node 0"
-    [[ "$node" =~ ^[0-9]+$ && "$node" -lt "$nodes" ]] ||
+    [[ "$nodes" == *:* || ("$node" =~ ^[0-9]+$ && "$node" -lt "$nodes") ]] ||
         fail "NODE_RANK (${node:-not set}) must be one of 0 to $((nodes - 1)), another on each node"
 fi
 
@@ -32,7 +40,9 @@ if [[ -n "${CUDA_VISIBLE_DEVICES-all}" ]]; then # empty, it hides them all
     gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
 fi
 ranks="${NPROC:-$((gpus > 0 ? gpus : 1))}"
-LOCAL_WORLD_SIZE="$ranks" check_config $((nodes * ranks)) "$@"
+for ((n = fewest; n <= most; n++)); do
+    LOCAL_WORLD_SIZE="$ranks" check_config $((n * ranks)) "$@"
+done
 
 # nproc knows how many cores this process may use; it is not on every system.
 cores="$(OMP_NUM_THREADS='' nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
@@ -41,12 +51,21 @@ if ((gpus > 0 && ranks > gpus)); then
     echo "NPROC ($ranks) is more than the GPUs here ($gpus): training on the CPU." >&2
     variables+=("CUDA_VISIBLE_DEVICES=")
 fi
-if ((nodes == 1)); then
+agent=(moetrain.torchrun --nproc-per-node="$ranks")
+restarts=3
+if ((most == 1)); then
     loopback="$([[ "$(uname)" == Darwin ]] && echo lo0 || echo lo)"
     variables+=("GLOO_SOCKET_IFNAME=$loopback" "NCCL_SOCKET_IFNAME=$loopback")
-    agent=(moetrain.torchrun --nproc-per-node="$ranks")
 else
-    agent=(torch.distributed.run --nproc-per-node="$ranks" --nnodes="$nodes"
-        --node-rank="$node" --master-addr="$MASTER_ADDR" --master-port="${MASTER_PORT:-29500}")
+    port="${MASTER_PORT:-29500}"
+    agent+=(--nnodes="$nodes")
+    if [[ "$nodes" == *:* ]]; then
+        agent+=(--rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$port"
+            --rdzv-id="${SLURM_JOB_ID:-moetrain}")
+    else
+        agent+=(--node-rank="$node" --master-addr="$MASTER_ADDR" --master-port="$port")
+        restarts=0 # a node that came back would not find the others
+    fi
 fi
+agent+=(--max-restarts="${MAX_RESTARTS:-$restarts}")
 "$run" env "${variables[@]}" python -m "${agent[@]}" -m moetrain train "$@"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +25,9 @@ from moetrain import settings
 from moetrain.cautions import cautions
 from moetrain.config import Config, DataConfig
 from moetrain.constraints import check_world
-from moetrain.errors import DivergedError, UserError
+from moetrain.errors import RunError, UserError
+from moetrain.failure import FAILED, is_watched, kind_of, record_error
 
-FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 """As shells count an end by SIGINT."""
@@ -226,8 +227,13 @@ def main(args: Sequence[str] | None = None) -> int:
         return parse(sys.argv[1:] if args is None else args).run()
     except UserError as error:
         return _refuse(error, BAD_INPUT)
-    except DivergedError as error:
+    except RunError as error:
         return _refuse(error, FAILED)
+    except Exception as error:
+        record_error(error)
+        if not is_watched():
+            raise
+        return _fail(error)
     except KeyboardInterrupt:
         print("moetrain: interrupted; what a run last saved is there", file=sys.stderr)
         return INTERRUPTED
@@ -251,14 +257,29 @@ def parse(args: Sequence[str]) -> Command:
 
 
 def _refuse(error: Exception, code: int) -> int:
-    """Say it once for all ranks: rank 0 at once, and the agent that watches them then ends the
-    others while they linger. One that outlives that has an error of its own, and says it.
+    """Say it once for all ranks. `moetrain.torchrun` does so; without it rank 0 does at once, and
+    the agent that watches them then ends the others while they linger. One that outlives that has
+    an error of its own, and says it.
     """
+    record_error(error)
+    if is_watched():
+        return code
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         time.sleep(LINGER_S)
     print(f"moetrain: error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
     return code
+
+
+def _fail(error: Exception) -> int:
+    """Show a failure that the launcher will show again in the end, if it was the first."""
+    rank = os.environ.get("RANK", "0")
+    if kind_of(error) == "consequence":
+        text = f"lost another rank: {str(error).splitlines()[0]}"
+    else:
+        text = "".join(traceback.format_exception(error))
+    print(f"moetrain: rank {rank}: {text}", file=sys.stderr)
+    return FAILED
 
 
 def _warn(messages: Sequence[str]) -> None:

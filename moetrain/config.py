@@ -171,6 +171,8 @@ class ParallelConfig(Section):
     part computes; must divide moe.experts/ep."""
     nodes: PositiveInt = 1
     """Nodes that the ep ranks lie on, for two_level."""
+    timeout_s: PositiveFloat = 600.0
+    """Seconds without progress, or without an answer of a rank, after which the run is ended."""
 
     @property
     def nodes_apart(self) -> int:
@@ -275,6 +277,8 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; the last step is saved too. 0: never."""
     keep: PositiveInt = 2
     """Newest checkpoints kept."""
+    asynchronous: Bool = True
+    """Write from a copy in host memory while training goes on."""
     resume: str = "auto"
     """auto: continue from the newest checkpoint of this run, if any; never; or a path."""
 

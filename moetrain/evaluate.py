@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -41,9 +42,16 @@ def forward(model: nn.Module, batch: Batch, mode: Mode, draws: Draws | None = No
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, samples: Samples, sequences: int, config: Config, mesh: Mesh
-) -> Means:
+    model: nn.Module,
+    samples: Samples,
+    sequences: int,
+    config: Config,
+    mesh: Mesh,
+    is_interrupted: Callable[[], bool] = lambda: False,
+) -> Means | None:
     """Mean loss and ledgers over `sequences` samples, evenly spaced in the text.
+
+    None where `is_interrupted`, asked before every batch, says so, on all ranks alike.
 
     Every rank runs the same number of batches, filled up with padding, so that none waits for
     another in a collective. With routing groups inside sequences the result depends on no layout.
@@ -53,6 +61,8 @@ def evaluate(
     chosen = [i * len(samples) // wanted for i in range(wanted)]
     parts, counts = [], []
     for first in range(0, wanted, micro * mesh.world):
+        if is_interrupted():
+            return None
         start = first + mesh.rank * micro
         indices = chosen[start : start + micro]
         padding = [-1] * (micro - len(indices))
@@ -89,6 +99,7 @@ def run(path: Path | str, split: Literal["train", "eval"], sequences: int | None
         )
         model = restore.model_on_mesh(found, mesh)
         means = evaluate(model, samples, sequences or config.eval.sequences, config, mesh)
+        assert means is not None, "nothing interrupts it"
         if mesh.rank == 0:
             print(_summary(found, split, means, prepared.manifest))
 

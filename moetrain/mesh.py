@@ -17,11 +17,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moetrain.errors import UserError
 
 T = TypeVar("T")
+
+BACKGROUND = "background"
+"""Description of a group that is used beside the training."""
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -30,11 +34,11 @@ def rank_and_world() -> tuple[int, int]:
 
 
 @contextmanager
-def process_group():
+def process_group(limit_s: float = 600.0):
     """Join the launcher's process group, or make one of a single rank; leave it at the end.
 
-    The backend is NCCL with a GPU for every rank (and Gloo for CPU tensors), Gloo otherwise. Yields
-    the device of this rank.
+    The backend is NCCL with a GPU for every rank (and Gloo for CPU tensors), Gloo otherwise;
+    `limit_s` is what its collectives may take. Yields the device of this rank.
     """
     device, backend = _device(), "gloo"
     if device.type == "cuda":
@@ -47,7 +51,7 @@ def process_group():
         rank=rank,
         world_size=world,
         store=alone,
-        timeout=timedelta(minutes=10),
+        timeout=timedelta(seconds=limit_s),
     )
     try:
         yield device
@@ -131,6 +135,12 @@ class Mesh:
         assert self._nodes is not None
         return self._nodes["across"]
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on any rank. It travels between CPUs, and waits for no GPU."""
+        seen = torch.tensor(int(flag))
+        dist.all_reduce(seen, dist.ReduceOp.MAX)
+        return bool(seen)
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in a new tensor."""
         total = tensor.detach().clone()
@@ -145,6 +155,22 @@ class Mesh:
             parts = total.split([tensor.numel() for tensor in tensors])
             for tensor, part in zip(tensors, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+
+def limit_collectives(seconds: float) -> None:
+    """Give the groups there are a time limit; torch gives new ones a limit of its own."""
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def collectives_begun() -> int:
+    """How many collectives this rank has begun so far, in all of its groups."""
+    groups = list(distributed_c10d._world.pg_map)
+    return sum(
+        group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+        for group in groups
+        if group.group_desc != BACKGROUND
+    )
 
 
 def on_first_local_rank(work: Callable[[], T], within: timedelta = timedelta(days=1)) -> T:

@@ -131,6 +131,17 @@ class Report:
         if self._is_writer:
             self._progress.note(f"checkpoint of step {step} saved")
 
+    def not_saved(self, error: Exception) -> None:
+        """Report a checkpoint that failed; training goes on."""
+        if self._is_writer:
+            self._progress.note(f"moetrain: warning: {error}\ntraining goes on without it")
+
+    def stopped(self, step: int) -> None:
+        """Report the end by a signal."""
+        if self._is_writer:
+            steps = self._config.train.steps
+            self._progress.note(f"stopped by a signal after step {step} of {steps}")
+
     def finish(self) -> None:
         """Draw the plots and say where they are."""
         if self._is_writer:

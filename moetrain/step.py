@@ -63,6 +63,8 @@ class Position:
     """Steps skipped because loss or gradient was not finite."""
     bad_in_a_row: int = 0
     """Those since the last good one."""
+    owes_evaluation: bool = False
+    """Whether an evaluation is due here and has not been done."""
 
 
 class StepResult(NamedTuple):

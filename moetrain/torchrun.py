@@ -1,19 +1,35 @@
-"""torchrun for a single node, listening on loopback alone.
+"""torchrun as moetrain starts it: private where it can be, with exit codes and errors that tell.
 
 `python -m moetrain.torchrun --nproc-per-node=2 -m moetrain train CONFIG` takes torchrun's options
-and works as it does, but the store through which agent and ranks find each other cannot be reached
-from outside: torchrun's own listens on every interface, `--standalone` included. The port is any
-free one.
+and is torchrun's elastic agent, with these differences:
+
+- A single node listens on loopback alone: torchrun's own store listens on every interface,
+  `--standalone` included. The port is any free one.
+- SIGTERM, SIGINT and SIGUSR1 are passed on to the ranks, which have the time they need to save;
+  torchrun would kill them after 30 seconds, and exit with 1. Ranks are told when their agent dies.
+- The exit code is the ranks' own where that says something: 2 for a mistake, 75 after a stop.
+- `--max-restarts` restarts what may go well the next time: ranks that were killed, hung or raised.
+  Not those that stopped, met a mistake of the user's, or cannot go on as they are.
+- The first error of all ranks is printed last, and what followed from it not at all.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import signal
 import socket
 import sys
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import final
+from types import FrameType
+from typing import Any, final
 
 from torch.distributed import PrefixStore, TCPStore
+from torch.distributed.elastic.agent.server.api import RunResult
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -21,9 +37,17 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
     rendezvous_handler_registry,
 )
-from torch.distributed.run import main
+from torch.distributed.launcher import api as launcher
+from torch.distributed.run import parse_args, run
+
+from moetrain.failure import FAILED, LAUNCHER
+from moetrain.stopping import SIGNALS, STOPPED
 
 HOST = "127.0.0.1"
+BAD_INPUT = 2
+ORDER = ("mistake", "final", "hang", "failure", "killed", "consequence", "ended")
+"""Which kind of failure explains the others, first to last. A rank that was killed is outranked by
+one that says why it ended: the agent kills those that do not end by themselves."""
 
 
 @final
@@ -31,8 +55,6 @@ class Loopback(RendezvousHandler):
     """The rendezvous of one agent with itself: a store behind a socket bound to loopback."""
 
     def __init__(self, parameters: RendezvousParameters) -> None:
-        if parameters.max_nodes != 1:
-            raise ValueError(f"--nnodes ({parameters.max_nodes}) must be 1; use torchrun for more")
         self._run_id = parameters.run_id
         listener = socket.create_server((HOST, 0))
         self._port: int = listener.getsockname()[1]
@@ -80,6 +102,118 @@ class Loopback(RendezvousHandler):
         return True
 
 
+class Agent(LocalElasticAgent):
+    """torchrun's agent; passes signals on, and knows which failures another try may mend."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._passed_on: set[int] = set()
+        for number in SIGNALS:
+            signal.signal(number, self._pass_on)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        if self._pcontext is None:
+            raise SignalException("before any rank had started", signal.Signals(number))
+        self._passed_on.add(number)
+        for pid in self._pcontext.pids().values():
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+
+    def _monitor_workers(self, worker_group: Any) -> RunResult:
+        result: RunResult = super()._monitor_workers(worker_group)  # type: ignore[call-arg]
+        for failure in result.failures.values():
+            if -failure.exitcode in self._passed_on:  # it was still starting: nothing to save
+                failure.exitcode = STOPPED
+        if result.failures:
+            if any(_is_final(failure) for failure in result.failures.values()):
+                self._remaining_restarts = 0
+            if self._remaining_restarts:
+                _say(f"{describe(result.failures)}\nmoetrain: starting all ranks again")
+        return result
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run torchrun with these arguments; return the exit code."""
+    options = parse_args(list(arguments))
+    if not options.rdzv_endpoint and options.nnodes in ("1", "1:1"):
+        rendezvous_handler_registry.register("loopback", Loopback)
+        options.rdzv_backend, options.rdzv_endpoint = "loopback", HOST
+        options.standalone = False
+    options.signals_to_handle = "SIGHUP,SIGQUIT"  # others are the agent's own
+    launcher.LocalElasticAgent = Agent  # type: ignore[misc]
+    os.environ[LAUNCHER] = "1"
+    # What it logs of ranks that end is said better below.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    try:
+        run(options)
+    except ChildFailedError as error:
+        code = exit_code(error.failures)
+        if code != STOPPED:
+            _say(describe(error.failures))
+        return code
+    except SignalException as error:
+        _say(f"moetrain: ended by {error.sigval.name}")
+        return 128 + error.sigval
+    return 0
+
+
+def exit_code(failures: Mapping[int, ProcessFailure]) -> int:
+    """The exit code of a run: that of the failure that explains the others."""
+    code = failures[first(failures)].exitcode
+    return code if code in (BAD_INPUT, STOPPED) else FAILED
+
+
+def describe(failures: Mapping[int, ProcessFailure]) -> str:
+    """The failure that explains the others, in the words of its rank."""
+    rank = first(failures)
+    failure = failures[rank]
+    kind, text = _kind(failure), _text(failure)
+    if kind in ("mistake", "final", "hang"):  # as every rank would say it
+        return f"moetrain: error: {text}"
+    if text:
+        return (
+            f"moetrain: error: the first error, of rank {rank} on {socket.gethostname()}:\n{text}"
+        )
+    how = f"exit code {failure.exitcode}"
+    if failure.exitcode < 0:
+        how = f"killed by {failure.signal_name()}"
+    return f"moetrain: error: rank {rank} on {socket.gethostname()}: {how}"
+
+
+def first(failures: Mapping[int, ProcessFailure]) -> int:
+    """The rank whose failure explains the others."""
+    return min(
+        failures, key=lambda rank: (ORDER.index(_kind(failures[rank])), _time(failures[rank]))
+    )
+
+
+def _kind(failure: ProcessFailure) -> str:
+    if (note := failure.error_file_data.get("moetrain")) is not None:
+        return note["kind"]
+    if failure.exitcode == STOPPED:
+        return "final"
+    return "killed" if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM else "ended"
+
+
+def _is_final(failure: ProcessFailure) -> bool:
+    return _kind(failure) in ("mistake", "final")
+
+
+def _time(failure: ProcessFailure) -> float:
+    note = failure.error_file_data.get("moetrain", {})
+    return note.get("time", failure.timestamp)
+
+
+def _text(failure: ProcessFailure) -> str:
+    message = failure.error_file_data["message"]
+    return message["message"].rstrip() if isinstance(message, dict) else ""
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 if __name__ == "__main__":
-    rendezvous_handler_registry.register("loopback", Loopback)
-    main(["--rdzv-backend=loopback", f"--rdzv-endpoint={HOST}", *sys.argv[1:]])
+    sys.exit(main(sys.argv[1:]))

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
 from moetrain import checkpoint, engines, settings
 from moetrain.build import build_model
+from moetrain.checkpoint import CheckpointError, Saver
 from moetrain.config import Config, TrainConfig
 from moetrain.constraints import check_world
 from moetrain.data import Samples, prepare
@@ -16,6 +22,7 @@ from moetrain.errors import DivergedError, UserError
 from moetrain.evaluate import evaluate
 from moetrain.mesh import (
     Mesh,
+    limit_collectives,
     on_first_local_rank,
     process_group,
     rank_and_world,
@@ -24,22 +31,42 @@ from moetrain.mesh import (
 from moetrain.objective import reduce
 from moetrain.report import Report
 from moetrain.step import Position, Run, train_step
+from moetrain.stopping import StopSignals
+from moetrain.watchdog import UNWATCHED, Watch, Watchdog
 
 
 def run(config: Config) -> int:
-    """Train as configured, with every rank that the launcher started; returns exit code 0.
+    """Train as configured, with every rank that the launcher started.
 
-    Raises UserError, alike on every rank, for what the user can mend.
+    Returns exit code 0, or 75 where a signal stopped the run and it has been saved (without
+    checkpoints: 128 and the signal's number). Raises UserError, alike on every rank, for what the
+    user can mend.
     """
     world = rank_and_world()[1]
     check_world(config, world, settings.ranks_of_node())
     engines.check(config, world)
     folder = settings.run_directory(config.out, config.name)
-    with process_group() as device:
+    limit_s = config.parallel.timeout_s
+    with (
+        StopSignals(saves=config.checkpoint.every > 0) as signals,
+        process_group(limit_s) as device,
+        _watched(folder, limit_s) as watch,
+    ):
         parallel = config.parallel
         mesh = Mesh(device, parallel.ep, parallel.dp_replicate, parallel.nodes_apart)
-        train(set_up(config, folder, mesh))
-    return 0
+        ready = set_up(config, folder, mesh)
+        # The watchdog is to speak first: it knows more than a collective that gives up.
+        limit_collectives(limit_s + 60)
+        signals.defer()
+        is_complete = train(ready, lambda: signals.asked, watch)
+    return 0 if is_complete else signals.code()
+
+
+def _watched(folder: Path, limit_s: float) -> AbstractContextManager[Watch]:
+    """A watchdog, where there are several ranks to hang; collective."""
+    if dist.get_world_size() == 1:
+        return nullcontext(UNWATCHED)
+    return Watchdog(distributed_c10d._get_default_store(), folder, limit_s)
 
 
 def set_up(config: Config, folder: Path, mesh: Mesh) -> Run:
@@ -59,39 +86,75 @@ def set_up(config: Config, folder: Path, mesh: Mesh) -> Run:
     return Run(config, folder, mesh, prepared, engine, samples, held_out)
 
 
-def train(run: Run) -> None:
-    """Train from the newest checkpoint, or from the start, to the last step."""
+def train(run: Run, is_asked: Callable[[], bool] = lambda: False, watch: Watch = UNWATCHED) -> bool:
+    """Train from the newest checkpoint, or from the start, to the last step.
+
+    `is_asked` tells whether this rank was asked to stop. Returns whether the run came to its end;
+    otherwise some rank was asked, and all stopped after the same step and saved.
+    """
     config, steps = run.config, run.config.train.steps
     position = _resume(run)
+    saver = Saver(run.folder, config.checkpoint.keep, config.checkpoint.asynchronous)
     model, start = run.engine.model, position.step
     with Report(config, run.folder, run.mesh, run.prepared, model, start) as report:
-        while position.step < steps:
-            started = time.perf_counter()
-            result = train_step(run, position)
-            position = _advance(position, config, result.is_bad)
-            report.step_took(time.perf_counter() - started)
-            if result.is_bad:
-                report.skipped(position.step, result.grad_norm)
-            is_stuck = position.bad_in_a_row >= config.train.max_bad_steps
-            if is_stuck or _due(position.step, config.log.every, steps):
-                means = reduce(result.parts, result.counts, run.mesh, result.batch_balance)
-                report.train(
-                    position.step,
-                    position.tokens,
-                    position.bad_steps,
-                    means,
-                    result.grad_norm,
-                    result.lr,
-                )
-            if is_stuck:
-                raise DivergedError(_diverged(position, config.train))
-            if _due(position.step, config.eval.every, steps):
-                means = evaluate(model, run.held_out, config.eval.sequences, config, run.mesh)
-                report.evaluation(position.step, means)
-            if _due(position.step, config.checkpoint.every, steps):
-                _save(run, position)
-                report.saved(position.step)
-        report.finish()
+        stop = False
+        while not stop and (position.step < steps or position.owes_evaluation):
+            if not position.owes_evaluation:  # owed at the start where a signal cut it short
+                watch.mark(f"step {position.step + 1}")
+                position = _step(run, position, report)
+            stop = run.mesh.any(is_asked())
+            if position.owes_evaluation and not stop:
+                position = _evaluate(run, position, report, is_asked, watch)
+                stop = position.owes_evaluation
+            is_due = _due(position.step, config.checkpoint.every, steps)
+            if is_due or (stop and config.checkpoint.every):
+                watch.rest(f"saving step {position.step}")
+                saver.save(position.step, run.engine.state(), _extra(run, position))
+            _report_saves(saver, report)
+        watch.rest("finishing")
+        saver.wait()
+        _report_saves(saver, report, is_last=True)
+        if stop:
+            report.stopped(position.step)
+        else:
+            report.finish()
+    return not stop
+
+
+def _step(run: Run, position: Position, report: Report) -> Position:
+    """One optimizer step and its metrics; where the run then stands."""
+    config, started = run.config, time.perf_counter()
+    result = train_step(run, position)
+    position = _advance(position, config, result.is_bad)
+    report.step_took(time.perf_counter() - started)
+    if result.is_bad:
+        report.skipped(position.step, result.grad_norm)
+    is_stuck = position.bad_in_a_row >= config.train.max_bad_steps
+    if is_stuck or _due(position.step, config.log.every, config.train.steps):
+        means = reduce(result.parts, result.counts, run.mesh, result.batch_balance)
+        report.train(
+            position.step, position.tokens, position.bad_steps, means, result.grad_norm, result.lr
+        )
+    if is_stuck:
+        raise DivergedError(_diverged(position, config.train))
+    return position
+
+
+def _evaluate(
+    run: Run, position: Position, report: Report, is_asked: Callable[[], bool], watch: Watch
+) -> Position:
+    """Evaluate, unless some rank is asked to stop meanwhile; then it stays owed."""
+
+    def is_interrupted() -> bool:
+        watch.mark(f"evaluation after step {position.step}")
+        return run.mesh.any(is_asked())
+
+    model, config = run.engine.model, run.config
+    means = evaluate(model, run.held_out, config.eval.sequences, config, run.mesh, is_interrupted)
+    if means is None:
+        return position
+    report.evaluation(position.step, means)
+    return replace(position, owes_evaluation=False)
 
 
 def _advance(position: Position, config: Config, is_bad: bool) -> Position:
@@ -102,6 +165,7 @@ def _advance(position: Position, config: Config, is_bad: bool) -> Position:
         position.tokens + batch * config.data.seq_len,
         position.bad_steps + is_bad,
         position.bad_in_a_row + 1 if is_bad else 0,
+        _due(position.step + 1, config.eval.every, config.train.steps),
     )
 
 
@@ -123,16 +187,26 @@ def _due(step: int, every: int, last: int) -> bool:
 # ---------------------------------------------------------------- checkpoints
 
 
-def _save(run: Run, position: Position) -> None:
-    extra = {
+def _extra(run: Run, position: Position) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors."""
+    return {
         "position": asdict(position),
         "order": _order(run),
         "vocab_size": run.prepared.manifest.vocab_size,
         "tokenizer": run.prepared.manifest.tokenizer,
         "config": run.config.model_dump(mode="json"),
     }
-    checkpoint.save(run.folder, position.step, run.engine.state(), extra)
-    checkpoint.prune(run.folder, run.config.checkpoint.keep)
+
+
+def _report_saves(saver: Saver, report: Report, is_last: bool = False) -> None:
+    """Say how saves have ended. Training goes on without one that failed, but for the last."""
+    for step, error in saver.outcomes():
+        if error is None:
+            report.saved(step)
+        elif is_last or not isinstance(error, CheckpointError):
+            raise error
+        else:
+            report.not_saved(error)
 
 
 def _resume(run: Run) -> Position:

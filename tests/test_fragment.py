@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from moetrain.engines.fragment import Fragment, boxes
+from moetrain.checkpoint.fragment import Fragment, boxes
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_boxes_hold_a_range_in_order_and_are_few(shape: tuple[int, ...]) -> None
 
 def test_a_fragment_shares_its_memory() -> None:
     flat = torch.zeros(7)
-    fragment = Fragment((3, 4), 3, flat)
+    fragment = Fragment.of_flat((3, 4), 3, flat)
     assert fragment.shape == (3, 4)
     for (offsets, _), piece in fragment.pieces:
         piece.fill_(offsets[0] + 1)
@@ -37,7 +37,7 @@ def test_a_fragment_shares_its_memory() -> None:
 
 
 def test_a_fragment_may_be_empty_and_computes_nothing() -> None:
-    fragment = Fragment((2, 3), 4, torch.zeros(0, dtype=torch.float64))
+    fragment = Fragment.of_flat((2, 3), 4, torch.zeros(0, dtype=torch.float64))
     assert fragment.pieces == []
     assert (fragment.shape, fragment.dtype) == ((2, 3), torch.float64)
     with pytest.raises(NotImplementedError):

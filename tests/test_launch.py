@@ -128,7 +128,16 @@ def test_setup_refuses_an_old_interpreter(clone: Clone) -> None:
 # ---- training ------------------------------------------------------------------------------------
 
 SEVERAL = {"NNODES": "4", "NODE_RANK": "1", "MASTER_ADDR": "first", "MASTER_PORT": "29511"}
-OF_SEVERAL = ["--nnodes=4", "--node-rank=1", "--master-addr=first", "--master-port=29511"]
+OF_SEVERAL = [
+    *("--nnodes=4", "--node-rank=1", "--master-addr=first", "--master-port=29511"),
+    "--max-restarts=0",
+]
+ELASTIC = {"NNODES": "1:3", "MASTER_ADDR": "first"}
+OF_ELASTIC = [
+    *("--nnodes=1:3", "--rdzv-backend=c10d", "--rdzv-endpoint=first:29500"),
+    *("--rdzv-id=moetrain", "--max-restarts=3"),
+]
+AGAIN = "--max-restarts=3"
 
 
 def options(call: str) -> list[str]:
@@ -138,9 +147,10 @@ def options(call: str) -> list[str]:
 @pytest.mark.parametrize(
     ("environ", "world_size", "launch"),
     [
-        ({}, 1, ["--nproc-per-node=1"]),
-        ({"NPROC": "2"}, 2, ["--nproc-per-node=2"]),
-        ({"GPUS": "8"}, 8, ["--nproc-per-node=8"]),
+        ({}, 1, ["--nproc-per-node=1", AGAIN]),
+        ({"NPROC": "2"}, 2, ["--nproc-per-node=2", AGAIN]),
+        ({"GPUS": "8"}, 8, ["--nproc-per-node=8", AGAIN]),
+        ({"GPUS": "8", "MAX_RESTARTS": "0"}, 8, ["--nproc-per-node=8", "--max-restarts=0"]),
         ({"GPUS": "2", **SEVERAL}, 8, ["--nproc-per-node=2", *OF_SEVERAL]),
         (
             {"GPUS": "2", **SEVERAL, "NODE_RANK": "", "SLURM_NODEID": "1"},
@@ -160,17 +170,25 @@ def test_train_checks_for_the_ranks_that_it_launches(
     assert train.endswith(" -m moetrain train a.yaml --train.steps 3")
 
 
+def test_every_number_of_nodes_that_may_be_left_is_checked(clone: Clone) -> None:
+    done = clone.run("launch/train.sh a.yaml", VENV=clone.venv(), GPUS="2", **ELASTIC)
+    assert done.returncode == 0, done.stderr
+    *checks, train = clone.calls()[1:]
+    assert [call.split()[-1] for call in checks] == ["2", "4", "6"]
+    assert options(train) == ["--nproc-per-node=2", *OF_ELASTIC]
+
+
 def test_gpus_that_are_hidden_do_not_count(clone: Clone) -> None:
     done = clone.run("launch/train.sh a.yaml", VENV=clone.venv(), GPUS="8", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0
-    assert options(clone.calls()[-1]) == ["--nproc-per-node=1"]
+    assert options(clone.calls()[-1]) == ["--nproc-per-node=1", AGAIN]
 
 
 def test_more_ranks_than_gpus_train_on_the_cpu(clone: Clone) -> None:
     done = clone.run("launch/train.sh a.yaml", VENV=clone.venv(), GPUS="1", NPROC="2")
     assert done.returncode == 0
     assert done.stderr == "NPROC (2) is more than the GPUs here (1): training on the CPU.\n"
-    assert options(clone.calls()[-1]) == ["--nproc-per-node=2"]
+    assert options(clone.calls()[-1]) == ["--nproc-per-node=2", AGAIN]
 
 
 @pytest.mark.parametrize(
@@ -181,6 +199,10 @@ def test_more_ranks_than_gpus_train_on_the_cpu(clone: Clone) -> None:
         ({**SEVERAL, "NODE_RANK": "4"}, "NODE_RANK (4) must be one of 0 to 3"),
         ({**SEVERAL, "NODE_RANK": "first"}, "NODE_RANK (first) must be one of 0 to 3"),
         ({"NNODES": "0"}, "NNODES (0) must be a whole number, 1 or more"),
+        ({"NNODES": "1:two"}, "NNODES (two) must be a whole number, 1 or more"),
+        ({"NNODES": "3:2"}, "NNODES (3:2) must be MIN:MAX with MIN not above MAX"),
+        ({"NNODES": "1:2"}, "MASTER_ADDR must be set when NNODES is above 1"),
+        ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS (-1) must be a whole number, 0 or more"),
         ({"NPROC": "two"}, "NPROC (two) must be a whole number, 1 or more"),
     ],
 )
@@ -200,16 +222,16 @@ def test_a_wrong_variable_is_named_before_anything_runs(
         (
             {"NPROC": "2"},
             "GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo "
-            "python -m moetrain.torchrun --nproc-per-node=2",
+            f"python -m moetrain.torchrun --nproc-per-node=2 {AGAIN}",
         ),
         (
             {"NPROC": "2", "GPUS": "1"},
             "CUDA_VISIBLE_DEVICES= GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo "
-            "python -m moetrain.torchrun --nproc-per-node=2",
+            f"python -m moetrain.torchrun --nproc-per-node=2 {AGAIN}",
         ),
         (
             {"GPUS": "8", **SEVERAL},
-            f"python -m torch.distributed.run --nproc-per-node=8 {' '.join(OF_SEVERAL)}",
+            f"python -m moetrain.torchrun --nproc-per-node=8 {' '.join(OF_SEVERAL)}",
         ),
     ],
 )
@@ -253,7 +275,7 @@ def test_quickstart_trains_on_two_ranks_with_the_experts_spread(clone: Clone) ->
     done = clone.run("launch/quickstart.sh --train.steps 3", VENV=clone.venv())
     assert done.returncode == 0, done.stderr
     train = next(call for call in clone.calls() if "moetrain train" in call)
-    assert options(train) == ["--nproc-per-node=2"]
+    assert options(train) == ["--nproc-per-node=2", AGAIN]
     assert train.endswith(
         "configs/quickstart.yaml --train.steps 3 --name quickstart --out runs --parallel.ep 2"
     )
@@ -296,9 +318,3 @@ def test_a_single_node_listens_on_loopback_alone(tmp_path: Path) -> None:
     loopback = "0100007F"
     lines = [f"rank {rank} total 2 listens ['{loopback}']" for rank in range(2)]
     assert sorted(done.stdout.split("\n")[:-1]) == lines
-
-
-def test_the_single_node_launcher_refuses_several() -> None:
-    done = run(sys.executable, "-m", "moetrain.torchrun", "--nnodes=2", "-m", "moetrain")
-    assert done.returncode != 0
-    assert "--nnodes (2) must be 1" in done.stderr

@@ -561,7 +561,7 @@ def test_jobs_show_what_their_nodes_would_run(train_job: TrainJob, task: Task) -
         SKYPILOT_NODE_IPS="one\ntwo",
     )  # fmt: skip
     assert ours.returncode == theirs.returncode == 0, ours.stderr + theirs.stderr
-    agent = "torch.distributed.run --nproc-per-node=8 --nnodes=2 --node-rank=1 --master-addr=one "
+    agent = "moetrain.torchrun --nproc-per-node=8 --nnodes=2 --node-rank=1 --master-addr=one "
     assert agent in ours.stdout
     assert ours.stdout.replace("=", " ") == theirs.stdout.replace("=", " ")
 

@@ -18,13 +18,17 @@ every other file: one flipped bit anywhere is found.
 """
 
 from moetrain.checkpoint.folder import committed, latest, prune, resolve
+from moetrain.checkpoint.fragment import Fragment
 from moetrain.checkpoint.manifest import DamagedCheckpointError, Manifest, read_manifest
+from moetrain.checkpoint.saver import Saver
 from moetrain.checkpoint.transfer import CheckpointError, load, load_latest, save
 
 __all__ = [
     "CheckpointError",
     "DamagedCheckpointError",
+    "Fragment",
     "Manifest",
+    "Saver",
     "committed",
     "latest",
     "load",

@@ -32,13 +32,13 @@ from moetrain.checkpoint.manifest import (
     read_manifest,
     seal,
 )
-from moetrain.errors import UserError
+from moetrain.errors import RunError, UserError
 
 Group = dist.ProcessGroup | None
 T = TypeVar("T")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """Writing or reading failed on some rank (a full disk, say); raised alike on every rank."""
 
 

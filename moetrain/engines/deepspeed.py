@@ -36,10 +36,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moetrain.checkpoint import Fragment
 from moetrain.config import EngineConfig, TrainConfig
 from moetrain.engines.cast import compute_in
 from moetrain.engines.deepspeed_config import BUCKET
-from moetrain.engines.fragment import Fragment
 from moetrain.errors import UserError
 from moetrain.mesh import Mesh
 from moetrain.model import Transformer
@@ -143,10 +143,14 @@ class DeepSpeedEngine:
             held, shape, first = self._held[name], *self._logical(weight)
             whole = weight.detach()
             spread = weight.shape != shape
-            tensors[f"model.{name}"] = Fragment(shape, first, whole.view(-1)) if spread else whole
+            tensors[f"model.{name}"] = (
+                Fragment.of_flat(shape, first, whole.view(-1)) if spread else whole
+            )
             for moment in MOMENTS:
                 flat = self.optimizer.state[held.key][moment].view(-1)[held.place]
-                tensors[f"optimizer.{name}.{moment}"] = Fragment(shape, first + held.start, flat)
+                tensors[f"optimizer.{name}.{moment}"] = Fragment.of_flat(
+                    shape, first + held.start, flat
+                )
             tensors[f"optimizer.{name}.step"] = self.optimizer.state[held.key]["step"]
         return tensors
 

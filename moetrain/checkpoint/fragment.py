@@ -1,4 +1,4 @@
-"""A flat run of a tensor's elements, as checkpoints see it: boxes of the logical tensor.
+"""What a rank holds of a tensor, as checkpoints see it: boxes of the logical tensor.
 
 ZeRO cuts flat buffers, not tensors, so what a rank holds of a moment is any range of its elements.
 """
@@ -52,7 +52,7 @@ def _inside(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
 
 
 class Fragment(Tensor):
-    """Elements `start`, `start` + 1 ... of a tensor of logical `shape`, in the memory of `flat`.
+    """Boxes of a tensor of logical `shape`, each with the memory that holds it.
 
     It has no operations; it is there to be saved and loaded by torch.distributed.checkpoint, whose
     protocol for tensors that lie in pieces it follows (DTensor does the same).
@@ -61,19 +61,27 @@ class Fragment(Tensor):
     pieces: list[tuple[Box, Tensor]]
 
     @staticmethod
-    def __new__(cls, shape: tuple[int, ...], start: int, flat: Tensor) -> Fragment:
-        """`flat` (1-D) may be empty."""
+    def __new__(
+        cls, shape: tuple[int, ...], dtype: torch.dtype, pieces: list[tuple[Box, Tensor]]
+    ) -> Fragment:
+        """`pieces` may be empty."""
+        device = pieces[0][1].device if pieces else torch.device("cpu")
         # A checkpoint reads shape and dtype from it.
         made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=flat.dtype, device=flat.device
+            cls, shape, dtype=dtype, device=device
         )
-        made.pieces = []
-        done = 0
+        made.pieces = pieces
+        return made
+
+    @classmethod
+    def of_flat(cls, shape: tuple[int, ...], start: int, flat: Tensor) -> Fragment:
+        """Elements `start`, `start` + 1 ... in the memory of `flat` (1-D, may be empty)."""
+        pieces, done = [], 0
         for offsets, sizes in boxes(tuple(shape), start, start + flat.numel()):
             numel = math.prod(sizes)
-            made.pieces.append(((offsets, sizes), flat[done : done + numel].view(sizes)))
+            pieces.append(((offsets, sizes), flat[done : done + numel].view(sizes)))
             done += numel
-        return made
+        return cls(shape, flat.dtype, pieces)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

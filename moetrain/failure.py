@@ -1,0 +1,79 @@
+"""How a rank that fails tells its launcher why, so that the first error of all is printed last.
+
+torchrun gives each rank the name of a file for that, and shows the earliest in the end. What
+`moetrain.torchrun` needs beside it, to tell causes from consequences, stands in the same file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Literal
+
+from moetrain.errors import RunError, UserError
+
+FAILED = 1
+LAUNCHER = "MOETRAIN_LAUNCHER"
+"""Set for ranks whose launcher is `moetrain.torchrun`."""
+
+Kind = Literal["mistake", "final", "hang", "failure", "consequence"]
+"""mistake: the user's; final: not to be tried again; hang: the watchdog's finding; consequence: of
+another rank's end."""
+_LOST = re.compile(r"gloo/|connection (was )?(closed|reset)|broken pipe|NCCL", re.IGNORECASE)
+"""What torch says when another rank is gone, or has not come to a collective in time."""
+
+
+def is_watched() -> bool:
+    """Whether the launcher prints the first error of all ranks by itself (`moetrain.torchrun`)."""
+    return LAUNCHER in os.environ
+
+
+def kind_of(error: BaseException) -> Kind:
+    """What kind of failure an exception is."""
+    if isinstance(error, UserError):
+        return "mistake"
+    if isinstance(error, RunError):
+        return "final"
+    is_lost = any(isinstance(one, RuntimeError) and _LOST.search(str(one)) for one in _chain(error))
+    return "consequence" if is_lost else "failure"
+
+
+def record_error(error: BaseException) -> None:
+    """Leave an exception for the launcher: its message where it was meant for the user, else its
+    traceback."""
+    kind = kind_of(error)
+    has_message = kind in ("mistake", "final")
+    record(str(error) if has_message else "".join(traceback.format_exception(error)), kind)
+
+
+def record(text: str, kind: Kind = "failure") -> None:
+    """Leave the reason of this process's end where the launcher looks for it, if it does."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    now = time.time()
+    # The format that torchrun reads, and a key of our own.
+    content = {
+        "message": {
+            "message": text,
+            "extraInfo": {"py_callstack": text, "timestamp": str(int(now))},
+        },
+        "moetrain": {"kind": kind, "time": now},
+    }
+    try:
+        with open(path, "w") as file:
+            json.dump(content, file)
+    except OSError:
+        pass  # a full disk, say; the text is on the screen as well
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The exception and those it came from."""
+    one: BaseException | None = error
+    while one is not None:
+        yield one
+        one = one.__cause__ or one.__context__
