@@ -21,7 +21,8 @@ class MetricsLog:
 
     A resumed run takes up the file after `resume_step`: later lines and a line torn by a kill are
     dropped. `resume_step` 0 starts an empty file and keeps the lines of an earlier run of the name
-    in metrics.jsonl.old. NaN and infinity are written as null.
+    in metrics.jsonl.old. NaN and infinity are written as null. What a full disk does not take is a
+    warning, and is written once there is room.
     """
 
     def __init__(self, run_dir: Path, resume_step: int) -> None:
@@ -31,15 +32,24 @@ class MetricsLog:
             _truncate(path, resume_step)
         elif path.exists():
             path.replace(path.with_name(f"{METRICS_FILE}.old"))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line. Raises OSError when the disk does not take it."""
-        self._file.write(encode(line) + "\n")
-        self._file.flush()
+        """Append one line."""
+        had_room = not self._waiting
+        self._waiting += f"{encode(line)}\n".encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if had_room:
+                _log.warning("%s waits for room: %s", self._file.name, error.strerror)
 
     def close(self) -> None:
         """Close the file."""
+        if self._waiting:
+            _log.warning("%s has lost its last lines: there was no room", self._file.name)
         self._file.close()
 
 

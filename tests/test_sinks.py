@@ -108,22 +108,33 @@ def test_kill_9_loses_no_line_that_was_written(tmp_path):
     assert len(steps) >= reported[-1]
 
 
-def test_a_full_disk_is_an_error_and_the_file_stays_readable(tmp_path):
-    resource = pytest.importorskip("resource")
-    script = (
-        "import resource, signal, sys; from pathlib import Path;"
-        "from moetrain.sinks import MetricsLog;"
-        "log = MetricsLog(Path(sys.argv[1]), 0);"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000));"
-        "[log.write({'step': step, 'load': [7] * 500}) for step in range(1, 9)]"
-    )
-    assert resource.RLIMIT_FSIZE is not None
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from moetrain.sinks import MetricsLog
+log = MetricsLog(Path(sys.argv[1]), 0)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, -1))
+for step in range(1, 9):
+    if step == int(sys.argv[2]):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+    log.write({"step": step, "load": [7] * 500})
+log.close()
+"""
+
+
+@pytest.mark.parametrize(("room_at", "written"), [(7, 8), (9, 3)])
+def test_lines_wait_for_room_on_the_disk(tmp_path, room_at, written):
+    """The system takes 5000 bytes, which cuts the fourth line, and all from `room_at` on."""
+    pytest.importorskip("resource")
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True
+        [sys.executable, "-c", FULL_DISK, str(tmp_path), str(room_at)],
+        capture_output=True,
+        text=True,
     )
-    assert done.returncode == 1
-    assert "File too large" in done.stderr
-    assert steps_of(tmp_path) == [1, 2, 3]
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("waits for room: File too large") == 1
+    assert ("has lost its last lines" in done.stderr) == (written < 8)
+    assert steps_of(tmp_path) == list(range(1, written + 1))
     MetricsLog(tmp_path, resume_step=3).close()
     assert steps_of(tmp_path) == [1, 2, 3]

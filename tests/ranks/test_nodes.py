@@ -20,10 +20,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from jobs import job
 from launchers import ROOT, environment
-from runs import lines_without_timings, without_pictures
+from runs import lines_without_timings, without_pictures, write_config
 
-from moetrain import settings
+from moetrain import checkpoint, settings, torchrun
 from moetrain.mesh import Mesh
 from moetrain.testing import RankPool
 from moetrain.train import set_up
@@ -201,3 +202,28 @@ def test_two_nodes_train_as_one(
     assert lines == lines_without_timings(out / "one")
     assert [line["step"] for line in lines] == [1, 2, 2]
     assert all(len(layer["outcomes_by_rank"]) == 4 for layer in lines[0]["layers"])
+
+
+# ---- a cut cable ---------------------------------------------------------------------------------
+
+
+def test_when_the_cable_is_cut_both_nodes_end(nodes: list[Node], tmp_path: Path) -> None:
+    """No packet says so: one hears nothing of the other's rank, the other nothing of the store."""
+    config = write_config(tmp_path, parallel={"ep": 2}, train={"steps": 4000}, eval={"every": 0})
+    flags = ("--parallel.timeout-s", 4, "--checkpoint.every", 2)
+    variables = {"MASTER_ADDR": nodes[0].address, "GLOO_SOCKET_IFNAME": INTERFACE}
+    namespaces = [node.namespace for node in nodes]
+    with job(tmp_path, 2, "train", config, *flags, namespaces=namespaces, **variables) as running:
+        running.wait_for_word("checkpoint of step 2 saved")
+        nodes[1].ip("link", "set", INTERFACE, "down")
+        try:
+            ended = running.wait()
+        finally:
+            nodes[1].ip("link", "set", INTERFACE, "up")
+    assert ended.codes == [1, 1], ended.output
+    texts = [torchrun.describe({0: failure}) for failure in ended.failures.values()]
+    assert texts[0].startswith("moetrain: error: rank 1 (last at: step ")
+    assert texts[1].startswith(
+        "moetrain: error: rank 1 has had no answer from the store of the run for 4 s"
+    )
+    assert checkpoint.latest(tmp_path / "runs" / "run") is not None

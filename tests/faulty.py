@@ -1,0 +1,46 @@
+"""`moetrain`, but one rank goes wrong at a step, once: what no signal from outside can do.
+
+    FAULT="raise 1 5" python tests/faulty.py train CONFIG
+
+`raise`, `kill` (itself, by SIGKILL) or `loop` (for ever), the rank, and the step.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from moetrain import cli, train
+
+
+def go_wrong(fault: str) -> None:
+    """Make this process's rank do so, if it is the one meant."""
+    kind, rank, at = fault.split()
+    if os.environ["RANK"] != rank:
+        return
+    train_step = train.train_step
+
+    def wrapped(run: Any, position: Any) -> Any:
+        if position.step + 1 == int(at):
+            _go_wrong(kind)
+        return train_step(run, position)
+
+    train.train_step = wrapped
+
+
+def _go_wrong(kind: str) -> None:
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "loop":
+        while True:
+            time.sleep(0.01)
+    raise RuntimeError("the cause of it all")
+
+
+if __name__ == "__main__":
+    for one in os.environ["FAULT"].split(","):
+        go_wrong(one)
+    sys.exit(cli.main())
