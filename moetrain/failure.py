@@ -6,9 +6,12 @@ torchrun gives each rank the name of a file for that, and shows the earliest in 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
+import signal
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -18,7 +21,7 @@ from moetrain.errors import RunError, UserError
 
 FAILED = 1
 LAUNCHER = "MOETRAIN_LAUNCHER"
-"""Set for ranks whose launcher is `moetrain.torchrun`."""
+"""For ranks whose launcher is `moetrain.torchrun`: its process id."""
 
 Kind = Literal["mistake", "final", "hang", "failure", "consequence"]
 """mistake: the user's; final: not to be tried again; hang: the watchdog's finding; consequence: of
@@ -30,6 +33,17 @@ _LOST = re.compile(r"gloo/|connection (was )?(closed|reset)|broken pipe|NCCL", r
 def is_watched() -> bool:
     """Whether the launcher prints the first error of all ranks by itself (`moetrain.torchrun`)."""
     return LAUNCHER in os.environ
+
+
+def end_with_launcher() -> None:
+    """Have the kernel kill this process when its launcher dies, so that no rank is left behind to
+    hold GPUs and the run's folder. Where the kernel can (Linux)."""
+    if not is_watched() or sys.platform != "linux":
+        return
+    set_death_signal = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+    if os.getppid() != int(os.environ[LAUNCHER]):  # it died before
+        os._exit(FAILED)
 
 
 def kind_of(error: BaseException) -> Kind:

@@ -6,7 +6,7 @@ and is torchrun's elastic agent, with these differences:
 - A single node listens on loopback alone: torchrun's own store listens on every interface,
   `--standalone` included. The port is any free one.
 - SIGTERM, SIGINT and SIGUSR1 are passed on to the ranks, which have the time they need to save;
-  torchrun would kill them after 30 seconds, and exit with 1. Ranks are told when their agent dies.
+  torchrun would kill them after 30 seconds, and exit with 1. Ranks do not outlive their agent.
 - The exit code is the ranks' own where that says something: 2 for a mistake, 75 after a stop.
 - `--max-restarts` restarts what may go well the next time: ranks that were killed, hung or raised.
   Not those that stopped, met a mistake of the user's, or cannot go on as they are.
@@ -21,12 +21,13 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from types import FrameType
 from typing import Any, final
 
 from torch.distributed import PrefixStore, TCPStore
-from torch.distributed.elastic.agent.server.api import RunResult
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -56,17 +57,6 @@ class Loopback(RendezvousHandler):
 
     def __init__(self, parameters: RendezvousParameters) -> None:
         self._run_id = parameters.run_id
-        listener = socket.create_server((HOST, 0))
-        self._port: int = listener.getsockname()[1]
-        # The store takes the socket over and closes it.
-        self._store = TCPStore(
-            HOST,
-            self._port,
-            is_master=True,
-            timeout=timedelta(minutes=10),
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
 
     def get_backend(self) -> str:
         """The name for `--rdzv-backend`."""
@@ -78,9 +68,21 @@ class Loopback(RendezvousHandler):
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """The store, and this agent as the only one."""
-        store = PrefixStore(self._run_id, self._store)
-        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(HOST, self._port))
+        """A new store, in which ranks that are started again find nothing of those before, and
+        this agent as the only one."""
+        listener = socket.create_server((HOST, 0))
+        port: int = listener.getsockname()[1]
+        # The store takes the socket over and closes it.
+        store = TCPStore(
+            HOST,
+            port,
+            is_master=True,
+            timeout=timedelta(minutes=10),
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+        named = PrefixStore(self._run_id, store)
+        return RendezvousInfo(named, 0, 1, RendezvousStoreInfo(HOST, port))
 
     def is_closed(self) -> bool:
         """No other agent can close it."""
@@ -107,21 +109,26 @@ class Agent(LocalElasticAgent):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._to_pass_on: list[int] = []
         self._passed_on: set[int] = set()
         for number in SIGNALS:
-            signal.signal(number, self._pass_on)
+            signal.signal(number, self._take)
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        if self._pcontext is None:
-            raise SignalException("before any rank had started", signal.Signals(number))
-        self._passed_on.add(number)
-        for pid in self._pcontext.pids().values():
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self._worker_group.state != WorkerState.HEALTHY:  # it waits for other agents, say
+            raise SignalException("while no ranks run", signal.Signals(number))
+        self._to_pass_on.append(number)
+
+    def _pass_on(self) -> None:
+        while self._to_pass_on:
+            number = self._to_pass_on.pop()
+            self._passed_on.add(number)
+            for pid in self._pcontext.pids().values():  # type: ignore[union-attr]
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
     def _monitor_workers(self, worker_group: Any) -> RunResult:
+        self._pass_on()
         result: RunResult = super()._monitor_workers(worker_group)  # type: ignore[call-arg]
         for failure in result.failures.values():
             if -failure.exitcode in self._passed_on:  # it was still starting: nothing to save
@@ -143,7 +150,7 @@ def main(arguments: Sequence[str]) -> int:
         options.standalone = False
     options.signals_to_handle = "SIGHUP,SIGQUIT"  # others are the agent's own
     launcher.LocalElasticAgent = Agent  # type: ignore[misc]
-    os.environ[LAUNCHER] = "1"
+    os.environ[LAUNCHER] = str(os.getpid())
     # What it logs of ranks that end is said better below.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
@@ -155,7 +162,7 @@ def main(arguments: Sequence[str]) -> int:
         return code
     except SignalException as error:
         _say(f"moetrain: ended by {error.sigval.name}")
-        return 128 + error.sigval
+        return STOPPED if error.sigval in SIGNALS else 128 + error.sigval
     return 0
 
 

@@ -20,6 +20,7 @@ from moetrain.constraints import check_world
 from moetrain.data import Samples, prepare
 from moetrain.errors import DivergedError, UserError
 from moetrain.evaluate import evaluate
+from moetrain.failure import end_with_launcher
 from moetrain.mesh import (
     Mesh,
     limit_collectives,
@@ -42,6 +43,7 @@ def run(config: Config) -> int:
     checkpoints: 128 and the signal's number). Raises UserError, alike on every rank, for what the
     user can mend.
     """
+    end_with_launcher()
     world = rank_and_world()[1]
     check_world(config, world, settings.ranks_of_node())
     engines.check(config, world)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +103,12 @@ class Job:
             process.join()
 
 
+def _server() -> int:
+    """Process id of the server that ranks are forks of, and so their parent."""
+    forkserver.ensure_running()
+    return forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+
+
 def error_file(log: Path, rank: int) -> Path:
     """Where a rank says why it failed."""
     return log.with_name(f"error-{rank}.json")
@@ -134,7 +141,7 @@ def job(
         "TORCHELASTIC_USE_AGENT_STORE": str(not namespaces),
         "TORCHELASTIC_RESTART_COUNT": "0",
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-        LAUNCHER: "1",
+        LAUNCHER: str(_server()),
         **variables,
     }
     processes = [

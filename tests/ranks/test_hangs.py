@@ -71,7 +71,7 @@ def test_when_a_rank_raises_the_others_end_and_its_error_comes_last(config: Path
 
 
 def test_when_a_rank_is_killed_the_others_end(config: Path) -> None:
-    flags = (*FLAGS, "--name", "killed", "--checkpoint.asynchronous", "false")
+    flags = (*FLAGS, "--name", "killed")
     with job(config.parent, 2, "train", config, *flags, FAULT="kill 0 4") as running:
         ended = running.wait()
     assert (ended.code, ended.codes) == (1, [-signal.SIGKILL, 1])

@@ -29,7 +29,7 @@ SECTIONS = {
     "parallel": {"ep": 2},
     "train": {"steps": STEPS},
     "eval": {"every": 10},
-    "checkpoint": {"every": EVERY, "keep": 3},
+    "checkpoint": {"every": EVERY, "keep": 3, "asynchronous": True},
 }
 
 

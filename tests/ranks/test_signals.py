@@ -22,7 +22,7 @@ SECTIONS = {
     "data": {"eval_fraction": 0.5},
     "train": {"steps": STEPS},
     "eval": {"every": 4, "sequences": 400},
-    "checkpoint": {"every": 1000, "keep": 9},
+    "checkpoint": {"every": 1000, "keep": 9, "asynchronous": True},
 }
 EVERYWHERE = ()
 

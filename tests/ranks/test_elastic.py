@@ -1,0 +1,153 @@
+"""The elastic agent: ranks that are lost are started again, here or on the nodes that are left."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from jobs import SECONDS
+from launchers import ROOT, environment
+from runs import write_config
+
+from moetrain import checkpoint
+from moetrain.sinks import read_metrics
+
+STEPS = 4000
+"""More than are ever done."""
+
+
+class Agent:
+    """A launcher, its ranks and what they say."""
+
+    def __init__(self, log: Path, *command: str, **variables: str) -> None:
+        self.log = log
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", **variables),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """The first place where it says so, once it does."""
+        deadline = time.monotonic() + 2 * SECONDS
+        while (found := re.search(pattern, self.log.read_text())) is None:
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.05)
+        return found
+
+    def end(self, number: int) -> int:
+        """Send it a signal; its exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(SECONDS)
+
+    def kill(self) -> None:
+        """End it and all that it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@contextmanager
+def agents(*made: Agent) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for agent in made:
+            agent.kill()
+
+
+def write(folder: Path) -> Path:
+    return write_config(
+        folder,
+        parallel={"ep": 1, "timeout_s": 30},
+        train={"steps": STEPS},
+        eval={"every": 0},
+        checkpoint={"every": 2, "asynchronous": True},
+    )
+
+
+def test_ranks_that_are_lost_start_again_from_the_last_checkpoint(tmp_path: Path) -> None:
+    """And the signal that the agent is sent reaches them, and their exit code the caller."""
+    config = write(tmp_path)
+    agent = Agent(
+        tmp_path / "said",
+        *(sys.executable, "-m", "moetrain.torchrun", "--nproc-per-node=2", "--max-restarts=1"),
+        *("tests/faulty.py", "train", str(config)),
+        FAULT="kill 1 7",
+    )
+    with agents(agent):
+        agent.wait_for(r"error: rank 1 on \S+: killed by SIGKILL\nmoetrain: starting all ranks")
+        start = int(agent.wait_for(r"on 2 ranks \(cpu\), from step (\d+)")[1])
+        assert start in (2, 4, 6)
+        agent.wait_for(f"step {start + 9}/{STEPS}")
+        assert agent.end(signal.SIGTERM) == 75
+    last = checkpoint.latest(tmp_path / "runs/run")
+    assert last is not None
+    lines = [line["step"] for line in read_metrics(tmp_path / "runs/run")]
+    assert lines == list(range(1, checkpoint.read_manifest(last).step + 1))
+
+
+def test_when_a_node_is_lost_the_others_go_on(tmp_path: Path) -> None:
+    """Two agents with a rank each; one dies with its rank, and the world is half as large."""
+    config = write(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    meeting = (
+        *("--nproc-per-node=1", "--nnodes=1:2", "--max-restarts=3", "--rdzv-backend=c10d"),
+        *(f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test"),
+        "--rdzv-conf=last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=2",
+    )
+    command = (sys.executable, "-m", "moetrain.torchrun", *meeting)
+    train = ("-m", "moetrain", "train", str(config))
+    variables = {"GLOO_SOCKET_IFNAME": "lo"}
+    first = Agent(tmp_path / "first", *command, *train, **variables)
+    with agents(first):
+        time.sleep(1)  # the first to come keeps the store
+        second = Agent(tmp_path / "second", *command, *train, **variables)
+        with agents(second):
+            said = first if first.process.poll() is None else second
+            deadline = time.monotonic() + 2 * SECONDS
+            while checkpoint.latest(tmp_path / "runs/run") is None:
+                assert time.monotonic() < deadline, said.log.read_text()
+                time.sleep(0.05)
+        # `second` is gone
+        first.wait_for(r"moetrain: starting all ranks again")
+        start = int(first.wait_for(r"on 1 rank \(cpu\), from step (\d+)")[1])
+        assert start >= 2
+        first.wait_for(f"step {start + 5}/{STEPS}")
+        assert first.end(signal.SIGTERM) == 75
+    assert (tmp_path / "runs/run/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_agent_that_is_asked_before_its_ranks_are_ready_ends(
+    tmp_path: Path, number: int
+) -> None:
+    config = write(tmp_path)
+    agent = Agent(
+        tmp_path / "said",
+        *(sys.executable, "-m", "moetrain.torchrun", "--nproc-per-node=1"),
+        *("-m", "moetrain", "train", str(config)),
+    )
+    with agents(agent):
+        deadline = time.monotonic() + SECONDS
+        while not Path(f"/proc/{agent.process.pid}/task/{agent.process.pid}/children").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert agent.end(number) == 75, agent.log.read_text()
+    assert not (tmp_path / "runs").exists()
