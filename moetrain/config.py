@@ -277,6 +277,9 @@ class CheckpointConfig(Section):
     """Newest checkpoints kept."""
     resume: str = "auto"
     """auto: continue from the newest checkpoint of this run, if any; never; or a path."""
+    hash_limit_gib: NonNegativeFloat = 64.0
+    """Largest checkpoint whose every byte is verified before it is loaded; of larger ones the sizes
+    of files are. The rest is for `moetrain checkpoint verify`."""
 
 
 class LogConfig(Section):

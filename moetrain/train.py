@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from moetrain import checkpoint, engines, settings
 from moetrain.build import build_model
@@ -23,6 +26,7 @@ from moetrain.mesh import (
 )
 from moetrain.objective import reduce
 from moetrain.report import Report
+from moetrain.resume import is_restart, load_start
 from moetrain.step import Position, Run, train_step
 
 
@@ -137,33 +141,14 @@ def _save(run: Run, position: Position) -> None:
 
 def _resume(run: Run) -> Position:
     """Load what `checkpoint.resume` names into the engine, and say where the run stands."""
-    resume, state = run.config.checkpoint.resume, run.engine.state()
-    if resume == "never":
-        if found := checkpoint.latest(run.folder):
-            raise UserError(
-                f"checkpoint.resume (never) would write over the run in {run.folder}, which holds "
-                f"{found.name}; choose another name, remove the folder, or set it to auto"
-            )
+    # Of several agents, the one whose rank failed has counted a restart, the others have not.
+    restarts = run.mesh.sum(torch.tensor(int(is_restart(os.environ)), device=run.mesh.device))
+    found = load_start(run.config, run.folder, run.engine.state(), bool(restarts))
+    if found is None:
         return Position()
-    if resume == "auto":
-        loaded = checkpoint.load_latest(run.folder, state)
-        if loaded is None:
-            return Position()
-        path, extra = loaded
-    else:
-        path = _named_checkpoint(resume)
-        extra = checkpoint.load(path, state)
+    path, extra = found
     _check_same_order(path, extra["order"], _order(run))
     return Position(**extra["position"])
-
-
-def _named_checkpoint(resume: str) -> Path:
-    try:
-        return checkpoint.resolve(resume)
-    except UserError as error:
-        raise UserError(
-            f"checkpoint.resume ({resume}) is not auto, never or a path: {error}"
-        ) from None
 
 
 def _order(run: Run) -> dict[str, Any]:
