@@ -65,7 +65,7 @@ def print_list(path: Path) -> None:
     listed = sorted(_listed(folder), key=lambda e: (e.path.suffix == ".partial", e.number, e.path))
     whole = [entry for entry in listed if entry.is_whole]
     if not listed:
-        raise UserError(f"{folder} is empty")
+        raise UserError(f"{folder} holds none")
     print(folder)
     headings = ("checkpoint", "save", "size", "tensors", "saved", "layout", "state", "auto")
     rows = ([*_row(entry), "takes this" if entry in whole[-1:] else ""] for entry in listed)

@@ -70,12 +70,10 @@ def _read_piece(path: Path, piece: Piece, dtype: torch.dtype) -> Tensor:
         tensor = torch.load(content, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise DamagedCheckpointError(f"{where}: no tensor can be read: {error}") from error
-    # Another shape might be broadcast, another dtype converted.
-    found = f"{list(tensor.shape)} {dtype_name(tensor.dtype)}" if _is_plain(tensor) else "no tensor"
-    if found != f"{piece.sizes} {dtype_name(dtype)}":
-        raise DamagedCheckpointError(f"{where}: {found} instead of {piece.sizes} {dtype}")
+    found = "no tensor"
+    if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+        found = f"{list(tensor.shape)} {dtype_name(tensor.dtype)}"
+    wanted = f"{piece.sizes} {dtype_name(dtype)}"
+    if found != wanted:  # which might be broadcast or converted without a word
+        raise DamagedCheckpointError(f"{where}: {found} instead of {wanted}")
     return tensor
-
-
-def _is_plain(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided
