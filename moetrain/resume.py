@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -22,6 +23,14 @@ RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 def is_restart(environment: Mapping[str, str]) -> bool:
     """Whether this process was started again, by itself, to go on with what was begun."""
     return any(int(environment.get(name) or 0) > 0 for name in RESTARTS)
+
+
+def started_again() -> bool:
+    """Whether that is so on any rank, alike on all of them. Collective."""
+    # Of the agents of several nodes, only the one whose rank failed has counted a restart.
+    answers = [False] * dist.get_world_size()
+    dist.all_gather_object(answers, is_restart(os.environ))
+    return any(answers)
 
 
 def began_with(resume: str, extra: Mapping[str, Any]) -> bool:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from moetrain import checkpoint, engines, settings
 from moetrain.build import build_model
@@ -26,7 +23,7 @@ from moetrain.mesh import (
 )
 from moetrain.objective import reduce
 from moetrain.report import Report
-from moetrain.resume import is_restart, load_start
+from moetrain.resume import load_start, started_again
 from moetrain.step import Position, Run, train_step
 
 
@@ -141,9 +138,7 @@ def _save(run: Run, position: Position) -> None:
 
 def _resume(run: Run) -> Position:
     """Load what `checkpoint.resume` names into the engine, and say where the run stands."""
-    # Of several agents, the one whose rank failed has counted a restart, the others have not.
-    restarts = run.mesh.sum(torch.tensor(int(is_restart(os.environ)), device=run.mesh.device))
-    found = load_start(run.config, run.folder, run.engine.state(), bool(restarts))
+    found = load_start(run.config, run.folder, run.engine.state(), started_again())
     if found is None:
         return Position()
     path, extra = found

@@ -177,6 +177,16 @@ def test_poisoned_tensors_are_not_executed(saved, tmp_path):
     assert not trace.exists()
 
 
+def test_a_tensor_with_a_hole_is_refused_and_not_half_loaded(saved):
+    tensors = json.loads((saved / MANIFEST).read_bytes())["tensors"]
+    del tensors["model.experts.up"]["pieces"][1]
+    reseal(saved, tensors=tensors)
+    with pytest.raises(
+        DamagedCheckpointError, match=r"experts\.up .*: its pieces hold 36 elements"
+    ):
+        holds(saved, 1, edp=2)
+
+
 def test_a_manifest_cannot_point_elsewhere_nor_be_of_another_version(saved):
     tensors = json.loads((saved / MANIFEST).read_bytes())["tensors"]
     tensors["counts"]["pieces"][0]["file"] = "../__0_0.distcp"

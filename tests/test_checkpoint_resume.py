@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from checkpoints import is_same, make_state
 from runs import train, write_config
 
-from moetrain import checkpoint
+from moetrain import checkpoint, resume
 from moetrain.config import CheckpointConfig, Config, MoEConfig
 from moetrain.errors import UserError
 from moetrain.resume import began_with, is_restart, load_start
@@ -29,28 +30,36 @@ def test_agent_and_queue_count_restarts(environment, expected):
     assert is_restart(environment) == expected
 
 
+def test_a_restart_that_one_rank_counted_is_one_of_all(monkeypatch):
+    is_counted = []
+    monkeypatch.setattr(resume, "is_restart", lambda environment: dist.get_rank() in is_counted)
+    assert simulate_ranks(3, resume.started_again) == [False] * 3
+    is_counted.append(1)
+    assert simulate_ranks(3, resume.started_again) == [True] * 3
+
+
 def test_a_checkpoint_tells_what_its_run_was_told():
     extra = {"config": {"checkpoint": {"resume": "a/b"}}}
     assert began_with("a/b", extra)
     assert not began_with("never", extra)
 
 
-def config_of(resume: str, **moe: Any) -> Config:
-    return Config(checkpoint=CheckpointConfig(resume=resume), moe=MoEConfig(**moe))
+def config_of(told: str, **moe: Any) -> Config:
+    return Config(checkpoint=CheckpointConfig(resume=told), moe=MoEConfig(**moe))
 
 
-def save_as(run: Path, step: int, resume: str, **moe: Any) -> Path:
+def save_as(run: Path, step: int, told: str, **moe: Any) -> Path:
     """Save make_state(step) as a run does that was told to resume so."""
-    extra = {"config": config_of(resume, **moe).model_dump(mode="json")}
+    extra = {"config": config_of(told, **moe).model_dump(mode="json")}
     return simulate_ranks(1, lambda: checkpoint.save(run, step, make_state(1, 1, step), extra))[0]
 
 
-def start(run: Path, resume: str, restarted: bool, **moe: Any) -> int | None:
+def start(run: Path, told: str, restarted: bool, **moe: Any) -> int | None:
     """The step of the checkpoint that such a run begins with, once it is loaded."""
 
     def begin() -> int | None:
         state = make_state(1, 1, 0)
-        found = load_start(config_of(resume, **moe), run, state, restarted)
+        found = load_start(config_of(told, **moe), run, state, restarted)
         if found is None:
             return None
         step = int(found[0].name.removeprefix("step-"))

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
-from moetrain.checkpoint.checks import check_files, check_tensors
+from moetrain.checkpoint.checks import check_files, check_pieces, check_tensors
 from moetrain.checkpoint.folder import FOLDER, beside, delete, remove, saves
 from moetrain.checkpoint.manifest import (
     MANIFEST,
@@ -153,9 +153,10 @@ def load(
     looked at: "model." leaves the optimizer's moments on disk.
 
     Before any tensor is touched, names, shapes and dtypes are compared (UserError listing every
-    difference, and the settings of `config`, the reader's own, that may be behind it); then size
-    and SHA-256 of every file, each read by one rank (DamagedCheckpointError). A checkpoint above
-    `hash_limit_gib` is not read twice: its files are held to their sizes alone, with a warning.
+    difference, and the settings of `config`, the reader's own, that may be behind it); then what
+    each tensor is made of, and size and SHA-256 of every file, each read by one rank
+    (DamagedCheckpointError). A checkpoint above `hash_limit_gib` is not read twice: its files are
+    held to their sizes alone, with a warning.
     Nothing is unpickled but by torch's weights-only loader.
     """
     path = Path(path)
@@ -164,6 +165,8 @@ def load(
     def check() -> Manifest:
         manifest = read_manifest(path)
         check_tensors(path, manifest, tensors, prefix, config)
+        if rank == 0:
+            check_pieces(path, manifest)
         hashed = manifest.total_bytes <= hash_limit_gib * GIB
         check_files(path, manifest.files[rank::world], hashed)
         if not hashed and rank == 0:
