@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from moetrain.checkpoint.checks import piece_problems
 from moetrain.checkpoint.diff import compare
 from moetrain.checkpoint.inspect import parts
 from moetrain.checkpoint.manifest import MANIFEST, MARKER, Manifest, Piece, TensorEntry
-from moetrain.checkpoint.tables import spell_bytes
+from moetrain.checkpoint.tables import print_table, spell_bytes
 from moetrain.config import Config
 from moetrain.testing import simulate_ranks
 
@@ -72,21 +74,21 @@ def test_list_tells_every_directory_in_order_of_saving(saved_run, saved, command
     assert rows["step-00000100"][:3] == ["1", size_of(saved), "7"]
     assert rows["step-00000100"][-1] == "complete"
     assert rows[newest.name][-3:] == [
-        "ep 1, dp_replicate 1, kind torch",
+        "ep 1, dp_replicate 1, engine torch",
         "complete",
         "takes this",
     ]
     assert re.fullmatch(r"damaged: __0_0.distcp: \d+ bytes instead of \d+", rows[damaged.name][-1])
     assert rows[torn.name][-1] == "damaged: COMMITTED: No such file or directory"
     assert rows["step-00000200.replaced"][-1] == "replaced by a later save of the step"
-    assert rows["step-00000300.partial"] == ["partial: being saved, or left by a killed save"]
+    assert rows["step-00000300.partial"] == ["partial: being saved, or left by a killed one"]
 
 
 def test_list_needs_checkpoints(tmp_path, command):
     assert command("list", tmp_path)[0] == 2
     (tmp_path / "checkpoints").mkdir()
     code, text = command("list", tmp_path)
-    assert (code, text) == (2, f"moetrain: error: {tmp_path / 'checkpoints'} holds none\n")
+    assert (code, text) == (2, f"moetrain: error: {tmp_path / 'checkpoints'} holds no checkpoint\n")
 
 
 # ---- show
@@ -158,6 +160,23 @@ def test_parts_are_weights_moments_and_buffers():
 )
 def test_bytes_are_spelled_with_a_unit(count, text):
     assert spell_bytes(count) == text
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_table_loses_nothing_on_a_narrow_terminal_and_is_not_folded_elsewhere(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    texts = []
+    for stream in (io.StringIO(), Terminal()):
+        monkeypatch.setattr(sys, "stdout", stream)
+        print_table(("tensor", "elements"), [("a" * 50, 1234), ("b", 5)])
+        texts.append(stream.getvalue())
+    assert texts[0].splitlines()[1:] == ["a" * 50 + "     1,234", "b" + " " * 58 + "5"]
+    assert texts[1].count("a") == 50
+    assert len(texts[1].splitlines()) > 3
 
 
 # ---- verify

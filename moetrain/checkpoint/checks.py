@@ -80,8 +80,8 @@ def piece_problems(entry: TensorEntry, file_bytes: Mapping[str, int]) -> Iterato
 def _is_inside(piece: Piece, shape: list[int]) -> bool:
     if not len(piece.offsets) == len(piece.sizes) == len(shape):
         return False
-    boxes = zip(piece.offsets, piece.sizes, shape, strict=True)
-    return all(start >= 0 and size >= 0 and start + size <= all_ for start, size, all_ in boxes)
+    sides = zip(piece.offsets, piece.sizes, shape, strict=True)
+    return all(start >= 0 and size >= 0 and start + size <= end for start, size, end in sides)
 
 
 def _overlaps(pieces: list[Piece]) -> Iterator[tuple[Piece, Piece]]:
@@ -93,7 +93,7 @@ def _overlaps(pieces: list[Piece]) -> Iterator[tuple[Piece, Piece]]:
     pieces = [piece for piece in pieces if math.prod(piece.sizes)]
     num_dims = len(pieces[0].offsets) if pieces else 0
     starts = [len({piece.offsets[dim] for piece in pieces}) for dim in range(num_dims)]
-    if not starts:  # a scalar has one piece
+    if not starts:  # of scalars any two do
         yield from pairwise(pieces)
         return
     dim, open_pieces = starts.index(max(starts)), list[Piece]()
@@ -107,8 +107,8 @@ def _overlaps(pieces: list[Piece]) -> Iterator[tuple[Piece, Piece]]:
 
 
 def _meet(one: Piece, other: Piece) -> bool:
-    boxes = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
-    return all(a < b + b_size and b < a + a_size for a, a_size, b, b_size in boxes)
+    sides = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
+    return all(a < b + b_size and b < a + a_size for a, a_size, b, b_size in sides)
 
 
 def check_tensors(

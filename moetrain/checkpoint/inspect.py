@@ -63,13 +63,14 @@ def print_list(path: Path) -> None:
     folder = folder_of(path)
     # A save under way is the latest.
     listed = sorted(_listed(folder), key=lambda e: (e.path.suffix == ".partial", e.number, e.path))
-    whole = [entry for entry in listed if entry.is_whole]
     if not listed:
-        raise UserError(f"{folder} holds none")
+        raise UserError(f"{folder} holds no checkpoint")
+    newest = [entry for entry in listed if entry.is_whole][-1:]
     print(folder)
-    headings = ("checkpoint", "save", "size", "tensors", "saved", "layout", "state", "auto")
-    rows = ([*_row(entry), "takes this" if entry in whole[-1:] else ""] for entry in listed)
-    print_table(headings, rows)
+    print_table(
+        ("checkpoint", "save", "size", "tensors", "saved", "layout", "state", "auto"),
+        ([*_row(entry), "takes this" if entry in newest else ""] for entry in listed),
+    )
 
 
 def _listed(folder: Path) -> Iterator[Listed]:
@@ -78,9 +79,7 @@ def _listed(folder: Path) -> Iterator[Listed]:
             continue
         number = save_number(path)
         if name[2] == ".partial":
-            yield Listed(
-                path, number, None, "partial: being saved, or left by a killed save", False
-            )
+            yield Listed(path, number, None, "partial: being saved, or left by a killed one", False)
         elif name[2] and save_number(folder / name[1]) > number:
             yield Listed(path, number, None, "replaced by a later save of the step", False)
         else:
@@ -123,8 +122,8 @@ def _saved_at(path: Path) -> str:
 def _layout(manifest: Manifest) -> str:
     """What its settings say of it; the number of ranks is not among them."""
     config = flat(manifest.extra.get("config"))
-    names = ("parallel.ep", "parallel.dp_replicate", "engine.kind")
-    return ", ".join(f"{name.split('.')[1]} {config[name]}" for name in names if name in config)
+    names = {"ep": "parallel.ep", "dp_replicate": "parallel.dp_replicate", "engine": "engine.kind"}
+    return ", ".join(f"{n} {config[key]}" for n, key in names.items() if key in config)
 
 
 # ---------------------------------------------------------------- show

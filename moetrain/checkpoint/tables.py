@@ -14,7 +14,7 @@ WIDE = 10_000
 
 def print_table(headings: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
     """Print rows under headings; numbers are set to the right, with commas."""
-    console = Console(soft_wrap=False)
+    console = Console()
     if not console.file.isatty():
         console = Console(width=WIDE)
     lines = [list(row) for row in rows]
