@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain import checkpoint
+from moetrain.checkpoint.checks import changed_settings
 from moetrain.config import Config
 from moetrain.errors import UserError
 
@@ -85,5 +86,5 @@ def _named(resume: str) -> Path:
 
 def _warn_of_changes(path: Path, extra: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """The shapes fit, but the model that continues may compute something else."""
-    if changed := checkpoint.changed_settings(extra["config"], own, ("model.", "moe.")):
+    if changed := changed_settings(extra["config"], own, ("model.", "moe.")):
         warnings.warn(f"{path.name} continues with {', '.join(changed)}", stacklevel=2)

@@ -17,7 +17,6 @@ the old state or the new one. The marker, written last, seals the manifest, whos
 every other file: one flipped bit anywhere is found.
 """
 
-from moetrain.checkpoint.checks import changed_settings
 from moetrain.checkpoint.folder import committed, latest, prune, resolve
 from moetrain.checkpoint.manifest import DamagedCheckpointError, Manifest, read_manifest
 from moetrain.checkpoint.transfer import CheckpointError, load, load_latest, save
@@ -26,7 +25,6 @@ __all__ = [
     "CheckpointError",
     "DamagedCheckpointError",
     "Manifest",
-    "changed_settings",
     "committed",
     "latest",
     "load",
