@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -158,7 +159,8 @@ def test_damage_is_not_sealed_into_a_copy(tmp_path, saved, damage):
 
 
 def test_a_run_continues_from_a_copy_and_weights_alone_are_for_generation(tmp_path, capsys):
-    config = write_config(tmp_path, checkpoint={"every": 2}, eval={"every": 0})
+    sections = {"checkpoint": {"every": 2, "hash_limit_gib": 0}, "eval": {"every": 0}}
+    config = write_config(tmp_path, **sections)
     run, copy, weights = tmp_path / "runs" / "run", tmp_path / "copy", tmp_path / "weights"
     assert train(config, "--train.steps", 2) == 0
     assert cli.main(["checkpoint", "convert", str(run), str(copy), "--format", "moetrain"]) == 0
@@ -168,10 +170,13 @@ def test_a_run_continues_from_a_copy_and_weights_alone_are_for_generation(tmp_pa
     assert train(config, *four, copy, "--name", "two") == 0
     assert print_diff(run.with_name("one"), run.with_name("two")) == 0
     texts = []
+    warnings.simplefilter("always")
     for path in (run, weights):
         capsys.readouterr()
         assert cli.main(["generate", str(path), "--prompt", "ab", "--greedy"]) == 0
-        texts.append(capsys.readouterr().out)
+        out, err = capsys.readouterr()
+        texts.append(out)
+        assert "is above checkpoint.hash_limit_gib (0)" in err  # as stored with the run
     assert texts[0] == texts[1] != ""
     assert train(config, *four, weights, "--name", "three") == 2
     assert "holds weights alone, and to train needs 57 tensors more:" in capsys.readouterr().err

@@ -44,8 +44,9 @@ def test_a_checkpoint_tells_what_its_run_was_told():
     assert not began_with("never", extra)
 
 
-def config_of(told: str, **moe: Any) -> Config:
-    return Config(checkpoint=CheckpointConfig(resume=told), moe=MoEConfig(**moe))
+def config_of(told: str, hash_limit_gib: float = 1, **moe: Any) -> Config:
+    told_and_limit = CheckpointConfig(resume=told, hash_limit_gib=hash_limit_gib)
+    return Config(checkpoint=told_and_limit, moe=MoEConfig(**moe))
 
 
 def save_as(run: Path, step: int, told: str, **moe: Any) -> Path:
@@ -54,12 +55,12 @@ def save_as(run: Path, step: int, told: str, **moe: Any) -> Path:
     return simulate_ranks(1, lambda: checkpoint.save(run, step, make_state(1, 1, step), extra))[0]
 
 
-def start(run: Path, told: str, restarted: bool, **moe: Any) -> int | None:
+def start(run: Path, told: str, restarted: bool, **settings: Any) -> int | None:
     """The step of the checkpoint that such a run begins with, once it is loaded."""
 
     def begin() -> int | None:
         state = make_state(1, 1, 0)
-        found = load_start(config_of(told, **moe), run, state, restarted)
+        found = load_start(config_of(told, **settings), run, state, restarted)
         if found is None:
             return None
         step = int(found[0].name.removeprefix("step-"))
@@ -110,6 +111,15 @@ def test_a_restart_passes_over_damage_but_never_loses_everything(tmp_path, elsew
     (first / "__0_0.distcp").unlink()
     with pytest.raises(UserError, match=r"all checkpoints of .* are damaged \(2, see warnings\)"):
         start(run, path, restarted=True)
+
+
+def test_how_much_is_verified_is_a_setting(tmp_path, elsewhere, recwarn):
+    save_as(tmp_path / "run", 8, "auto")
+    assert start(tmp_path / "run", "auto", restarted=False, hash_limit_gib=0) == 8
+    assert start(tmp_path / "run", str(elsewhere), restarted=False, hash_limit_gib=0) == 7
+    limits = [str(warning.message) for warning in recwarn]
+    assert len(limits) == 2
+    assert all("is above checkpoint.hash_limit_gib (0)" in limit for limit in limits)
 
 
 def test_another_computation_of_the_same_shapes_is_a_warning(tmp_path, recwarn):
