@@ -281,6 +281,9 @@ class CheckpointConfig(Section):
     """Write from a copy in host memory while training goes on."""
     resume: str = "auto"
     """auto: continue from the newest checkpoint of this run, if any; never; or a path."""
+    hash_limit_gib: NonNegativeFloat = 64.0
+    """Largest checkpoint whose every byte is verified before it is loaded; of larger ones the sizes
+    of files are. The rest is for `moetrain checkpoint verify`."""
 
 
 class LogConfig(Section):

@@ -75,7 +75,8 @@ def model_on_device(found: Checkpoint, device: torch.device) -> Transformer:
 def _load(found: Checkpoint, model: Transformer) -> None:
     named = [*model.named_parameters(), *model.named_buffers()]
     tensors = {f"model.{name}": value.detach() for name, value in named}
-    checkpoint.load(found.path, tensors, prefix="model.")
+    limit = found.config.checkpoint.hash_limit_gib
+    checkpoint.load(found.path, tensors, prefix="model.", hash_limit_gib=limit)
 
 
 def tokenizer(found: Checkpoint) -> Tokenizer:

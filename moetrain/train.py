@@ -31,6 +31,7 @@ from moetrain.mesh import (
 )
 from moetrain.objective import reduce
 from moetrain.report import Report
+from moetrain.resume import load_start, started_again
 from moetrain.step import Position, Run, train_step
 from moetrain.stopping import StopSignals
 from moetrain.watchdog import UNWATCHED, Watch, Watchdog
@@ -213,33 +214,12 @@ def _report_saves(saver: Saver, report: Report, is_last: bool = False) -> None:
 
 def _resume(run: Run) -> Position:
     """Load what `checkpoint.resume` names into the engine, and say where the run stands."""
-    resume, state = run.config.checkpoint.resume, run.engine.state()
-    if resume == "never":
-        if found := checkpoint.latest(run.folder):
-            raise UserError(
-                f"checkpoint.resume (never) would write over the run in {run.folder}, which holds "
-                f"{found.name}; choose another name, remove the folder, or set it to auto"
-            )
+    found = load_start(run.config, run.folder, run.engine.state(), started_again())
+    if found is None:
         return Position()
-    if resume == "auto":
-        loaded = checkpoint.load_latest(run.folder, state)
-        if loaded is None:
-            return Position()
-        path, extra = loaded
-    else:
-        path = _named_checkpoint(resume)
-        extra = checkpoint.load(path, state)
+    path, extra = found
     _check_same_order(path, extra["order"], _order(run))
     return Position(**extra["position"])
-
-
-def _named_checkpoint(resume: str) -> Path:
-    try:
-        return checkpoint.resolve(resume)
-    except UserError as error:
-        raise UserError(
-            f"checkpoint.resume ({resume}) is not auto, never or a path: {error}"
-        ) from None
 
 
 def _order(run: Run) -> dict[str, Any]:

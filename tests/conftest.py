@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +32,29 @@ def ranks4(_server: None) -> Iterator[RankPool]:
     """Four Gloo processes, shared by a module; a call that fails replaces them."""
     with RankPool(4) as pool:
         yield pool
+
+
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with one checkpoint of two ranks, for tests that copy it or only read it."""
+    # Not at the top: few tests need checkpoints, which take a while to import.
+    from checkpoints import save
+
+    run = tmp_path_factory.mktemp("run")
+    save(run, 100, seed=1, edp=1, ep=2)
+    return run
+
+
+@pytest.fixture
+def saved_run(saved_once: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(saved_once, tmp_path / "run"))
+
+
+@pytest.fixture
+def saved(saved_run: Path) -> Path:
+    """The checkpoint in that copy."""
+    return saved_run / "checkpoints" / "step-00000100"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

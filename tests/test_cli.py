@@ -45,6 +45,9 @@ def calls(monkeypatch):
         "check": {"report": "the report"},
         "evaluate": {"run": None},
         "generate": {"run": None},
+        "checkpoint.inspect": {"print_list": None, "print_checkpoint": None, "verify": 2},
+        "checkpoint.diff": {"print_diff": 1},
+        "convert": {"convert": None},
         "data": {
             "prepare": SimpleNamespace(directory="the folder"),
             "open_source": documents,
@@ -165,6 +168,35 @@ def test_generate_greedily_from_a_prompt_that_looks_like_a_flag(calls):
     assert (kwargs["prompt"], kwargs["greedy"]) == ("--x", True)
 
 
+@pytest.mark.parametrize(
+    ("args", "called", "code"),
+    [
+        (["list", "a"], ("checkpoint.inspect.print_list", (Path("a"),), {}), 0),
+        (["show", "a"], ("checkpoint.inspect.print_checkpoint", (Path("a"), False), {}), 0),
+        (
+            ["show", "a", "--tensors"],
+            ("checkpoint.inspect.print_checkpoint", (Path("a"), True), {}),
+            0,
+        ),
+        (["verify", "a"], ("checkpoint.inspect.verify", (Path("a"),), {}), 2),
+        (["diff", "a", "b"], ("checkpoint.diff.print_diff", (Path("a"), Path("b")), {}), 1),
+        (
+            ["convert", "a", "b", "--format", "torch"],
+            ("convert.convert", (Path("a"), Path("b"), "torch", False), {"bf16": False}),
+            0,
+        ),
+        (
+            ["convert", "a", "b", "--format", "safetensors", "--weights-only", "--dtype", "bf16"],
+            ("convert.convert", (Path("a"), Path("b"), "safetensors", True), {"bf16": True}),
+            0,
+        ),
+    ],
+)
+def test_checkpoint(calls, args, called, code):
+    assert cli.main(["checkpoint", *args]) == code
+    assert calls == [called]
+
+
 def test_data_prepare_takes_a_file_flags_or_both(calls, yaml_file, capsys):
     assert cli.main(["data", "prepare"]) == 0
     assert cli.main(["data", "prepare", "--data.seq-len", "64"]) == 0
@@ -189,11 +221,14 @@ def test_tokenizer_train(calls):
 # ---------------------------------------------------------------- what is refused
 
 REFUSED = {
-    "no command": ([], "Expected one of {train, check, eval, generate, data, tokenizer}."),
+    "no command": (
+        [],
+        "Expected one of {train, check, eval, generate, checkpoint, data, tokenizer}.",
+    ),
     "unknown command": (
         ["trian"],
         "Unrecognized options: trian\n"
-        "Available subcommands: train, check, eval, generate, data, tokenizer",
+        "Available subcommands: train, check, eval, generate, checkpoint, data, tokenizer",
     ),
     "no config": (
         ["train"],
@@ -265,6 +300,12 @@ REFUSED = {
     "data setting": (
         ["data", "prepare", "--data.seq-len", "0"],
         "data.seq_len (0) must be greater than 0; the default is 256",
+    ),
+    "format": (
+        ["checkpoint", "convert", "a", "b"],
+        "Missing from moetrain checkpoint convert:\n--format {moetrain,safetensors,torch}\n"
+        "moetrain: to resume, evaluate and generate from; the others for other programs. "
+        "(required)",
     ),
     "vocabulary": (
         ["tokenizer", "train", "stdlib", "out", "--vocab-size", "256"],

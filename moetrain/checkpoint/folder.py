@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from moetrain.checkpoint.manifest import MARKER, save_number
+from moetrain.checkpoint.manifest import MANIFEST, MARKER, save_number
 from moetrain.errors import UserError
 
 FOLDER = "checkpoints"
@@ -39,6 +39,34 @@ def resolve(path: Path | str) -> Path:
     path = Path(path)
     if save_number(path):
         return path
+    folder = folder_of(path)
+    found = committed(folder.parent)
+    if found and folder != path.parent:
+        return found[-1]
+    problem = "holds no complete checkpoint" if path.exists() else "does not exist"
+    names = ", ".join(checkpoint.name for checkpoint in found) or "none"
+    raise UserError(f"{path} {problem}; complete checkpoints in {folder}: {names}")
+
+
+def every(path: Path | str) -> list[Path]:
+    """Return the checkpoint that a path names, or all of the run it names, oldest save first.
+
+    Damaged ones too, first those that have lost their commit marker; what is no checkpoint (yet, or
+    any more) is left out. Raises UserError where there is none.
+    """
+    path = Path(path)
+    if path.is_dir() and (_STEP.fullmatch(path.name) or (path / MANIFEST).exists()):
+        return [path]
+    folder = folder_of(path)
+    found = [path for _, path in _by_step(folder)]
+    return found if found and folder != path.parent else [resolve(path)]
+
+
+def folder_of(path: Path) -> Path:
+    """Return the folder of checkpoints that a run, the folder itself, or a checkpoint stands for.
+
+    Raises UserError where there is none.
+    """
     candidates = (path / FOLDER, path, path.parent)
     folder = next((c for c in candidates if c.name == FOLDER and c.is_dir()), None)
     if folder is None:
@@ -46,12 +74,7 @@ def resolve(path: Path | str) -> Path:
             f"{path} is no run with checkpoints, nor a checkpoint (a run saves some only where "
             "checkpoint.every is above 0)"
         )
-    found = committed(folder.parent)
-    if found and folder != path.parent:
-        return found[-1]
-    problem = "holds no complete checkpoint" if path.exists() else "does not exist"
-    names = ", ".join(checkpoint.name for checkpoint in found) or "none"
-    raise UserError(f"{path} {problem}; complete checkpoints in {folder}: {names}")
+    return folder
 
 
 def prune(run_dir: Path, keep: int) -> None:
@@ -71,14 +94,19 @@ def saves(folder: Path) -> list[tuple[int, Path]]:
 
     Number 0: the directory has lost its commit marker, for which there is a warning.
     """
+    found = _by_step(folder)
+    for number, path in found:
+        if number == 0:
+            warnings.warn(f"{path} is ignored: no valid {MARKER} file", stacklevel=2)
+    return found
+
+
+def _by_step(folder: Path) -> list[tuple[int, Path]]:
     by_step: dict[str, tuple[int, Path]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if name := _STEP.fullmatch(path.name):
             # max: of step-N and step-N.replaced the newer one counts.
             by_step[name[1]] = max(by_step.get(name[1], (0, path)), (save_number(path), path))
-    for number, path in by_step.values():
-        if number == 0:
-            warnings.warn(f"{path} is ignored: no valid {MARKER} file", stacklevel=2)
     return sorted(by_step.values())
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
-from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -77,6 +75,11 @@ class Manifest(_Record):
     files: list[FileEntry]
     tensors: dict[str, TensorEntry]
 
+    @property
+    def total_bytes(self) -> int:
+        """Of all files."""
+        return sum(file.bytes for file in self.files)
+
 
 def read_manifest(path: Path) -> Manifest:
     """Read a checkpoint's manifest and verify it against the commit marker.
@@ -109,8 +112,8 @@ def save_number(path: Path) -> int:
 
 def seal(number: int, manifest: bytes) -> bytes:
     """Return the content of the commit marker: a checksum that covers number and manifest."""
-    digest = hashlib.sha256(b"%d\n" % number + manifest).hexdigest()
-    return f"{number} {digest}\n".encode()
+    checksum = hashlib.sha256(b"%d\n" % number + manifest).hexdigest()
+    return f"{number} {checksum}\n".encode()
 
 
 def build_manifest(
@@ -122,7 +125,7 @@ def build_manifest(
         assert isinstance(entry, TensorStorageMetadata), f"{name} is not a tensor"
         tensors[name] = TensorEntry(
             shape=list(entry.size),
-            dtype=_dtype_name(entry.properties.dtype),
+            dtype=dtype_name(entry.properties.dtype),
             pieces=[_piece(name, chunk, metadata.storage_data) for chunk in entry.chunks],
         )
     return Manifest(step=step, extra=extra, files=files, tensors=tensors)
@@ -146,38 +149,8 @@ def describe_files(partial: Path, rank: int) -> list[FileEntry]:
     mine = sorted(partial.glob(f"__{rank}_*.distcp"))
     mine += [partial / ".metadata"] if rank == 0 else []
     return [
-        FileEntry(name=path.name, bytes=path.stat().st_size, sha256=_digest(path)) for path in mine
+        FileEntry(name=path.name, bytes=path.stat().st_size, sha256=digest(path)) for path in mine
     ]
-
-
-def check_files(path: Path, files: Iterable[FileEntry]) -> None:
-    """Raise DamagedCheckpointError naming every file that is not as it was saved."""
-    found = {entry.name: _damage(path / entry.name, entry) for entry in files}
-    if problems := [f"{path / name}: {problem}" for name, problem in found.items() if problem]:
-        raise DamagedCheckpointError("\n".join(problems))
-
-
-def _damage(file: Path, entry: FileEntry) -> str | None:
-    if not file.is_file():
-        return "missing"
-    if (size := file.stat().st_size) != entry.bytes:
-        return f"{size} bytes instead of {entry.bytes}"
-    return None if _digest(file) == entry.sha256 else "content differs from its SHA-256"
-
-
-def check_tensors(path: Path, manifest: Manifest, tensors: dict[str, Tensor], prefix: str) -> None:
-    """Raise UserError with a line per tensor that is missing, unknown, or of another kind."""
-    saved = {name: str(e) for name, e in manifest.tensors.items() if name.startswith(prefix)}
-    wanted = {name: f"{list(t.shape)} {_dtype_name(t.dtype)}" for name, t in tensors.items()}
-    lines = [
-        f"  {name}: {saved.get(name, 'absent')} saved, {wanted.get(name, 'absent')} wanted"
-        for name in sorted(saved.keys() | wanted.keys())
-        if saved.get(name) != wanted.get(name)
-    ]
-    if lines:
-        raise UserError(
-            "\n".join([f"{path} is of another model, {len(lines)} tensors differ:", *lines])
-        )
 
 
 class ManifestReader(dcp.FileSystemReader):
@@ -205,10 +178,12 @@ class ManifestReader(dcp.FileSystemReader):
         return Metadata(state_dict_metadata=entries, storage_data=storage)
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as manifests have it: float32."""
     return str(dtype).removeprefix("torch.")
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """The SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
+from moetrain.checkpoint.checks import check_files, check_pieces, check_tensors
 from moetrain.checkpoint.folder import FOLDER, beside, delete, remove, saves
 from moetrain.checkpoint.manifest import (
     MANIFEST,
@@ -26,8 +28,6 @@ from moetrain.checkpoint.manifest import (
     Manifest,
     ManifestReader,
     build_manifest,
-    check_files,
-    check_tensors,
     describe_files,
     read_manifest,
     seal,
@@ -36,6 +36,7 @@ from moetrain.errors import RunError, UserError
 
 Group = dist.ProcessGroup | None
 T = TypeVar("T")
+GIB = 2**30
 
 
 class CheckpointError(RunError):
@@ -137,7 +138,13 @@ def _commit(partial: Path, final: Path, manifest: Manifest) -> None:
 
 
 def load(
-    path: Path, tensors: dict[str, Tensor], group: Group = None, prefix: str = ""
+    path: Path,
+    tensors: dict[str, Tensor],
+    group: Group = None,
+    prefix: str = "",
+    *,
+    hash_limit_gib: float = inf,
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Fill `tensors` in place from a checkpoint directory and return its `extra`.
 
@@ -146,16 +153,24 @@ def load(
     looked at: "model." leaves the optimizer's moments on disk.
 
     Before any tensor is touched, names, shapes and dtypes are compared (UserError listing every
-    difference), and size and SHA-256 of every file, each read by one rank
-    (DamagedCheckpointError). Nothing is unpickled but by torch's weights-only loader.
+    difference, and the settings of `config`, the reader's own, that may be behind it); then what
+    each tensor is made of, and size and SHA-256 of every file, each read by one rank
+    (DamagedCheckpointError). A checkpoint above `hash_limit_gib` is not read twice: its files are
+    held to their sizes alone, with a warning.
+    Nothing is unpickled but by torch's weights-only loader.
     """
     path = Path(path)
     rank, world = dist.get_rank(group), dist.get_world_size(group)
 
     def check() -> Manifest:
         manifest = read_manifest(path)
-        check_tensors(path, manifest, tensors, prefix)
-        check_files(path, manifest.files[rank::world])
+        check_tensors(path, manifest, tensors, prefix, config)
+        if rank == 0:
+            check_pieces(path, manifest)
+        hashed = manifest.total_bytes <= hash_limit_gib * GIB
+        check_files(path, manifest.files[rank::world], hashed)
+        if not hashed and rank == 0:
+            warnings.warn(_not_hashed(path, manifest, hash_limit_gib), stacklevel=3)
         return manifest
 
     manifest = _on_all(group, check)
@@ -166,25 +181,51 @@ def load(
     return manifest.extra
 
 
+def _not_hashed(path: Path, manifest: Manifest, limit: float) -> str:
+    return (
+        f"{path} ({manifest.total_bytes / GIB:.3g} GiB) is above checkpoint.hash_limit_gib "
+        f"({limit:g}): the sizes of its files are right, their content was not checked; "
+        f"`moetrain checkpoint verify {path}` does that"
+    )
+
+
 def load_latest(
-    run_dir: Path, tensors: dict[str, Tensor], group: Group = None
+    run_dir: Path,
+    tensors: dict[str, Tensor],
+    group: Group = None,
+    *,
+    hash_limit_gib: float = inf,
+    config: Mapping[str, Any] | None = None,
+    only: Callable[[dict[str, Any]], bool] = lambda extra: True,
 ) -> tuple[Path, dict[str, Any]] | None:
     """Load the newest undamaged checkpoint of a run; return its path and `extra`.
 
-    A damaged one is passed over with a warning. Returns None only where the run never finished a
-    save; where all checkpoints are damaged, raises UserError rather than let a run start afresh.
+    A damaged one is passed over; a warning says which, why, and which was taken instead. `only`
+    looks at `extra` and says whether a checkpoint may be taken at all. For the rest see `load`.
+
+    Returns None only where the run never finished a save that may be taken; where all of those are
+    damaged, raises UserError rather than let a run start afresh.
     """
     rank = dist.get_rank(group)
     mine = _on_all(group, lambda: saves(Path(run_dir) / FOLDER) if rank == 0 else [])
     found = _gather(group, mine)[0]
-    for _, path in reversed(found):
+    # Those without a marker come first, and `saves` has warned of them.
+    num_damaged = sum(number == 0 for number, _ in found)
+    for _, path in reversed(found[num_damaged:]):
         try:
-            return path, load(path, tensors, group)
+            if not only(_on_all(group, lambda path=path: read_manifest(path)).extra):
+                continue
+            extra = load(path, tensors, group, hash_limit_gib=hash_limit_gib, config=config)
         except DamagedCheckpointError as error:
+            num_damaged += 1
             if rank == 0:
-                warnings.warn(f"falling back to the checkpoint before: {error}", stacklevel=2)
-    if found:
-        raise UserError(f"all checkpoints of {run_dir} are damaged ({len(found)}, see warnings)")
+                warnings.warn(f"{path.name} is passed over: {error}", stacklevel=2)
+        else:
+            if num_damaged and rank == 0:
+                warnings.warn(f"{path.name} is taken, the newest that is whole", stacklevel=2)
+            return path, extra
+    if num_damaged:
+        raise UserError(f"all checkpoints of {run_dir} are damaged ({num_damaged}, see warnings)")
     return None
 
 

@@ -1,0 +1,166 @@
+"""What `moetrain checkpoint convert` does: write a checkpoint in one piece, in some format."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from moetrain import checkpoint
+from moetrain.checkpoint.checks import is_model
+from moetrain.checkpoint.manifest import Manifest
+from moetrain.checkpoint.reading import dtype_of, open_checkpoint, read_tensor
+from moetrain.errors import UserError
+from moetrain.restore import TOKENIZER_FILE
+
+Format = Literal["moetrain", "safetensors", "torch"]
+SHARD_BYTES = 5 * 10**9
+"""Most bytes of tensors in one safetensors file (but for a tensor that is larger)."""
+INDEX = "model.safetensors.index.json"
+
+
+class Source(NamedTuple):
+    """What is to be written, and where it is read from."""
+
+    path: Path
+    manifest: Manifest
+    weights_only: bool
+    bf16: bool
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tensors that are wanted."""
+        return [name for name in self.manifest.tensors if is_model(name) or not self.weights_only]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that a tensor is to have."""
+        saved = dtype_of(self.manifest.tensors[name])
+        is_rounded = self.bf16 and is_model(name) and saved.is_floating_point
+        return torch.bfloat16 if is_rounded else saved
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors in full logical shape, on the CPU."""
+        entries = {name: self.manifest.tensors[name] for name in names}
+        return {n: read_tensor(self.path, entry).to(self.dtype(n)) for n, entry in entries.items()}
+
+    def num_bytes(self, name: str) -> int:
+        """Of a tensor as it is to be."""
+        return math.prod(self.manifest.tensors[name].shape) * self.dtype(name).itemsize
+
+
+def convert(
+    path: Path, out: Path, target: Format, weights_only: bool = False, bf16: bool = False
+) -> None:
+    """Write the checkpoint that `path` names to `out`, which must not exist; verified first.
+
+    Tensors keep their names and are whole. `weights_only` leaves out the optimizer's, `bf16` rounds
+    what is of the model. `moetrain`: a folder as of a run, whose only checkpoint it is.
+    `safetensors`: a folder of files, with an index where there are several. `torch`: a file for
+    `torch.load(weights_only=True)`. Raises UserError where `out` is in the way or cannot be
+    written; it is then not there.
+    """
+    if bf16 and target == "moetrain":
+        raise UserError(
+            "--dtype bf16 is for --format safetensors and torch; a checkpoint to continue from "
+            "keeps its precision"
+        )
+    found = checkpoint.resolve(path)
+    # Copies get checksums of their own, which would cover up any damage.
+    source = Source(found, open_checkpoint(found, hashed=True), weights_only, bf16)
+    with _written_beside(out) as place:
+        if target == "moetrain":
+            _write_checkpoint(place, source)
+        elif target == "safetensors":
+            write_safetensors(place, source, SHARD_BYTES)
+        else:
+            _write_torch(place, source)
+
+
+@contextmanager
+def _written_beside(out: Path) -> Iterator[Path]:
+    """A path to write to; what is there takes the name `out` once it is complete."""
+    if os.path.lexists(out):
+        raise UserError(f"OUT ({out}) exists; name a place that does not")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
+            place = Path(beside) / out.name
+            yield place
+            for written in (*place.rglob("*"), place):
+                _sync(written)
+            place.rename(out)
+        _sync(out.parent)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"OUT ({out}) was not written: {error}") from error
+
+
+def _write_checkpoint(place: Path, source: Source) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        manifest = source.manifest
+        checkpoint.save(place, manifest.step, source.read(source.names), manifest.extra)
+    finally:
+        dist.destroy_process_group()
+    if (tokenizer := source.path.parent.parent / TOKENIZER_FILE).exists():
+        shutil.copyfile(tokenizer, place / TOKENIZER_FILE)
+
+
+def _write_torch(place: Path, source: Source) -> None:
+    tensors, manifest = source.read(source.names), source.manifest
+    torch.save({"step": manifest.step, "extra": manifest.extra, "tensors": tensors}, place)
+
+
+def write_safetensors(place: Path, source: Source, shard_bytes: int) -> None:
+    """Write a folder of safetensors files with at most `shard_bytes` each, and their index.
+
+    Files and index are named as the `transformers` library does; step and settings of the run are
+    in the header of each file. One file is in memory at a time.
+    """
+    place.mkdir()
+    sizes = {name: source.num_bytes(name) for name in source.names}
+    groups = shards(sizes, shard_bytes)
+    files = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+    if len(groups) == 1:
+        files = ["model.safetensors"]
+    else:
+        places = {name: file for file, group in zip(files, groups, strict=True) for name in group}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        (place / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    manifest = source.manifest
+    config = json.dumps(manifest.extra.get("config"))
+    header = {"format": "pt", "step": str(manifest.step), "config": config}
+    for file, group in zip(files, groups, strict=True):
+        (place / file).write_bytes(serialize(source.read(group), metadata=header))
+
+
+def shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in their order, in groups of at most `limit` bytes, or of one name; at least one."""
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes.items():
+        if groups[-1] and held + size > limit:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    return groups
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,90 @@
+"""Where a run begins: what `checkpoint.resume` means, at the first start and at later ones."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from moetrain import checkpoint
+from moetrain.checkpoint.checks import changed_settings
+from moetrain.config import Config
+from moetrain.errors import UserError
+
+RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+"""Where torchrun's agent and Slurm say how often they have started this again."""
+
+
+def is_restart(environment: Mapping[str, str]) -> bool:
+    """Whether this process was started again, by itself, to go on with what was begun."""
+    return any(int(environment.get(name) or 0) > 0 for name in RESTARTS)
+
+
+def started_again() -> bool:
+    """Whether that is so on any rank, alike on all of them. Collective."""
+    # Of the agents of several nodes, only the one whose rank failed has counted a restart.
+    answers = [False] * dist.get_world_size()
+    dist.all_gather_object(answers, is_restart(os.environ))
+    return any(answers)
+
+
+def began_with(resume: str, extra: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint, by its `extra`, is of a run that was started with this `resume`."""
+    return extra["config"]["checkpoint"]["resume"] == resume
+
+
+def load_start(
+    config: Config, folder: Path, state: dict[str, Tensor], restarted: bool
+) -> tuple[Path, dict[str, Any]] | None:
+    """Load what a run begins with into `state`; return its path and `extra`. Collective.
+
+    None where it begins at the start. A run that was started again continues from what it has
+    saved, also where `checkpoint.resume` told its first start to begin elsewhere.
+
+    Raises UserError where that is damaged, of another model or not there, or would be overwritten.
+    """
+    resume, found = config.checkpoint.resume, None
+    own, limit = config.model_dump(mode="json"), config.checkpoint.hash_limit_gib
+    options: dict[str, Any] = {"hash_limit_gib": limit, "config": own}
+    if resume == "auto":
+        found = checkpoint.load_latest(folder, state, **options)
+    elif restarted:
+        saved_since = partial(began_with, resume)
+        found = checkpoint.load_latest(folder, state, **options, only=saved_since)
+    if found is None and resume == "never":
+        _require_none(folder)
+    elif found is None and resume != "auto":
+        path = _named(resume)
+        found = path, checkpoint.load(path, state, **options)
+    if found is not None and dist.get_rank() == 0:
+        _warn_of_changes(*found, own)
+    return found
+
+
+def _require_none(folder: Path) -> None:
+    if found := checkpoint.latest(folder):
+        raise UserError(
+            f"checkpoint.resume (never) would write over the run in {folder}, which holds "
+            f"{found.name}; choose another name, remove the folder, or set it to auto"
+        )
+
+
+def _named(resume: str) -> Path:
+    try:
+        return checkpoint.resolve(resume)
+    except UserError as error:
+        raise UserError(
+            f"checkpoint.resume ({resume}) is not auto, never or a path: {error}"
+        ) from None
+
+
+def _warn_of_changes(path: Path, extra: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """The shapes fit, but the model that continues may compute something else."""
+    if changed := changed_settings(extra["config"], own, ("model.", "moe.")):
+        warnings.warn(f"{path.name} continues with {', '.join(changed)}", stacklevel=2)
