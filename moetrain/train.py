@@ -9,7 +9,7 @@ from typing import Any
 
 from moetrain import checkpoint, engines, settings
 from moetrain.build import build_model
-from moetrain.config import Config, TrainConfig
+from moetrain.config import Config
 from moetrain.constraints import check_world
 from moetrain.data import Samples, prepare
 from moetrain.errors import DivergedError, UserError
@@ -23,7 +23,8 @@ from moetrain.mesh import (
 )
 from moetrain.objective import reduce
 from moetrain.report import Report
-from moetrain.step import Position, Run, train_step
+from moetrain.spikes import describe
+from moetrain.step import Position, Run, StepResult, advance, train_step
 
 
 def run(config: Config) -> int:
@@ -68,23 +69,16 @@ def train(run: Run) -> None:
         while position.step < steps:
             started = time.perf_counter()
             result = train_step(run, position)
-            position = _advance(position, config, result.is_bad)
-            report.step_took(time.perf_counter() - started)
-            if result.is_bad:
-                report.skipped(position.step, result.grad_norm)
-            is_stuck = position.bad_in_a_row >= config.train.max_bad_steps
-            if is_stuck or _due(position.step, config.log.every, steps):
+            position = advance(position, config, result)
+            report.step_took(time.perf_counter() - started, result.data_s)
+            if result.is_bad or result.is_spike:
+                report.went_wrong(position.step, result)
+            problem = _diverged(run, position, result)
+            if problem or _due(position.step, config.log.every, steps):
                 means = reduce(result.parts, result.counts, run.mesh, result.batch_balance)
-                report.train(
-                    position.step,
-                    position.tokens,
-                    position.bad_steps,
-                    means,
-                    result.grad_norm,
-                    result.lr,
-                )
-            if is_stuck:
-                raise DivergedError(_diverged(position, config.train))
+                report.train(position, result, means)
+            if problem:
+                raise DivergedError(problem)
             if _due(position.step, config.eval.every, steps):
                 means = evaluate(model, run.held_out, config.eval.sequences, config, run.mesh)
                 report.evaluation(position.step, means)
@@ -94,25 +88,28 @@ def train(run: Run) -> None:
         report.finish()
 
 
-def _advance(position: Position, config: Config, is_bad: bool) -> Position:
-    batch = config.train.global_batch
-    return Position(
-        position.step + 1,
-        position.samples + batch,
-        position.tokens + batch * config.data.seq_len,
-        position.bad_steps + is_bad,
-        position.bad_in_a_row + 1 if is_bad else 0,
-    )
-
-
-def _diverged(position: Position, train: TrainConfig) -> str:
-    return (
-        f"loss or gradient was not finite in {position.bad_in_a_row} "
-        f"step{'s' * (position.bad_in_a_row > 1)} in a row, up to step {position.step} "
-        f"(train.max_bad_steps {train.max_bad_steps}); try a train.lr below {train.lr:g} or more "
-        "train.warmup_steps, from an earlier checkpoint (checkpoint.resume PATH) or from the start "
-        "(another name)"
-    )
+def _diverged(run: Run, position: Position, result: StepResult) -> str | None:
+    """Why the run cannot go on after this step, and what to do; None where it can."""
+    train, row = run.config.train, position.bad_in_a_row
+    if result.is_spike and train.spike_response == "stop":
+        loss, grad_norm, _ = result.outcome
+        saved = checkpoint.latest(run.folder)
+        return (
+            f"step {position.step} is a spike: {describe(loss, grad_norm, result.limits)}; it was "
+            f"not applied (train.spike_response stop), and {saved.name if saved else 'no step'} is "
+            "the newest checkpoint; to go on from there and past this step, try a train.lr below "
+            f"{train.lr:g}, a train.spike_sigmas above {train.spike_sigmas:g}, or a "
+            "train.spike_response of skip or warn"
+        )
+    if row >= train.max_bad_steps:
+        what = "not finite or a spike" if train.spike_response == "skip" else "not finite"
+        return (
+            f"loss or gradient was {what} in {row} step{'s' * (row > 1)} in a row, up to step "
+            f"{position.step} (train.max_bad_steps {train.max_bad_steps}); try a train.lr below "
+            f"{train.lr:g} or more train.warmup_steps, from an earlier checkpoint "
+            "(checkpoint.resume PATH) or from the start (another name)"
+        )
+    return None
 
 
 def _due(step: int, every: int, last: int) -> bool:
@@ -154,7 +151,7 @@ def _resume(run: Run) -> Position:
         path = _named_checkpoint(resume)
         extra = checkpoint.load(path, state)
     _check_same_order(path, extra["order"], _order(run))
-    return Position(**extra["position"])
+    return Position.of(extra["position"])
 
 
 def _named_checkpoint(resume: str) -> Path:

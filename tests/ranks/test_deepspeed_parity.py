@@ -91,7 +91,7 @@ def spoiled(config: Config, text: Text, spoil: str) -> tuple[list[float], bool, 
         undo = SPOILS[spoil](engine) if is_bad and run.mesh.rank == 1 else lambda: None
         result = train_step(run, Position(number, number * BATCH, number * BATCH * LENGTH))
         undo()
-        norms.append(result.grad_norm)
+        norms.append(result.outcome.grad_norm)
         if is_bad:
             survived = all(
                 torch.equal(now, old) for now, old in zip(held(engine), before, strict=True)
@@ -163,7 +163,7 @@ def in_bf16(config: Config, text: Text) -> dict[str, Any]:
     seen["weights"].update(bias.dtype for bias in engine.engine.buffers.values())
     assert all(isinstance(w, torch.nn.Parameter) for w in engine.model.parameters())
     loss = reduce(result.parts, result.counts, run.mesh).loss
-    return {**seen, "loss": loss, "grads": engine.grads, "norm": result.grad_norm}
+    return {**seen, "loss": loss, "grads": engine.grads, "norm": result.outcome.grad_norm}
 
 
 @pytest.mark.parametrize(
@@ -245,17 +245,18 @@ def shares_counted_by_every_holder(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         engine_module,
         "global_norm",
-        lambda grads, losses: right([(tensors, 1) for tensors, _ in grads], losses),
+        lambda grads, loss: right([(tensors, 1) for tensors, _ in grads], loss),
     )
 
 
 def each_rank_its_own_norm(patch: pytest.MonkeyPatch) -> None:
     """Every rank clips by its shares of the gradient (NeMo Automodel #3816)."""
-    patch.setattr(
-        engine_module,
-        "global_norm",
-        lambda grads, _: torch.nn.utils.get_total_norm([t for ts, _ in grads for t in ts]).item(),
-    )
+
+    def wrong(grads: list[tuple[list[Tensor], int]], loss: Tensor) -> tuple[float, float]:
+        tensors = [tensor for tensors, _ in grads for tensor in tensors]
+        return torch.nn.utils.get_total_norm(tensors).item(), loss.item()
+
+    patch.setattr(engine_module, "global_norm", wrong)
 
 
 def the_mean_of_the_ranks(patch: pytest.MonkeyPatch) -> None:
