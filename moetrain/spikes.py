@@ -15,9 +15,9 @@ mean (6 there, too) as the limit. Otherwise than there:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 STEPS = 128
 """Steps that the window holds."""
@@ -45,19 +45,12 @@ FINITE = Limits()
 
 @dataclass(frozen=True)
 class Window:
-    """What the last steps were like, spikes left out."""
+    """What the last steps were like, spikes left out. Its lists are not changed."""
 
-    losses: tuple[float, ...] = ()
-    grad_norms: tuple[float, ...] = ()
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
     spikes_in_a_row: int = 0
     """Spikes trained on since the last step that is in the window."""
-
-    @classmethod
-    def of(cls, saved: Mapping[str, Any]) -> Window:
-        """From what JSON makes of its fields."""
-        return cls(
-            tuple(saved["losses"]), tuple(saved["grad_norms"]), int(saved["spikes_in_a_row"])
-        )
 
     def limits(self, sigmas: float) -> Limits:
         """Those of the next step: `sigmas` standard deviations above the mean.
@@ -72,8 +65,8 @@ class Window:
         """The window after a step that was trained on; a skipped one leaves it as it is."""
         if not is_spike:
             return Window(
-                (*self.losses, loss)[-STEPS:],
-                (*self.grad_norms, grad_norm)[-STEPS:],
+                [*self.losses, loss][-STEPS:],
+                [*self.grad_norms, grad_norm][-STEPS:],
             )
         if self.spikes_in_a_row + 1 == NEW_LEVEL:
             return EMPTY

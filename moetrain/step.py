@@ -74,8 +74,7 @@ class Position:
     @classmethod
     def of(cls, saved: Mapping[str, Any]) -> Position:
         """From what JSON makes of its fields; an older version did not save all of them."""
-        window = Window.of(saved["window"]) if "window" in saved else EMPTY
-        return cls(**{**saved, "window": window})
+        return cls(**{**saved, "window": Window(**saved.get("window", {}))})
 
 
 class StepResult(NamedTuple):

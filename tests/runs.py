@@ -26,7 +26,10 @@ SMALL_RUN: dict[str, dict[str, Any]] = {
     "checkpoint": {"every": 3},
     "log": {"every": 1},
 }
-TIMINGS = ("tokens_per_s", "tflops_per_device", "step_time_s", "mfu", "memory_gib")
+TIMINGS = (
+    *("tokens_per_s", "tflops_per_device", "step_time_s", "mfu", "memory_gib"),
+    *("data_s_by_rank", "probe_s_by_rank"),
+)
 
 
 def write_text(folder: Path) -> None:

@@ -137,7 +137,7 @@ def about(outcome: StepOutcome) -> Window:
     """As if many steps had been like this one, by half: a spike is what is four times it."""
     shares = (0.5, 1.5) * 16
     losses, norms = ([share * of for share in shares] for of in outcome[:2])
-    return Window(tuple(losses), tuple(norms))
+    return Window(losses, norms)
 
 
 def observe(case: Case, layout: Layout, spoil: Spoil, bad: float) -> Seen:

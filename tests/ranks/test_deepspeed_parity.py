@@ -87,7 +87,7 @@ def spoiled(config: Config, text: Text, spoil: str) -> tuple[list[bool], bool, A
     run = build_run(config, text)
     engine: Any = run.engine
     skipped, survived = [], True
-    usual = Window((1e3, 2e3) * 16, (1e3, 2e3) * 16)
+    usual = Window([1e3, 2e3] * 16, [1e3, 2e3] * 16)
     for number in (0, 1, 1, 2):
         before = held(engine)
         is_bad = number == 1 and len(skipped) == 1
