@@ -1,16 +1,21 @@
-"""The window that spikes are told from, beside one written out with numpy."""
+"""The window that spikes are told from, beside numpy, and what runs make of a spike."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import assert_same_bits, lines_without_timings, saved_tensors, train_on, write_config
 
+from moetrain import checkpoint
+from moetrain.sinks import read_metrics
 from moetrain.spikes import EMPTY, FEWEST, FINITE, NEW_LEVEL, STEPS, Limits, Window, describe
 from moetrain.step import Position
 
@@ -137,3 +142,80 @@ def test_a_position_of_an_older_checkpoint_has_an_empty_window() -> None:
 )
 def test_a_spike_in_words(loss, grad_norm, words) -> None:
     assert describe(loss, grad_norm, Limits(4.5, 2.0)) == words
+
+
+# ---- whole runs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spiked_run(tmp_path_factory) -> tuple[Path, Path]:
+    """The configuration and the folder of a run whose step 36 was a spike, and skipped. Checkpoints
+    of step 34 and 40 have been kept."""
+    config = write_config(
+        tmp_path_factory.mktemp("spikes"),
+        name="spiked",
+        moe={"router": "sigmoid", "bias_update_rate": 0.01},
+        parallel={"ep": 2},
+        train={"steps": 40, "spike_response": "skip"},
+        eval={"every": 0},
+        checkpoint={"every": 17},
+    )
+    run, errors = train_on(2, config, bad=frozenset({36}), factor=1e4)
+    assert errors == ["", ""]
+    return config, run
+
+
+def from_34(
+    spiked_run: tuple[Path, Path], name: str, *flags: object, bad: frozenset[int]
+) -> tuple[Path, list[str]]:
+    config, run = spiked_run
+    resume = "--name", name, "--checkpoint.resume", run / "checkpoints" / "step-00000034"
+    return train_on(2, config, *resume, *flags, bad=bad, factor=1e4, first=35)
+
+
+def test_a_skipped_spike_is_counted_and_a_resumed_run_decides_alike(spiked_run):
+    _, run = spiked_run
+    lines = read_metrics(run)
+    assert [line["step"] for line in lines if line["is_spike"]] == [36]
+    assert [line["spikes"] for line in lines[33:]] == [0, 0, 1, 1, 1, 1, 1]
+    assert lines[-1]["bad_steps"] == 0
+    again, errors = from_34(spiked_run, "again", bad=frozenset({36}))
+    assert errors == ["", ""]
+    last = [folder / "checkpoints" / "step-00000040" for folder in (again, run)]
+    assert_same_bits(*last)
+    ours, theirs = (checkpoint.read_manifest(path).extra["position"] for path in last)
+    assert ours == theirs
+    assert len(ours["window"]["losses"]) == 39
+    assert lines_without_timings(again) == lines_without_timings(run)[34:]
+
+
+def test_a_warning_trains_on_the_spike(spiked_run, capsys):
+    flags = "--train.spike-response", "warn", "--checkpoint.every", 1
+    folder, errors = from_34(spiked_run, "warned", *flags, bad=frozenset({40}))
+    assert errors == ["", ""]
+    lines = read_metrics(folder)
+    assert [line["is_spike"] for line in lines] == [False] * 5 + [True]
+    before, after = (saved_tensors(folder / "checkpoints" / f"step-{n:08d}") for n in (39, 40))
+    assert not any(
+        torch.equal(value, before[name]) for name, value in after.items() if "exp_avg" in name
+    )
+    out = capsys.readouterr().out
+    assert out.count("step 40 is a spike: loss ") == 1
+    assert "1 spike  " in out
+
+
+def test_a_stop_ends_the_run_before_the_spike_changes_it(spiked_run):
+    flags = "--train.spike-response", "stop", "--checkpoint.every", 1
+    folder, errors = from_34(spiked_run, "stopped", *flags, bad=frozenset({36}))
+    assert len(set(errors)) == 1, "all ranks stop alike"
+    assert errors[0].startswith("step 36 is a spike: loss ")
+    assert "step-00000035 is the newest checkpoint" in errors[0]
+    assert [path.name for path in checkpoint.committed(folder)] == ["step-00000035"]
+    assert [line["is_spike"] for line in read_metrics(folder)] == [False, True]
+
+
+def test_a_run_that_skips_every_step_ends(spiked_run):
+    folder, errors = from_34(spiked_run, "stuck", bad=frozenset(range(36, 41)))
+    assert len(set(errors)) == 1
+    assert "was not finite or a spike in 3 steps in a row, up to step 38" in errors[0]
+    assert read_metrics(folder)[-1]["spikes"] == 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -20,23 +19,17 @@ from runs import (
     lines_without_timings,
     saved_tensors,
     train,
-    without_pictures,
+    train_on,
     write_config,
     write_text,
 )
 
 from moetrain import checkpoint, cli, settings
-from moetrain.engines import Engine
-from moetrain.errors import DivergedError
-from moetrain.mesh import Mesh
 from moetrain.metrics import EvalLine, LayerLine, TrainLine
-from moetrain.optim import StepOutcome, lr_at
+from moetrain.optim import lr_at
 from moetrain.sinks import read_metrics
-from moetrain.spikes import Limits, Window
+from moetrain.spikes import Window
 from moetrain.step import sample_indices
-from moetrain.testing import simulate_ranks
-from moetrain.train import set_up
-from moetrain.train import train as train_run
 
 ROOT = Path(__file__).parents[1]
 STEPS, EXPERTS, TOP_K, STEP_TOKENS = 8, 4, 2, 8 * 32
@@ -215,51 +208,6 @@ def test_without_log_evaluation_and_checkpoints_a_run_still_trains(config, capsy
     assert line.endswith("from the start")
 
 
-class Spoiled:
-    """An engine in front of the real one, in which rank 1 multiplies its loss in some steps."""
-
-    def __init__(self, engine: Engine, rank: int, first: int, bad: frozenset[int], factor: float):
-        """`first` is the step to come."""
-        self.engine, self.model, self.state = engine, engine.model, engine.state
-        self.rank, self.coming, self.bad, self.factor = rank, first, bad, factor
-
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """See `Engine`."""
-        is_bad = self.rank == 1 and self.coming in self.bad
-        self.engine.backward(loss * self.factor if is_bad else loss, last)
-
-    def step(self, lr: float, limits: Limits) -> StepOutcome:
-        """See `Engine`."""
-        self.coming += 1
-        return self.engine.step(lr, limits)
-
-
-def train_on(
-    world: int,
-    config: Path,
-    *flags: object,
-    bad: frozenset[int] = frozenset(),
-    factor: float = math.nan,
-    first: int = 1,
-) -> tuple[Path, list[str]]:
-    """Train on simulated ranks, with bad steps on the way; returns the folder of the run and what
-    each rank has to say at the end."""
-    made = settings.load(config, [str(flag) for flag in flags])
-
-    def of_rank() -> str:
-        mesh = Mesh(torch.device("cpu"), made.parallel.ep, made.parallel.dp_replicate)
-        run = set_up(made, made.out / made.name, mesh)
-        spoiled = Spoiled(run.engine, mesh.rank, first, bad, factor)
-        try:
-            train_run(dataclasses.replace(run, engine=spoiled))
-        except DivergedError as error:
-            return str(error)
-        return ""
-
-    with without_pictures():
-        return made.out / made.name, simulate_ranks(world, of_rank)
-
-
 @pytest.mark.parametrize(
     "moe",
     [
@@ -396,83 +344,6 @@ def test_under_torchrun_it_is_code_1_and_one_message_too(config):
     assert ended.stderr.count("loss or gradient was not finite in 3 steps in a row") == 1
     assert "exitcode  : 1 " in ended.stderr
     assert "DivergedError" not in ended.stderr, "the traceback is the launcher's own"
-
-
-# ---------------------------------------------------------------- spikes
-
-
-@pytest.fixture(scope="module")
-def spiked_run(tmp_path_factory) -> tuple[Path, Path]:
-    """The configuration and the folder of a run whose step 36 was a spike, and skipped. Checkpoints
-    of step 34 and 40 have been kept."""
-    config = write_config(
-        tmp_path_factory.mktemp("spikes"),
-        name="spiked",
-        moe={"router": "sigmoid", "bias_update_rate": 0.01},
-        parallel={"ep": 2},
-        train={"steps": 40, "spike_response": "skip"},
-        eval={"every": 0},
-        checkpoint={"every": 17},
-    )
-    run, errors = train_on(2, config, bad=frozenset({36}), factor=1e4)
-    assert errors == ["", ""]
-    return config, run
-
-
-def from_34(
-    spiked_run: tuple[Path, Path], name: str, *flags: object, bad: frozenset[int]
-) -> tuple[Path, list[str]]:
-    config, run = spiked_run
-    resume = "--name", name, "--checkpoint.resume", run / "checkpoints" / "step-00000034"
-    return train_on(2, config, *resume, *flags, bad=bad, factor=1e4, first=35)
-
-
-def test_a_skipped_spike_is_counted_and_a_resumed_run_decides_alike(spiked_run):
-    _, run = spiked_run
-    lines = read_metrics(run)
-    assert [line["step"] for line in lines if line["is_spike"]] == [36]
-    assert [line["spikes"] for line in lines[33:]] == [0, 0, 1, 1, 1, 1, 1]
-    assert lines[-1]["bad_steps"] == 0
-    again, errors = from_34(spiked_run, "again", bad=frozenset({36}))
-    assert errors == ["", ""]
-    last = [folder / "checkpoints" / "step-00000040" for folder in (again, run)]
-    assert_same_bits(*last)
-    ours, theirs = (checkpoint.read_manifest(path).extra["position"] for path in last)
-    assert ours == theirs
-    assert len(ours["window"]["losses"]) == 39
-    assert lines_without_timings(again) == lines_without_timings(run)[34:]
-
-
-def test_a_warning_trains_on_the_spike(spiked_run, capsys):
-    flags = "--train.spike-response", "warn", "--checkpoint.every", 1
-    folder, errors = from_34(spiked_run, "warned", *flags, bad=frozenset({40}))
-    assert errors == ["", ""]
-    lines = read_metrics(folder)
-    assert [line["is_spike"] for line in lines] == [False] * 5 + [True]
-    before, after = (saved_tensors(folder / "checkpoints" / f"step-{n:08d}") for n in (39, 40))
-    assert not any(
-        torch.equal(value, before[name]) for name, value in after.items() if "exp_avg" in name
-    )
-    out = capsys.readouterr().out
-    assert out.count("step 40 is a spike: loss ") == 1
-    assert "1 spike  " in out
-
-
-def test_a_stop_ends_the_run_before_the_spike_changes_it(spiked_run):
-    flags = "--train.spike-response", "stop", "--checkpoint.every", 1
-    folder, errors = from_34(spiked_run, "stopped", *flags, bad=frozenset({36}))
-    assert len(set(errors)) == 1, "all ranks stop alike"
-    assert errors[0].startswith("step 36 is a spike: loss ")
-    assert "step-00000035 is the newest checkpoint" in errors[0]
-    assert [path.name for path in checkpoint.committed(folder)] == ["step-00000035"]
-    assert [line["is_spike"] for line in read_metrics(folder)] == [False, True]
-
-
-def test_a_run_that_skips_every_step_ends(spiked_run):
-    folder, errors = from_34(spiked_run, "stuck", bad=frozenset(range(36, 41)))
-    assert len(set(errors)) == 1
-    assert "was not finite or a spike in 3 steps in a row, up to step 38" in errors[0]
-    assert read_metrics(folder)[-1]["spikes"] == 3
 
 
 # ---------------------------------------------------------------- refusals
