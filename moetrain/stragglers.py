@@ -79,7 +79,7 @@ class RankClock:
         if self._probe is None:
             return RankTimes([data_s], [])
         times_W2 = torch.zeros(self._mesh.world, 2, dtype=torch.float64)
-        times_W2[self._mesh.rank] = torch.tensor([data_s, self._probe.seconds()])
+        times_W2[self._mesh.rank] = times_W2.new_tensor([data_s, self._probe.seconds()])
         data, probe = self._mesh.sum(times_W2.to(self._mesh.device)).T.tolist()
         return RankTimes(data, probe)
 
@@ -103,7 +103,8 @@ def slow_ranks(times: RankTimes, step_time_s: float) -> dict[int, str]:
 
 
 def _beside_median(times: Sequence[float]) -> list[tuple[float, float]]:
-    return [(seconds, median_low(times)) for seconds in times]
+    usual = median_low(times) if times else 0.0
+    return [(seconds, usual) for seconds in times]
 
 
 @final
