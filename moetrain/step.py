@@ -133,21 +133,6 @@ def train_step(run: Run, position: Position) -> StepResult:
     return StepResult(parts, counts, balance, outcome, limits, lr, data_s)
 
 
-def advance(position: Position, config: Config, result: StepResult) -> Position:
-    """Where the run stands after a step."""
-    batch, (loss, grad_norm, was_skipped) = config.train.global_batch, result.outcome
-    window = position.window
-    return Position(
-        position.step + 1,
-        position.samples + batch,
-        position.tokens + batch * config.data.seq_len,
-        position.bad_steps + result.is_bad,
-        position.bad_in_a_row + 1 if was_skipped else 0,
-        position.spikes + result.is_spike,
-        window if was_skipped else window.after(loss, grad_norm, result.is_spike),
-    )
-
-
 def _forward(run: Run, batch: Batch, key: Tensor) -> Sums:
     draws = Draws(key, batch.token_id_BL.flatten())
     return sums(forward(run.engine.model, batch, "train", draws))

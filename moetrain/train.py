@@ -24,7 +24,7 @@ from moetrain.mesh import (
 from moetrain.objective import reduce
 from moetrain.report import Report
 from moetrain.spikes import describe
-from moetrain.step import Position, Run, StepResult, advance, train_step
+from moetrain.step import Position, Run, StepResult, train_step
 
 
 def run(config: Config) -> int:
@@ -69,7 +69,7 @@ def train(run: Run) -> None:
         while position.step < steps:
             started = time.perf_counter()
             result = train_step(run, position)
-            position = advance(position, config, result)
+            position = _advance(position, config, result)
             report.step_took(time.perf_counter() - started, result.data_s)
             if result.is_bad or result.is_spike:
                 report.went_wrong(position.step, result)
@@ -86,6 +86,20 @@ def train(run: Run) -> None:
                 _save(run, position)
                 report.saved(position.step)
         report.finish()
+
+
+def _advance(position: Position, config: Config, result: StepResult) -> Position:
+    batch, (loss, grad_norm, was_skipped) = config.train.global_batch, result.outcome
+    window = position.window
+    return Position(
+        position.step + 1,
+        position.samples + batch,
+        position.tokens + batch * config.data.seq_len,
+        position.bad_steps + result.is_bad,
+        position.bad_in_a_row + 1 if was_skipped else 0,
+        spikes=position.spikes + result.is_spike,
+        window=window if was_skipped else window.after(loss, grad_norm, result.is_spike),
+    )
 
 
 def _diverged(run: Run, position: Position, result: StepResult) -> str | None:
