@@ -9,7 +9,7 @@ from typing import Any
 
 from moetrain import checkpoint, engines, settings
 from moetrain.build import build_model
-from moetrain.config import Config
+from moetrain.config import Config, TrainConfig
 from moetrain.constraints import check_world
 from moetrain.data import Samples, prepare
 from moetrain.errors import DivergedError, UserError
@@ -73,12 +73,12 @@ def train(run: Run) -> None:
             report.step_took(time.perf_counter() - started, result.data_s)
             if result.is_bad or result.is_spike:
                 report.went_wrong(position.step, result)
-            problem = _diverged(run, position, result)
-            if problem or _due(position.step, config.log.every, steps):
+            is_over = _is_over(position, result, config.train)
+            if is_over or _due(position.step, config.log.every, steps):
                 means = reduce(result.parts, result.counts, run.mesh, result.batch_balance)
                 report.train(position, result, means)
-            if problem:
-                raise DivergedError(problem)
+            if is_over:
+                raise DivergedError(_diverged(run, position, result))
             if _due(position.step, config.eval.every, steps):
                 means = evaluate(model, run.held_out, config.eval.sequences, config, run.mesh)
                 report.evaluation(position.step, means)
@@ -102,8 +102,14 @@ def _advance(position: Position, config: Config, result: StepResult) -> Position
     )
 
 
-def _diverged(run: Run, position: Position, result: StepResult) -> str | None:
-    """Why the run cannot go on after this step, and what to do; None where it can."""
+def _is_over(position: Position, result: StepResult, train: TrainConfig) -> bool:
+    """Whether the run must not go on after this step."""
+    is_stopped = result.is_spike and train.spike_response == "stop"
+    return is_stopped or position.bad_in_a_row >= train.max_bad_steps
+
+
+def _diverged(run: Run, position: Position, result: StepResult) -> str:
+    """Why it must not, and what to do."""
     train, row = run.config.train, position.bad_in_a_row
     if result.is_spike and train.spike_response == "stop":
         loss, grad_norm, _ = result.outcome
@@ -115,15 +121,13 @@ def _diverged(run: Run, position: Position, result: StepResult) -> str | None:
             f"{train.lr:g}, a train.spike_sigmas above {train.spike_sigmas:g}, or a "
             "train.spike_response of skip or warn"
         )
-    if row >= train.max_bad_steps:
-        what = "not finite or a spike" if train.spike_response == "skip" else "not finite"
-        return (
-            f"loss or gradient was {what} in {row} step{'s' * (row > 1)} in a row, up to step "
-            f"{position.step} (train.max_bad_steps {train.max_bad_steps}); try a train.lr below "
-            f"{train.lr:g} or more train.warmup_steps, from an earlier checkpoint "
-            "(checkpoint.resume PATH) or from the start (another name)"
-        )
-    return None
+    what = "not finite or a spike" if train.spike_response == "skip" else "not finite"
+    return (
+        f"loss or gradient was {what} in {row} step{'s' * (row > 1)} in a row, up to step "
+        f"{position.step} (train.max_bad_steps {train.max_bad_steps}); try a train.lr below "
+        f"{train.lr:g} or more train.warmup_steps, from an earlier checkpoint "
+        "(checkpoint.resume PATH) or from the start (another name)"
+    )
 
 
 def _due(step: int, every: int, last: int) -> bool:
