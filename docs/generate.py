@@ -50,8 +50,10 @@ _LINES = {
 }
 _NUMBERS = {
     "int": "integer",
+    "bool": "`true`, `false`",
     "float": "number",
     "float | None": "number",
+    "ByRank": "a number a rank",
     "list[int]": "E integers",
     "list[float]": "K numbers",
     "list[list[int]]": "4 integers a rank",

@@ -50,6 +50,8 @@ def _idle_settings(config: Config) -> Iterator[tuple[str, str]]:
     if config.engine.kind != "deepspeed":
         for field in ("engine.zero_stage", "engine.deepspeed_config"):
             yield field, f"with engine.kind {config.engine.kind}; only deepspeed reads it"
+    if config.train.spike_sigmas == 0:
+        yield "train.spike_response", "when train.spike_sigmas is 0: no step is a spike"
     if config.train.schedule != "wsd":
         yield "train.decay_fraction", f"with train.schedule {config.train.schedule}"
     if config.checkpoint.every == 0:

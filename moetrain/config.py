@@ -257,8 +257,14 @@ class TrainConfig(Section):
     clip_norm: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     max_bad_steps: PositiveInt = 3
-    """Give up after so many steps in a row whose loss or gradient is not finite; each is skipped,
-    with the weights left as they were."""
+    """Give up after so many steps in a row that were skipped, with the weights left as they were:
+    steps whose loss or gradient is not finite, and spikes where spike_response is skip."""
+    spike_sigmas: NonNegativeFloat = 6.0
+    """A step is a spike where its loss or gradient norm lies more than so many standard deviations
+    above the mean of up to 128 steps before it (no fewer than 32). 0: no step is."""
+    spike_response: Literal["warn", "skip", "stop"] = "warn"
+    """To a spike. warn: train on it and say so; skip: leave the weights as they were; stop: end the
+    run before it changes them."""
 
 
 class EvalConfig(Section):

@@ -23,6 +23,9 @@ FAILED = 1
 LAUNCHER = "MOETRAIN_LAUNCHER"
 """For ranks whose launcher is `moetrain.torchrun`: its process id."""
 
+RESTARTS = "MOETRAIN_RESTARTS"
+"""How often it has started them again."""
+
 Kind = Literal["mistake", "final", "hang", "failure", "consequence"]
 """mistake: the user's; final: not to be tried again; hang: the watchdog's finding; consequence: of
 another rank's end."""

@@ -18,6 +18,10 @@ import torch
 
 from moetrain.moe.ledger import DROPPED, KEPT, NOT_SAMPLED, SPILLED, Ledger, is_conserved
 from moetrain.objective import LayerMeans, Means
+from moetrain.stragglers import RankTimes
+
+ByRank = list[float]
+"""A number of every rank, the first's first."""
 
 
 class LayerLine(TypedDict):
@@ -83,6 +87,11 @@ class Speed(TypedDict):
     is not known, on CPUs too."""
     step_time_s: float
     """Mean seconds per step since the line before, without evaluation and checkpoints."""
+    data_s_by_rank: ByRank
+    """Mean seconds per step since the line before in which a rank read its batches."""
+    probe_s_by_rank: ByRank
+    """Seconds that a fixed matrix product took a rank just now, the median of three: about equal
+    where devices are alike and undisturbed. Empty on a single rank."""
 
 
 class TrainLine(Speed):
@@ -99,7 +108,7 @@ class TrainLine(Speed):
     z_loss: float
     """Mean over the MoE layers of the router z-loss, without its coefficient."""
     grad_norm: float
-    """Global norm of the gradient before clipping; null in a step that was skipped."""
+    """Global norm of the gradient before clipping; null where loss or gradient was not finite."""
     lr: float
     """Learning rate of the step."""
     drop_rate: float
@@ -122,6 +131,11 @@ class TrainLine(Speed):
     """Σ over the MoE layers."""
     bad_steps: int
     """Steps skipped so far because loss or gradient was not finite."""
+    spikes: int
+    """Steps so far whose loss or gradient norm was finite, but more than train.spike_sigmas above
+    that of the steps before; where train.spike_response is skip, they were skipped."""
+    is_spike: bool
+    """Whether the step was one."""
     memory_gib: float
     """Peak memory so far on rank 0: allocated by torch on its GPU, else resident in the process."""
     layers: list[LayerLine]
@@ -146,6 +160,8 @@ def train_line(
     step: int,
     tokens: int,
     bad_steps: int,
+    spikes: int,
+    is_spike: bool,
     means: Means,
     grad_norm: float,
     lr: float,
@@ -179,6 +195,8 @@ def train_line(
         load_entropy=mean("load_entropy"),
         dead_experts=sum(layer["dead_experts"] for layer in layers),
         bad_steps=bad_steps,
+        spikes=spikes,
+        is_spike=is_spike,
         **speed,
         memory_gib=memory_gib,
         layers=layers,
@@ -247,6 +265,7 @@ def speed(
     *,
     step_tokens: int,
     step_time_s: float,
+    rank_times: RankTimes,
     flops_per_token: float,
     devices: int,
     peak_flops: float | None,
@@ -263,6 +282,8 @@ def speed(
         tflops_per_device=flops_per_device / 1e12,
         mfu=None if peak_flops is None else flops_per_device / peak_flops,
         step_time_s=step_time_s,
+        data_s_by_rank=rank_times.data_s,
+        probe_s_by_rank=rank_times.probe_s,
     )
 
 

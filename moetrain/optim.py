@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -84,22 +84,42 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+class StepOutcome(NamedTuple):
+    """What came of an engine's step, the same on every rank."""
+
+    loss: float
+    """The objective that was backpropagated, summed over ranks and micro-batches."""
+    grad_norm: float
+    """Of the whole model, before clipping; not finite where a loss or gradient was not."""
+    was_skipped: bool
+    """Whether weights and moments were left as they were."""
+
+
 def global_grad_norm(
-    parameters: Iterable[nn.Parameter], replicas: int, also_finite: Tensor
-) -> Tensor:
-    """The 2-norm of the whole model's gradient, every parameter counted once: fp64, 0-d.
+    parameters: Iterable[nn.Parameter], replicas: int, loss: Tensor
+) -> tuple[float, float]:
+    """The 2-norm of the whole model's gradient, every parameter counted once, and the global loss.
 
     `replicas` is the number of ranks that hold the same shard of a DTensor; a plain tensor is whole
-    on every rank. NaN on every rank if `also_finite` (0-d) is not finite on any. Collective over
-    the default group.
+    on every rank. `loss` (fp64, 0-d) is this rank's share; the norm is NaN on every rank if it is
+    not finite on any. Collective over the default group.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     sharded = [grad.to_local() for grad in grads if isinstance(grad, DTensor)]
     whole = [grad for grad in grads if not isinstance(grad, DTensor)]
-    total = _squares(sharded) / replicas + _squares(whole) / dist.get_world_size()
-    total = total + 0 * also_finite
-    dist.all_reduce(total)
-    return total.sqrt()
+    return sum_totals(_squares(sharded) / replicas + _squares(whole) / dist.get_world_size(), loss)
+
+
+def sum_totals(squares: Tensor, loss: Tensor) -> tuple[float, float]:
+    """Global gradient norm and loss, from every rank's share of the squares and of the loss.
+
+    Both are fp64 and 0-d. The norm is not finite if either is not on any rank. One collective over
+    the default group, and the device is waited for once.
+    """
+    totals = torch.stack([squares + 0 * loss, loss])
+    dist.all_reduce(totals)
+    square, loss_sum = totals.tolist()
+    return math.sqrt(square), loss_sum
 
 
 def _squares(tensors: list[Tensor]) -> Tensor:

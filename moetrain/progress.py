@@ -134,6 +134,8 @@ def describe(line: Mapping[str, Any], num_steps: int, has_experts: bool) -> list
         parts.append(f"drop {_percent(line['drop_rate'])}")
     if line["bad_steps"]:
         parts.append(f"{line['bad_steps']} skipped")
+    if line["spikes"]:
+        parts.append(f"{line['spikes']} spike{'s' * (line['spikes'] > 1)}")
     parts.append(f"{_si(line['tokens_per_s'])} tokens/s")
     if line["mfu"] is not None:
         parts.append(f"mfu {_percent(line['mfu'])}")

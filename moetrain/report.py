@@ -1,6 +1,6 @@
 """What a run tells while it goes and leaves behind: metrics, live progress, wandb, plots.
 
-Rank 0 does the writing; the methods may be called on every rank.
+Rank 0 does the writing; the methods are called on every rank.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from moetrain.progress import progress
 from moetrain.restore import TOKENIZER_FILE
 from moetrain.sinks import MetricsLog
 from moetrain.sizes import sizes, train_flops_per_token
+from moetrain.spikes import describe
+from moetrain.step import Position, StepResult
+from moetrain.stragglers import RankClock, Streaks, slow_ranks
 from moetrain.wandb_sink import WandbSink
 
 
@@ -44,7 +47,8 @@ class Report:
         self._prepared = prepared
         self._flops_per_token = train_flops_per_token(model, config.data.seq_len)
         self._peak_flops = device_peak_flops(mesh.device, config.engine.precision)
-        self._steps, self._seconds = 0, 0.0
+        self._steps, self._seconds, self._data_s = 0, 0.0, 0.0
+        self._clock, self._streaks = RankClock(mesh), Streaks()
         self._is_writer = mesh.rank == 0
         self._closing = ExitStack()
         self._wandb: WandbSink | None = None
@@ -87,39 +91,49 @@ class Report:
     def __exit__(self, *_: object) -> None:
         self._closing.close()
 
-    def step_took(self, seconds: float) -> None:
-        """Count the time of one optimizer step, without evaluation and checkpoints."""
+    def step_took(self, seconds: float, data_s: float) -> None:
+        """Count the time of one optimizer step, without evaluation and checkpoints, and how much of
+        it this rank took to read its batches."""
         self._steps += 1
         self._seconds += seconds
+        self._data_s += data_s
 
-    def skipped(self, step: int, grad_norm: float) -> None:
-        """Report a step that changed nothing."""
+    def went_wrong(self, step: int, result: StepResult) -> None:
+        """Report a step that was not finite, or a spike."""
         if self._is_writer:
-            self._progress.note(f"step {step} skipped: the gradient norm is {grad_norm}")
+            self._progress.note(_trouble(step, result))
 
-    def train(
-        self, step: int, tokens: int, bad_steps: int, means: Means, grad_norm: float, lr: float
-    ) -> None:
-        """Report the optimizer step just finished; speed is the mean since the last report."""
-        config = self._config
+    def train(self, position: Position, result: StepResult, means: Means) -> None:
+        """Report the optimizer step just finished; speed is the mean since the last report.
+
+        A collective: the times of all ranks are brought together.
+        """
+        config, step_time_s = self._config, self._seconds / self._steps
+        rank_times = self._clock.times(self._data_s / self._steps)
         line = metrics.train_line(
-            step=step,
-            tokens=tokens,
-            bad_steps=bad_steps,
+            step=position.step,
+            tokens=position.tokens,
+            bad_steps=position.bad_steps,
+            spikes=position.spikes,
+            is_spike=result.is_spike,
             means=means,
-            grad_norm=grad_norm,
-            lr=lr,
+            grad_norm=result.outcome.grad_norm,
+            lr=result.lr,
             speed=metrics.speed(
                 step_tokens=config.train.global_batch * config.data.seq_len,
-                step_time_s=self._seconds / self._steps,
+                step_time_s=step_time_s,
+                rank_times=rank_times,
                 flops_per_token=self._flops_per_token,
                 devices=self._mesh.world,
                 peak_flops=self._peak_flops,
             ),
             memory_gib=metrics.memory_gib(self._mesh.device),
         )
-        self._steps, self._seconds = 0, 0.0
+        self._steps, self._seconds, self._data_s = 0, 0.0, 0.0
         self._write(line)
+        if self._is_writer:
+            for note in self._streaks.notes(slow_ranks(rank_times, step_time_s)):
+                self._progress.note(note)
 
     def evaluation(self, step: int, means: Means) -> None:
         """Report an evaluation on held-out text."""
@@ -155,6 +169,14 @@ class Report:
             self._progress.update(line)
             if self._wandb is not None:
                 self._wandb.write(line)
+
+
+def _trouble(step: int, result: StepResult) -> str:
+    loss, grad_norm, was_skipped = result.outcome
+    if result.is_bad:
+        return f"step {step} skipped: the gradient norm is {grad_norm}"
+    what = "a spike, skipped" if was_skipped else "a spike"
+    return f"step {step} is {what}: {describe(loss, grad_norm, result.limits)}"
 
 
 def _start(resume_step: int, steps: int) -> str:

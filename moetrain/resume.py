@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ from moetrain import checkpoint
 from moetrain.checkpoint.checks import changed_settings
 from moetrain.config import Config
 from moetrain.errors import UserError
+from moetrain.failure import RESTARTS
+from moetrain.step import Position, Run
 
-RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-"""Where torchrun's agent and Slurm say how often they have started this again."""
+RESTART_COUNTS = (RESTARTS, "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+"""Where launchers and Slurm say how often they have started this again."""
 
 
 def is_restart(environment: Mapping[str, str]) -> bool:
     """Whether this process was started again, by itself, to go on with what was begun."""
-    return any(int(environment.get(name) or 0) > 0 for name in RESTARTS)
+    return any(int(environment.get(name) or 0) > 0 for name in RESTART_COUNTS)
 
 
 def started_again() -> bool:
@@ -37,6 +40,27 @@ def started_again() -> bool:
 def began_with(resume: str, extra: Mapping[str, Any]) -> bool:
     """Whether a checkpoint, by its `extra`, is of a run that was started with this `resume`."""
     return extra["config"]["checkpoint"]["resume"] == resume
+
+
+def begin(run: Run) -> Position:
+    """Load what `checkpoint.resume` names into the engine, and say where the run stands."""
+    found = load_start(run.config, run.folder, run.engine.state(), started_again())
+    if found is None:
+        return Position()
+    path, extra = found
+    _check_same_order(path, extra["order"], _order(run))
+    return Position.of(extra["position"])
+
+
+def beside_tensors(run: Run, position: Position) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors."""
+    return {
+        "position": asdict(position),
+        "order": _order(run),
+        "vocab_size": run.prepared.manifest.vocab_size,
+        "tokenizer": run.prepared.manifest.tokenizer,
+        "config": run.config.model_dump(mode="json"),
+    }
 
 
 def load_start(
@@ -88,3 +112,25 @@ def _warn_of_changes(path: Path, extra: Mapping[str, Any], own: Mapping[str, Any
     """The shapes fit, but the model that continues may compute something else."""
     if changed := changed_settings(extra["config"], own, ("model.", "moe.")):
         warnings.warn(f"{path.name} continues with {', '.join(changed)}", stacklevel=2)
+
+
+def _order(run: Run) -> dict[str, Any]:
+    """What the order of samples depends on."""
+    data = run.config.data
+    return {
+        "seed": run.config.seed,
+        "data.seq_len": data.seq_len,
+        "data": run.prepared.manifest.fingerprint,
+    }
+
+
+def _check_same_order(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse to continue on another order of samples: it would repeat some and lose others."""
+    changed = [
+        f"{key} ({wanted[key]}) was {saved[key]}" for key in wanted if wanted[key] != saved[key]
+    ]
+    if changed:
+        raise UserError(
+            f"cannot continue from {path}: {', '.join(changed)}; set it back, or start a run of "
+            "another name"
+        )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +32,8 @@ from moetrain.objective import (
     objective,
     sums,
 )
-from moetrain.optim import lr_at
+from moetrain.optim import StepOutcome, lr_at
+from moetrain.spikes import EMPTY, FINITE, Limits, Window
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,18 @@ class Position:
     bad_steps: int = 0
     """Steps skipped because loss or gradient was not finite."""
     bad_in_a_row: int = 0
-    """Those since the last good one."""
+    """Steps skipped since the last one that was not, spikes too."""
     owes_evaluation: bool = False
     """Whether an evaluation is due here and has not been done."""
+    spikes: int = 0
+    """Steps that were a spike, skipped or not."""
+    window: Window = EMPTY
+    """What spikes are told from."""
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> Position:
+        """From what JSON makes of its fields; an older version did not save all of them."""
+        return cls(**{**saved, "window": Window(**saved.get("window", {}))})
 
 
 class StepResult(NamedTuple):
@@ -74,24 +86,34 @@ class StepResult(NamedTuple):
     """What each micro-batch of this rank added."""
     counts: Counts
     batch_balance: BatchBalance | None
-    grad_norm: float
-    """Before clipping; not finite for a step that was skipped."""
+    outcome: StepOutcome
+    limits: Limits
+    """Beyond which it is a spike."""
     lr: float
+    data_s: float
+    """Seconds in which this rank read its batches."""
 
     @property
     def is_bad(self) -> bool:
-        """Whether the step was skipped, on every rank alike."""
-        return not math.isfinite(self.grad_norm)
+        """Whether loss or gradient was not finite, and the step skipped, on every rank alike."""
+        return not math.isfinite(self.outcome.grad_norm)
+
+    @property
+    def is_spike(self) -> bool:
+        """Whether loss or gradient norm was finite, but far above that of the steps before."""
+        loss, grad_norm, _ = self.outcome
+        return not self.is_bad and not self.limits.admit(loss, grad_norm)
 
 
 def train_step(run: Run, position: Position) -> StepResult:
     """One optimizer step on the next global batch."""
     config, mesh = run.config, run.mesh
-    step = position.step + 1
+    step, started = position.step + 1, time.perf_counter()
     batches = [
         on_device(run.samples.batch(indices), mesh.device)
         for indices in sample_indices(config, mesh.rank, mesh.world, position.samples)
     ]
+    data_s = time.perf_counter() - started
     group_size = routing_group_tokens(config)
     counts = count_all([count(batch, group_size) for batch in batches], mesh)
     key = step_key(config.seed, step, mesh.device)
@@ -104,11 +126,13 @@ def train_step(run: Run, position: Position) -> StepResult:
         run.engine.backward(objective(part, counts, *coefs, balance), last=number == len(batches))
         parts.append(part.detach())
     lr = _lr(config.train, step)
-    result = StepResult(parts, counts, balance, run.engine.step(lr), lr)
+    limits = position.window.limits(config.train.spike_sigmas)
+    applied = FINITE if config.train.spike_response == "warn" else limits
+    outcome = run.engine.step(lr, applied)
     _check_ledgers(parts)
-    if not result.is_bad:
+    if not outcome.was_skipped:
         _rebalance(run, parts)
-    return result
+    return StepResult(parts, counts, balance, outcome, limits, lr, data_s)
 
 
 def _forward(run: Run, batch: Batch, key: Tensor) -> Sums:

@@ -41,7 +41,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.launcher import api as launcher
 from torch.distributed.run import parse_args, run
 
-from moetrain.failure import FAILED, LAUNCHER
+from moetrain.failure import FAILED, LAUNCHER, RESTARTS
 from moetrain.stopping import SIGNALS, STOPPED
 
 HOST = "127.0.0.1"
@@ -109,10 +109,17 @@ class Agent(LocalElasticAgent):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._starts = 0
         self._to_pass_on: list[int] = []
         self._passed_on: set[int] = set()
         for number in SIGNALS:
             signal.signal(number, self._take)
+
+    def _start_workers(self, worker_group: Any) -> dict[int, Any]:
+        # torchrun's own count leaves out restarts because nodes have come or gone.
+        os.environ[RESTARTS] = str(self._starts)
+        self._starts += 1
+        return super()._start_workers(worker_group)  # type: ignore[call-arg]
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self._worker_group.state != WorkerState.HEALTHY:  # it waits for other agents, say

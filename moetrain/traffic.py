@@ -249,7 +249,7 @@ def _statistics(config: Config, model: Transformer, world_size: int) -> Iterator
     layers = sum(isinstance(module, MoE) for module in model.modules())
     for what, count, num_bytes in (
         ("targets, tokens and groups", 1, 3 * INT64),
-        ("gradient norm", 1, FP64),
+        ("gradient norm, loss", 1, 2 * FP64),
         *_balance(config, layers),
     ):
         yield Traffic(what, "all_reduce", "world", world_size, count, num_bytes)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -18,7 +17,7 @@ from moetrain.checkpoint import CheckpointError, Saver
 from moetrain.config import Config, TrainConfig
 from moetrain.constraints import check_world
 from moetrain.data import Samples, prepare
-from moetrain.errors import DivergedError, UserError
+from moetrain.errors import DivergedError
 from moetrain.evaluate import evaluate
 from moetrain.failure import end_with_launcher
 from moetrain.mesh import (
@@ -31,8 +30,9 @@ from moetrain.mesh import (
 )
 from moetrain.objective import reduce
 from moetrain.report import Report
-from moetrain.resume import load_start, started_again
-from moetrain.step import Position, Run, train_step
+from moetrain.resume import begin, beside_tensors
+from moetrain.spikes import describe
+from moetrain.step import Position, Run, StepResult, train_step
 from moetrain.stopping import StopSignals
 from moetrain.watchdog import UNWATCHED, Watch, Watchdog
 
@@ -96,7 +96,7 @@ def train(run: Run, is_asked: Callable[[], bool] = lambda: False, watch: Watch =
     otherwise some rank was asked, and all stopped after the same step and saved.
     """
     config, steps = run.config, run.config.train.steps
-    position = _resume(run)
+    position = begin(run)
     saver = Saver(run.folder, config.checkpoint.keep, config.checkpoint.asynchronous)
     model, start = run.engine.model, position.step
     with Report(config, run.folder, run.mesh, run.prepared, model, start) as report:
@@ -104,7 +104,7 @@ def train(run: Run, is_asked: Callable[[], bool] = lambda: False, watch: Watch =
         while not stop and (position.step < steps or position.owes_evaluation):
             if not position.owes_evaluation:  # owed at the start where a signal cut it short
                 watch.mark(f"step {position.step + 1}")
-                position = _step(run, position, report)
+                position = _step(run, position, report, saver)
             stop = run.mesh.any(is_asked())
             if position.owes_evaluation and not stop:
                 position = _evaluate(run, position, report, is_asked, watch)
@@ -112,7 +112,7 @@ def train(run: Run, is_asked: Callable[[], bool] = lambda: False, watch: Watch =
             is_due = _due(position.step, config.checkpoint.every, steps)
             if is_due or (stop and config.checkpoint.every):
                 watch.rest(f"saving step {position.step}")
-                saver.save(position.step, run.engine.state(), _extra(run, position))
+                saver.save(position.step, run.engine.state(), beside_tensors(run, position))
             _report_saves(saver, report)
         watch.rest("finishing")
         saver.wait()
@@ -124,22 +124,21 @@ def train(run: Run, is_asked: Callable[[], bool] = lambda: False, watch: Watch =
     return not stop
 
 
-def _step(run: Run, position: Position, report: Report) -> Position:
+def _step(run: Run, position: Position, report: Report, saver: Saver) -> Position:
     """One optimizer step and its metrics; where the run then stands."""
     config, started = run.config, time.perf_counter()
     result = train_step(run, position)
-    position = _advance(position, config, result.is_bad)
-    report.step_took(time.perf_counter() - started)
-    if result.is_bad:
-        report.skipped(position.step, result.grad_norm)
-    is_stuck = position.bad_in_a_row >= config.train.max_bad_steps
-    if is_stuck or _due(position.step, config.log.every, config.train.steps):
+    position = _advance(position, config, result)
+    report.step_took(time.perf_counter() - started, result.data_s)
+    if result.is_bad or result.is_spike:
+        report.went_wrong(position.step, result)
+    is_over = _is_over(position, result, config.train)
+    if is_over or _due(position.step, config.log.every, config.train.steps):
         means = reduce(result.parts, result.counts, run.mesh, result.batch_balance)
-        report.train(
-            position.step, position.tokens, position.bad_steps, means, result.grad_norm, result.lr
-        )
-    if is_stuck:
-        raise DivergedError(_diverged(position, config.train))
+        report.train(position, result, means)
+    if is_over:
+        saver.wait()  # what is being written is where to go back to
+        raise DivergedError(_diverged(run, position, result))
     return position
 
 
@@ -160,45 +159,52 @@ def _evaluate(
     return replace(position, owes_evaluation=False)
 
 
-def _advance(position: Position, config: Config, is_bad: bool) -> Position:
-    batch = config.train.global_batch
+def _advance(position: Position, config: Config, result: StepResult) -> Position:
+    batch, (loss, grad_norm, was_skipped) = config.train.global_batch, result.outcome
+    window = position.window
     return Position(
         position.step + 1,
         position.samples + batch,
         position.tokens + batch * config.data.seq_len,
-        position.bad_steps + is_bad,
-        position.bad_in_a_row + 1 if is_bad else 0,
+        position.bad_steps + result.is_bad,
+        position.bad_in_a_row + 1 if was_skipped else 0,
         _due(position.step + 1, config.eval.every, config.train.steps),
+        spikes=position.spikes + result.is_spike,
+        window=window if was_skipped else window.after(loss, grad_norm, result.is_spike),
     )
 
 
-def _diverged(position: Position, train: TrainConfig) -> str:
+def _is_over(position: Position, result: StepResult, train: TrainConfig) -> bool:
+    """Whether the run must not go on after this step."""
+    is_stopped = result.is_spike and train.spike_response == "stop"
+    return is_stopped or position.bad_in_a_row >= train.max_bad_steps
+
+
+def _diverged(run: Run, position: Position, result: StepResult) -> str:
+    """Why it must not, and what to do."""
+    train, row = run.config.train, position.bad_in_a_row
+    if result.is_spike and train.spike_response == "stop":
+        loss, grad_norm, _ = result.outcome
+        saved = checkpoint.latest(run.folder)
+        return (
+            f"step {position.step} is a spike: {describe(loss, grad_norm, result.limits)}; it was "
+            f"not applied (train.spike_response stop), and {saved.name if saved else 'no step'} is "
+            "the newest checkpoint; to go on from there and past this step, try a train.lr below "
+            f"{train.lr:g}, a train.spike_sigmas above {train.spike_sigmas:g}, or a "
+            "train.spike_response of skip or warn"
+        )
+    what = "not finite or a spike" if train.spike_response == "skip" else "not finite"
     return (
-        f"loss or gradient was not finite in {position.bad_in_a_row} "
-        f"step{'s' * (position.bad_in_a_row > 1)} in a row, up to step {position.step} "
-        f"(train.max_bad_steps {train.max_bad_steps}); try a train.lr below {train.lr:g} or more "
-        "train.warmup_steps, from an earlier checkpoint (checkpoint.resume PATH) or from the start "
-        "(another name)"
+        f"loss or gradient was {what} in {row} step{'s' * (row > 1)} in a row, up to step "
+        f"{position.step} (train.max_bad_steps {train.max_bad_steps}); try a train.lr below "
+        f"{train.lr:g} or more train.warmup_steps, from an earlier checkpoint "
+        "(checkpoint.resume PATH) or from the start (another name)"
     )
 
 
 def _due(step: int, every: int, last: int) -> bool:
     """Whether a periodic thing happens after this step: every n-th, and the last; 0 is never."""
     return every > 0 and (step % every == 0 or step == last)
-
-
-# ---------------------------------------------------------------- checkpoints
-
-
-def _extra(run: Run, position: Position) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors."""
-    return {
-        "position": asdict(position),
-        "order": _order(run),
-        "vocab_size": run.prepared.manifest.vocab_size,
-        "tokenizer": run.prepared.manifest.tokenizer,
-        "config": run.config.model_dump(mode="json"),
-    }
 
 
 def _report_saves(saver: Saver, report: Report, is_last: bool = False) -> None:
@@ -210,35 +216,3 @@ def _report_saves(saver: Saver, report: Report, is_last: bool = False) -> None:
             raise error
         else:
             report.not_saved(error)
-
-
-def _resume(run: Run) -> Position:
-    """Load what `checkpoint.resume` names into the engine, and say where the run stands."""
-    found = load_start(run.config, run.folder, run.engine.state(), started_again())
-    if found is None:
-        return Position()
-    path, extra = found
-    _check_same_order(path, extra["order"], _order(run))
-    return Position(**extra["position"])
-
-
-def _order(run: Run) -> dict[str, Any]:
-    """What the order of samples depends on."""
-    data = run.config.data
-    return {
-        "seed": run.config.seed,
-        "data.seq_len": data.seq_len,
-        "data": run.prepared.manifest.fingerprint,
-    }
-
-
-def _check_same_order(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse to continue on another order of samples: it would repeat some and lose others."""
-    changed = [
-        f"{key} ({wanted[key]}) was {saved[key]}" for key in wanted if wanted[key] != saved[key]
-    ]
-    if changed:
-        raise UserError(
-            f"cannot continue from {path}: {', '.join(changed)}; set it back, or start a run of "
-            "another name"
-        )

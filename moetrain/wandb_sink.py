@@ -14,6 +14,7 @@ import logging
 import os
 import queue
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -39,6 +40,7 @@ _LAYER_NUMBERS = (
     "dead_experts",
 )
 _LAYER_LISTS = ("load", "drop_rate_by_choice")
+_TIMES = ("data_s", "probe_s")
 
 
 @final
@@ -144,8 +146,13 @@ def flatten(line: Mapping[str, Any]) -> dict[str, Any]:
 
     `drop_rate/layer_00` puts all layers of a figure into one section. Lists, `load/layer_00` (by
     expert) and `drop_rate_by_choice/layer_00`, become histograms; counts stay in metrics.jsonl.
+    Of times by rank the spread is shown, `spread/data_s`: the longest over the median.
     """
     shown = {name: value for name, value in line.items() if isinstance(value, int | float)}
+    for name in _TIMES:
+        times = line.get(f"{name}_by_rank")
+        if times and (usual := statistics.median_low(times)) > 0:
+            shown[f"spread/{name}"] = max(times) / usual
     for index, layer in enumerate(line.get("layers", ())):
         lists = [name for name in _LAYER_LISTS if len(layer[name]) <= _MAX_BINS]
         for name in (*_LAYER_NUMBERS, *lists):

@@ -32,6 +32,8 @@ from moetrain.model import Output, Transformer, initial_value
 from moetrain.moe import Draws, Gate, LayerOutput, Ledger, MoE, Plan, Router, Routing
 from moetrain.moe.keyed import step_key
 from moetrain.objective import LayerMeans, Means, reduce
+from moetrain.optim import StepOutcome
+from moetrain.spikes import Limits
 from moetrain.step import Position, Run, train_step
 
 CPU = torch.device("cpu")
@@ -322,10 +324,10 @@ class Watched:
         """See `Engine`."""
         self.engine.backward(loss, last)
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, limits: Limits) -> StepOutcome:
         """See `Engine`."""
         self.grads = grads_of(self.engine)
-        return self.engine.step(lr)
+        return self.engine.step(lr, limits)
 
     def state(self) -> Tensors:
         """See `Engine`."""
@@ -380,7 +382,7 @@ def on_rank(
         result = train_step(run, Position(step, step * BATCH, step * BATCH * LENGTH))
         means = reduce(result.parts, result.counts, run.mesh, result.batch_balance)
         buffers = _full(watched.engine.buffers)
-        results.append(Step(means, result.grad_norm, watched.grads, buffers))
+        results.append(Step(means, result.outcome.grad_norm, watched.grads, buffers))
     serving: Any = run.samples
     final = weights_of(watched.engine)
     return Outcome(initial, results, final, fates(notes, serving.batches))

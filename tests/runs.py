@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,18 @@ import torch
 import yaml
 from torch import Tensor
 
-from moetrain import checkpoint, cli
+from moetrain import checkpoint, cli, settings
 from moetrain.config import Config
-from moetrain.mesh import process_group
+from moetrain.engines import Engine
+from moetrain.errors import DivergedError
+from moetrain.mesh import Mesh, process_group
 from moetrain.model import Transformer
+from moetrain.optim import StepOutcome
 from moetrain.sinks import read_metrics
+from moetrain.spikes import Limits
+from moetrain.testing import simulate_ranks
+from moetrain.train import set_up
+from moetrain.train import train as train_run
 
 SMALL_RUN: dict[str, dict[str, Any]] = {
     "model": {"dim": 16, "layers": 2, "heads": 2, "kv_heads": 1},
@@ -27,7 +36,10 @@ SMALL_RUN: dict[str, dict[str, Any]] = {
     "checkpoint": {"every": 3, "asynchronous": False},
     "log": {"every": 1},
 }
-TIMINGS = ("tokens_per_s", "tflops_per_device", "step_time_s", "mfu", "memory_gib")
+TIMINGS = (
+    *("tokens_per_s", "tflops_per_device", "step_time_s", "mfu", "memory_gib"),
+    *("data_s_by_rank", "probe_s_by_rank"),
+)
 
 
 def write_text(folder: Path) -> None:
@@ -62,6 +74,51 @@ def train(config: Path, *flags: object) -> int:
     """`moetrain train` in this process, without pictures; returns its exit code."""
     with without_pictures():
         return cli.main(["train", str(config), *map(str, flags)])
+
+
+class Spoiled:
+    """An engine in front of the real one, in which rank 1 multiplies its loss in some steps."""
+
+    def __init__(self, engine: Engine, rank: int, first: int, bad: frozenset[int], factor: float):
+        """`first` is the step to come."""
+        self.engine, self.model, self.state = engine, engine.model, engine.state
+        self.rank, self.coming, self.bad, self.factor = rank, first, bad, factor
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """See `Engine`."""
+        is_bad = self.rank == 1 and self.coming in self.bad
+        self.engine.backward(loss * self.factor if is_bad else loss, last)
+
+    def step(self, lr: float, limits: Limits) -> StepOutcome:
+        """See `Engine`."""
+        self.coming += 1
+        return self.engine.step(lr, limits)
+
+
+def train_on(
+    world: int,
+    config: Path,
+    *flags: object,
+    bad: frozenset[int] = frozenset(),
+    factor: float = math.nan,
+    first: int = 1,
+) -> tuple[Path, list[str]]:
+    """Train on simulated ranks, with bad steps on the way; returns the folder of the run and what
+    each rank has to say at the end."""
+    made = settings.load(config, [str(flag) for flag in flags])
+
+    def of_rank() -> str:
+        mesh = Mesh(torch.device("cpu"), made.parallel.ep, made.parallel.dp_replicate)
+        run = set_up(made, made.out / made.name, mesh)
+        spoiled = Spoiled(run.engine, mesh.rank, first, bad, factor)
+        try:
+            train_run(dataclasses.replace(run, engine=spoiled))
+        except DivergedError as error:
+            return str(error)
+        return ""
+
+    with without_pictures():
+        return made.out / made.name, simulate_ranks(world, of_rank)
 
 
 def save_model(run: Path, config: Config, model: Transformer, text: str = "") -> Path:

@@ -411,6 +411,11 @@ IDLE = {
         Config(train=TrainConfig(decay_fraction=0.5)),
         "train.decay_fraction (0.5) has no effect with train.schedule cosine",
     ),
+    "spike_response": (
+        Config(train=TrainConfig(spike_sigmas=0, spike_response="stop")),
+        "train.spike_response (stop) has no effect when train.spike_sigmas is 0: no step is a "
+        "spike",
+    ),
     "keep": (
         Config(checkpoint=CheckpointConfig(keep=5)),
         "checkpoint.keep (5) has no effect when checkpoint.every is 0 (never)",
@@ -597,6 +602,7 @@ USED = {
     "min_capacity of evaluation": Config(moe=MoEConfig(capacity_factor=None, min_capacity=4)),
     "subset of a hub dataset": Config(data=DataConfig(source="owner/name", subset="en")),
     "decay_fraction of wsd": Config(train=TrainConfig(schedule="wsd", decay_fraction=0.5)),
+    "spike_response": Config(train=TrainConfig(spike_response="stop")),
     "keep": Config(checkpoint=CheckpointConfig(every=10, keep=5)),
     "project of wandb": Config(log=LogConfig(wandb="offline", wandb_project="x")),
 }

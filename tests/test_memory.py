@@ -26,6 +26,7 @@ from moetrain.memory import memory
 from moetrain.mesh import Mesh
 from moetrain.moe import Draws
 from moetrain.moe.keyed import step_key
+from moetrain.spikes import FINITE
 from moetrain.testing import RankPool, simulate_ranks
 
 VOCAB = 257  # of the bytes tokenizer
@@ -114,7 +115,7 @@ def held_bytes(made: Config) -> dict[str, int]:
     gradients = [w.grad for w in engine.weights.values() if w.grad is not None]
     assert len(gradients) == len(engine.weights)
     found = {"gradients": local_bytes(gradients) + whole}
-    engine.step(lr=1e-3)
+    engine.step(1e-3, FINITE)
     state = [engine.optimizer.state[weight] for weight in engine.weights.values()]
     moments = [entry[name] for entry in state for name in ("exp_avg", "exp_avg_sq")]
     weights = [weight.detach() for weight in engine.weights.values()]
@@ -185,7 +186,7 @@ def held_under_zero(made: Config) -> dict[str, int]:
         loss = output.loss_sum + sum(s.balance_sum for s in output.layers)
         engine.backward(loss, last=number == steps - 1)
     reduced = gradient_bytes(engine)
-    engine.step(lr=1e-3)
+    engine.step(1e-3, FINITE)
     weights = [weight.detach() for weight in engine.weights.values()]
     if zero is not None:
         weights += zero.single_partition_of_fp32_groups

@@ -14,6 +14,7 @@ from moetrain.moe.ledger import ledger as count
 from moetrain.moe.routing import gshard, topk
 from moetrain.moe.spill import spill
 from moetrain.objective import LayerMeans, Means
+from moetrain.stragglers import RankTimes
 
 
 def layer(outcome_EKO, *, row_E, tokens, slots, lost_tokens=0, gate_lost=0.0, by_rank=None):
@@ -48,9 +49,9 @@ MIXED = layer(
     gate_lost=0.1,
 )
 
-SPEED = metrics.speed(
-    step_tokens=1000, step_time_s=0.5, flops_per_token=3e9, devices=4, peak_flops=None
-)
+TIMES = RankTimes([0.1, 0.2, 0.1, 0.1], [0.01] * 4)
+STEP = {"step_tokens": 1000, "step_time_s": 0.5, "rank_times": TIMES, "flops_per_token": 3e9}
+SPEED = metrics.speed(**STEP, devices=4, peak_flops=None)
 
 
 def train_line(layers, loss=2.5):
@@ -58,6 +59,8 @@ def train_line(layers, loss=2.5):
         step=7,
         tokens=7000,
         bad_steps=2,
+        spikes=1,
+        is_spike=True,
         means=Means(loss, 1.1, 0.3, tuple(layers)),
         grad_norm=0.9,
         lr=1e-3,
@@ -71,8 +74,8 @@ def test_a_line_has_the_documented_fields_in_order():
         *["step", "tokens", "loss", "balance_loss", "z_loss", "grad_norm", "lr"],
         *["drop_rate", "token_drop_rate", "dropped_gate_mass", "padding_waste"],
         *["effective_capacity_factor", "max_vio", "load_cv", "load_entropy", "dead_experts"],
-        *["bad_steps", "tokens_per_s", "tflops_per_device", "mfu", "step_time_s", "memory_gib"],
-        "layers",
+        *["bad_steps", "spikes", "is_spike", "tokens_per_s", "tflops_per_device", "mfu"],
+        *["step_time_s", "data_s_by_rank", "probe_s_by_rank", "memory_gib", "layers"],
     ]
 
 
@@ -144,7 +147,7 @@ def test_rates_weigh_layers_by_their_counts_and_the_rest_are_means_or_sums():
     assert line["load_cv"] == pytest.approx(1.0801234 / 3)
     assert line["load_entropy"] == pytest.approx((0.5230642 + 1 + 1) / 3)
     assert line["dead_experts"] == 1
-    assert line["bad_steps"] == 2
+    assert (line["bad_steps"], line["spikes"], line["is_spike"]) == (2, 1, True)
     assert line["layers"] == [metrics.layer_line(one) for one in layers]
 
 
@@ -302,14 +305,14 @@ def test_an_evaluation_line_carries_no_training_loss():
 
 
 def test_speed_of_a_step():
-    known = metrics.speed(
-        step_tokens=1000, step_time_s=0.5, flops_per_token=3e9, devices=4, peak_flops=6e12
-    )
+    known = metrics.speed(**STEP, devices=4, peak_flops=6e12)
     assert known == {
         "tokens_per_s": 2000,
         "tflops_per_device": 1.5,
         "mfu": 0.25,
         "step_time_s": 0.5,
+        "data_s_by_rank": [0.1, 0.2, 0.1, 0.1],
+        "probe_s_by_rank": [0.01] * 4,
     }
     assert SPEED["mfu"] is None
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -182,7 +183,9 @@ def sharded_norm(dp_replicate: int, dp_shard: int) -> float:
         parameter = nn.Parameter(distribute_tensor(grad, mesh, placements))
         parameter.grad = distribute_tensor(grad, mesh, placements)  # type: ignore[assignment]
         members.append(parameter)
-    norm = global_grad_norm(members, dp_replicate, also_finite=torch.zeros(())).item()
+    share = torch.tensor(1.5 * (dist.get_rank() + 1), dtype=torch.float64)
+    norm, loss = global_grad_norm(members, dp_replicate, share)
+    assert loss == 1.5 * sum(range(1, dist.get_world_size() + 1))
     scale_grads(members, 0.5)
     for parameter, grad in zip(members, gradients(), strict=True):
         assert isinstance(parameter.grad, DTensor)
@@ -202,11 +205,11 @@ def test_every_layout_has_the_norm_of_the_whole_gradient(dp_replicate, dp_shard)
 @pytest.mark.parametrize("where", ["gradient", "loss"])
 def test_what_is_not_finite_on_one_rank_is_seen_by_all(where, bad):
     def norm() -> float:
-        parameter, loss = nn.Parameter(torch.ones(3)), torch.zeros(())
+        parameter, loss = nn.Parameter(torch.ones(3)), torch.zeros((), dtype=torch.float64)
         parameter.grad = torch.ones(3)
-        if torch.distributed.get_rank() == 1:
+        if dist.get_rank() == 1:
             (loss if where == "loss" else parameter.grad[2]).fill_(bad)
-        return global_grad_norm([parameter], replicas=1, also_finite=loss).item()
+        return global_grad_norm([parameter], 1, loss)[0]
 
     norms = simulate_ranks(3, norm)
     assert not any(math.isfinite(norm) for norm in norms)
@@ -215,9 +218,9 @@ def test_what_is_not_finite_on_one_rank_is_seen_by_all(where, bad):
 def test_parameters_without_gradient_count_nothing():
     with_grad, without = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
     with_grad.grad = torch.full((4,), 2.0)
-    finite = torch.tensor(5.0)
-    (norm,) = simulate_ranks(1, lambda: global_grad_norm([with_grad, without], 1, finite).item())
-    assert norm == 4.0
+    loss = torch.tensor(5.0, dtype=torch.float64)
+    (totals,) = simulate_ranks(1, lambda: global_grad_norm([with_grad, without], 1, loss))
+    assert totals == (4.0, 5.0)
     scale_grads([with_grad, without], 0.25)
     assert with_grad.grad.eq(0.5).all()
     assert without.grad is None

@@ -230,16 +230,16 @@ def experts_times_ep(patch: pytest.MonkeyPatch) -> None:
 def replicas_counted_twice(patch: pytest.MonkeyPatch) -> None:
     """A shard held by two ranks enters the norm twice (DeepSpeed #8475 and its like)."""
     norm = optim.global_grad_norm
-    patch.setattr(engines, "global_grad_norm", lambda weights, _, **also: norm(weights, 1, **also))
+    patch.setattr(engines, "global_grad_norm", lambda weights, _, loss: norm(weights, 1, loss))
 
 
 def each_rank_its_own_norm(patch: pytest.MonkeyPatch) -> None:
     """Every rank clips by what it holds (NeMo Automodel #3816)."""
 
-    def wrong(weights: Iterable[Any], _: int, also_finite: Tensor) -> Tensor:
+    def wrong(weights: Iterable[Any], _: int, loss: Tensor) -> tuple[float, float]:
         grads = [weight.grad for weight in weights]
         local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
-        return torch.nn.utils.get_total_norm(local)
+        return torch.nn.utils.get_total_norm(local).item(), loss.item()
 
     patch.setattr(engines, "global_grad_norm", wrong)
 

@@ -53,6 +53,8 @@ def train_lines(num_lines, num_layers=2, num_experts=4, choices=2, mfu=None):
             "drop_rate": 0.1,
             "token_drop_rate": 0.05,
             "bad_steps": 0,
+            "spikes": 0,
+            "is_spike": False,
             "tokens_per_s": 1e4,
             "mfu": mfu,
             "layers": [

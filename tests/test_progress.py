@@ -32,6 +32,7 @@ TRAIN = {
     "tokens_per_s": 12345.6,
     "mfu": None,
     "bad_steps": 0,
+    "spikes": 0,
     "step_time_s": 20.5,
     "layers": [layer([4, 4, 4, 4]), layer([16, 0, 0, 0], 0.5)],
 }
@@ -65,8 +66,8 @@ def test_a_dense_line_speaks_of_no_drops_and_a_known_device_of_mfu():
 
 
 def test_a_line_counts_the_steps_skipped_so_far():
-    text = describe(TRAIN | {"bad_steps": 2}, 200, True)
-    assert text[2:4] == ["drop 1.3 %", "2 skipped"]
+    text = describe(TRAIN | {"bad_steps": 2, "spikes": 3}, 200, True)
+    assert text[2:5] == ["drop 1.3 %", "2 skipped", "3 spikes"]
 
 
 @pytest.mark.parametrize("loss", [math.nan, None])

@@ -16,10 +16,13 @@ from moetrain.build import build_model
 from moetrain.errors import UserError
 from moetrain.mesh import Mesh
 from moetrain.moe import Ledger
-from moetrain.objective import LayerMeans, Means
+from moetrain.objective import Counts, LayerMeans, Means
+from moetrain.optim import StepOutcome
 from moetrain.report import Report
 from moetrain.sinks import read_metrics
 from moetrain.sizes import train_flops_per_token
+from moetrain.spikes import Limits
+from moetrain.step import Position, StepResult
 from moetrain.testing import simulate_ranks
 
 CONFIG = small_config(train={"steps": 4, "global_batch": 16})
@@ -33,6 +36,7 @@ LEDGER = Ledger(
 )
 LAYER = LayerMeans(LEDGER, 0.25, ((188, 0, 68, 0),))
 MEANS = Means(2.5, 1.5, 0.5, (LAYER, LAYER))
+COUNTS = Counts(*map(torch.tensor, (STEP_TOKENS, STEP_TOKENS, 16)))
 
 
 class Saved:
@@ -63,6 +67,16 @@ def opened(folder: Path, resume_step: int = 0, config=CONFIG) -> Report:
     return Report(config, folder, Mesh(torch.device("cpu")), PREPARED, model, resume_step)
 
 
+def done(
+    step: int, bad_steps: int = 0, loss: float = 2.5, grad_norm: float = 3.0, spikes: int = 0
+) -> tuple[Position, StepResult]:
+    """A step and what came of it. It is skipped where its norm is not finite, or above 4."""
+    limits = Limits(5.0, 4.0)
+    outcome = StepOutcome(loss, grad_norm, not limits.admit(loss, grad_norm))
+    result = StepResult([], COUNTS, None, outcome, limits, lr=0.25, data_s=0.0)
+    return Position(step, 16 * step, 128 * step, bad_steps, spikes=spikes), result
+
+
 def alone(work) -> Any:
     return simulate_ranks(1, work)[0]
 
@@ -71,10 +85,10 @@ def test_lines_by_hand(tmp_path):
     def work():
         with opened(tmp_path) as report:
             for seconds in (0.5, 1.5):
-                report.step_took(seconds)
-            report.train(2, 256, 0, MEANS, grad_norm=3.0, lr=0.25)
-            report.step_took(4.0)
-            report.train(3, 384, 1, MEANS, grad_norm=3.0, lr=0.25)
+                report.step_took(seconds, data_s=seconds / 4)
+            report.train(*done(2), MEANS)
+            report.step_took(4.0, data_s=0.5)
+            report.train(*done(3, bad_steps=1), MEANS)
             report.evaluation(3, MEANS)
 
     alone(work)
@@ -92,6 +106,8 @@ def test_lines_by_hand(tmp_path):
     # The mean of 0.5 s and 1.5 s, and after a line the count starts afresh.
     assert (first["step_time_s"], second["step_time_s"]) == (1.0, 4.0)
     assert (first["tokens_per_s"], second["tokens_per_s"]) == (128, 32)
+    assert (first["data_s_by_rank"], second["data_s_by_rank"]) == ([0.25], [0.5])
+    assert first["probe_s_by_rank"] == []
     flops = train_flops_per_token(build_model(CONFIG, VOCAB), seq_len=8)
     assert first["tflops_per_device"] == pytest.approx(flops * 128 / 1e12)
     assert evaluation == {
@@ -103,8 +119,8 @@ def test_one_rank_writes_and_speed_is_that_of_all(tmp_path, capsys):
     def work():
         rank = torch.distributed.get_rank()
         with opened(tmp_path / str(rank)) as report:
-            report.step_took(1.0)
-            report.train(1, 128, 0, MEANS, 3.0, 0.25)
+            report.step_took(1.0, 0.0)
+            report.train(*done(1), MEANS)
             report.evaluation(1, MEANS)
             report.saved(1)
             report.finish()
@@ -140,8 +156,8 @@ def test_where_a_run_begins_and_what_it_keeps(tmp_path, capsys, resume_step, wor
     def work():
         with opened(tmp_path) as report:
             for step in range(1, 5):
-                report.step_took(1.0)
-                report.train(step, 128 * step, 0, MEANS, 3.0, 0.25)
+                report.step_took(1.0, 0.0)
+                report.train(*done(step), MEANS)
         capsys.readouterr()
         opened(tmp_path, resume_step).__exit__()
 
@@ -156,8 +172,8 @@ def test_where_a_run_begins_and_what_it_keeps(tmp_path, capsys, resume_step, wor
 def test_lines_are_on_disk_at_once_and_stay_when_the_run_fails(tmp_path):
     def work():
         with opened(tmp_path) as report:
-            report.step_took(1.0)
-            report.train(1, 128, 0, MEANS, 3.0, 0.25)
+            report.step_took(1.0, 0.0)
+            report.train(*done(1), MEANS)
             assert len(read_metrics(tmp_path)) == 1
             raise RuntimeError("the run fails")
 
@@ -169,8 +185,8 @@ def test_lines_are_on_disk_at_once_and_stay_when_the_run_fails(tmp_path):
 def test_a_dense_run_has_lines_without_layers(tmp_path, capsys):
     def work():
         with opened(tmp_path, config=small_config(moe={"experts": 0})) as report:
-            report.step_took(1.0)
-            report.train(1, 128, 0, Means(2.5, 0.0, 0.0, ()), 3.0, 0.25)
+            report.step_took(1.0, 0.0)
+            report.train(*done(1), Means(2.5, 0.0, 0.0, ()))
             report.evaluation(1, Means(2.5, 0.0, 0.0, ()))
 
     alone(work)
@@ -186,9 +202,10 @@ def test_a_skipped_step_is_said_once_and_its_line_is_valid_json(tmp_path, capsys
 
     def work():
         with opened(tmp_path / str(torch.distributed.get_rank())) as report:
-            report.step_took(1.0)
-            report.skipped(1, nan)
-            report.train(1, 128, 1, spoilt, nan, 0.25)
+            report.step_took(1.0, 0.0)
+            position, result = done(1, bad_steps=1, grad_norm=nan)
+            report.went_wrong(1, result)
+            report.train(position, result, spoilt)
 
     simulate_ranks(2, work)
     (line,) = read_metrics(tmp_path / "0")
@@ -198,6 +215,45 @@ def test_a_skipped_step_is_said_once_and_its_line_is_valid_json(tmp_path, capsys
     out = capsys.readouterr().out
     assert out.count("step 1 skipped: the gradient norm is nan") == 1
     assert out.count("1 skipped  ") == 1
+
+
+def test_a_spike_is_said_once_and_counted(tmp_path, capsys):
+    def work():
+        with opened(tmp_path / str(torch.distributed.get_rank())) as report:
+            for step, spike in enumerate(({"grad_norm": 8.0}, {"loss": 7.0}, {}), start=1):
+                report.step_took(1.0, 0.0)
+                position, result = done(step, spikes=min(step, 2), **spike)
+                if result.is_spike:
+                    report.went_wrong(step, result)
+                report.train(position, result, MEANS)
+
+    simulate_ranks(2, work)
+    lines = read_metrics(tmp_path / "0")
+    assert [(line["spikes"], line["is_spike"]) for line in lines] == [
+        (1, True), (2, True), (2, False),
+    ]  # fmt: skip
+    out = capsys.readouterr().out
+    assert out.count("step 1 is a spike, skipped: gradient norm 8 (limit 4)") == 1
+    assert out.count("step 2 is a spike, skipped: loss 7 (limit 5)") == 1
+    assert out.count("2 spikes  ") == 2
+
+
+def test_a_rank_that_is_slow_for_three_lines_is_named_once(tmp_path, capsys):
+    def work():
+        rank = torch.distributed.get_rank()
+        with opened(tmp_path / str(rank)) as report:
+            for step in range(1, 5):
+                report.step_took(1.0, data_s=0.75 if rank == 2 else 0.125)
+                report.train(*done(step), MEANS)
+                if rank == 0:
+                    said.append(capsys.readouterr().out.count("rank 2 is slow: it reads its "))
+
+    said: list[int] = []
+    simulate_ranks(3, work)
+    assert said == [0, 0, 1, 0]
+    (line, *_) = read_metrics(tmp_path / "0")
+    assert line["data_s_by_rank"] == [0.125, 0.125, 0.75]
+    assert len(line["probe_s_by_rank"]) == 3
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

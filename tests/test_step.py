@@ -1,6 +1,6 @@
-"""What is not finite on one rank: all ranks skip the step, and go on as if it had not been.
+"""What is not finite on one rank, or a spike: all ranks skip it, and go on as if it had not been.
 
-Loss, gradients or what a layer is given turn NaN or infinite for real, on one rank of two.
+Loss, gradients or what a layer is given turn NaN, infinite or huge for real, on one rank of two.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from parity import build_run
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from moetrain.config import Config
 from moetrain.moe import MoE
 from moetrain.moe.router import Inputs
 from moetrain.objective import reduce
-from moetrain.step import Position, Run, train_step
+from moetrain.optim import StepOutcome
+from moetrain.spikes import EMPTY, Limits, Window
+from moetrain.step import Position, Run, StepResult, train_step
 from moetrain.testing import simulate_ranks
 
 WHOLE, IN_PARTS = (Layout(2, ep=2, dp_replicate=1, micro=micro) for micro in (8, 4))
@@ -51,10 +54,10 @@ def a_gradient(run: Run, bad: float) -> Iterator[None]:
     engine: Any = run.engine
     step = engine.engine.step
 
-    def spoiled(lr: float) -> float:
+    def spoiled(lr: float, limits: Limits) -> StepOutcome:
         grad = next(w.grad for name, w in engine.engine.weights.items() if "w_down" in name)
         grad.to_local().view(-1)[0] = bad
-        return step(lr)
+        return step(lr, limits)
 
     engine.engine.step = spoiled
     yield
@@ -99,7 +102,8 @@ class Seen(NamedTuple):
 
     is_bad: list[bool]
     """In every step."""
-    norms: list[float]
+    is_spike: list[bool]
+    outcomes: list[StepOutcome]
     before: dict[str, Tensor]
     """All that the engine keeps, before the bad step."""
     after: dict[str, Tensor]
@@ -107,8 +111,8 @@ class Seen(NamedTuple):
     """After the third step."""
     spared: dict[str, Tensor]
     """The same of a run that never took the second; of a step in one part, empty."""
-    outcomes: list[list[int]]
-    """Of the bad step: of every layer, over all ranks."""
+    ledgers: list[list[int]]
+    """Of the bad step: outcomes of every layer, over all ranks."""
 
 
 def kept(run: Run) -> dict[str, Tensor]:
@@ -119,24 +123,38 @@ def kept(run: Run) -> dict[str, Tensor]:
     }
 
 
-def take(run: Run, number: int) -> Any:
-    return train_step(run, Position(number - 1, (number - 1) * BATCH, 0))
+def skipping(config: Config) -> Config:
+    return config.model_copy(
+        update={"train": config.train.model_copy(update={"spike_response": "skip"})}
+    )
+
+
+def take(run: Run, number: int, window: Window = EMPTY) -> StepResult:
+    return train_step(run, Position(number - 1, (number - 1) * BATCH, 0, window=window))
+
+
+def about(outcome: StepOutcome) -> Window:
+    """As if many steps had been like this one, by half: a spike is what is four times it."""
+    shares = (0.5, 1.5) * 16
+    losses, norms = ([share * of for share in shares] for of in outcome[:2])
+    return Window(losses, norms)
 
 
 def observe(case: Case, layout: Layout, spoil: Spoil, bad: float) -> Seen:
     """One rank's part."""
-    config = spread(case.config, layout)
+    config = skipping(spread(case.config, layout))
     run = build_run(config, case.text)
     results = [take(run, 1)]
+    window = about(results[0].outcome)
     before = kept(run)
     if run.mesh.rank == VICTIM:
         with spoil(run, bad):
-            results.append(take(run, 2))
+            results.append(take(run, 2, window))
     else:
-        results.append(take(run, 2))
+        results.append(take(run, 2, window))
     after = kept(run)
     means = reduce(results[1].parts, results[1].counts, run.mesh)
-    results.append(take(run, 3))
+    results.append(take(run, 3, window))
     spared = {}
     if layout == IN_PARTS:
         other = build_run(config, case.text)
@@ -145,7 +163,8 @@ def observe(case: Case, layout: Layout, spoil: Spoil, bad: float) -> Seen:
         spared = kept(other)
     return Seen(
         [result.is_bad for result in results],
-        [result.grad_norm for result in results],
+        [result.is_spike for result in results],
+        [result.outcome for result in results],
         before,
         after,
         kept(run),
@@ -158,8 +177,11 @@ def skipped(case: Case, layout: Layout, spoil: Spoil, bad: float) -> list[Seen]:
     """Spoil a step and hold all ranks to what must have happened."""
     ranks = simulate_ranks(layout.world, observe, case, layout, spoil, bad)
     for seen in ranks:
-        assert seen.is_bad == [False, True, False]
-        assert not math.isfinite(seen.norms[1])
+        assert [outcome.was_skipped for outcome in seen.outcomes] == [False, True, False]
+        assert seen.is_bad == [False, not math.isfinite(bad), False]
+        assert seen.is_spike == [False, math.isfinite(bad), False]
+        assert math.isfinite(seen.outcomes[1].grad_norm) == math.isfinite(bad)
+        assert seen.outcomes[::2] == ranks[0].outcomes[::2], "ranks disagree"
         assert same(seen.before, seen.after), "the bad step left a trace"
         if layout == IN_PARTS:
             assert same(seen.last, seen.spared), "the step after it is another one"
@@ -177,7 +199,7 @@ SPOILS = [a_loss, a_gradient, logits, a_vector]
 STATEFUL = (pick("sigmoid", dropless=False), pick("limited", dropless=False))
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e6], ids=str)
 @pytest.mark.parametrize("spoil", SPOILS, ids=lambda spoil: spoil.__name__)
 def test_all_ranks_skip_what_one_rank_spoils(spoil: Spoil, bad: float) -> None:
     """Weights, moments, step counts and biases keep every bit; the next batch is trained on."""
@@ -198,7 +220,7 @@ def test_every_gate_and_policy_goes_through_a_bad_vector(case: Case) -> None:
     spoil = a_vector if case.gate in ("hash", "random", "balanced") else logits
     tokens = int(case.text.batch(range(BATCH, 2 * BATCH)).valid_BL.sum())
     for seen in skipped(case, WHOLE, spoil, math.nan):
-        assert len(seen.outcomes) == 2 // case.every
-        for outcome in seen.outcomes:
+        assert len(seen.ledgers) == 2 // case.every
+        for outcome in seen.ledgers:
             if case.gate != "expert_choice":
                 assert sum(outcome) == tokens * case.config.moe.top_k

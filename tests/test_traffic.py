@@ -38,7 +38,7 @@ ROOT = 260 * 16 + 16
 
 STATISTICS = {
     ("targets, tokens and groups", "world"): (8, 1, 24),
-    ("gradient norm", "world"): (8, 1, 8),
+    ("gradient norm, loss", "world"): (8, 1, 16),
 }
 
 

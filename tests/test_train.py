@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import types
@@ -18,22 +17,17 @@ from runs import (
     lines_without_timings,
     saved_tensors,
     train,
-    without_pictures,
+    train_on,
     write_config,
     write_text,
 )
 
 from moetrain import checkpoint, cli, settings
-from moetrain.engines import Engine
-from moetrain.errors import DivergedError
-from moetrain.mesh import Mesh
 from moetrain.metrics import EvalLine, LayerLine, TrainLine
 from moetrain.optim import lr_at
 from moetrain.sinks import read_metrics
+from moetrain.spikes import Window
 from moetrain.step import sample_indices
-from moetrain.testing import simulate_ranks
-from moetrain.train import set_up
-from moetrain.train import train as train_run
 
 ROOT = Path(__file__).parents[1]
 STEPS, EXPERTS, TOP_K, STEP_TOKENS = 8, 4, 2, 8 * 32
@@ -145,10 +139,12 @@ def test_a_run_leaves_its_settings_checkpoints_and_plots(config, run):
     experts = tensors["model.blocks.1.moe.experts.w_gate_up"]
     assert experts.shape == (EXPERTS, 16, 2 * 16)
     position = checkpoint.read_manifest(run / "checkpoints" / "step-00000008").extra["position"]
+    window = Window(**position.pop("window"))
     assert position == {
         "step": STEPS, "samples": 8 * STEPS, "tokens": STEP_TOKENS * STEPS,
-        "bad_steps": 0, "bad_in_a_row": 0, "owes_evaluation": False,
+        "bad_steps": 0, "bad_in_a_row": 0, "owes_evaluation": False, "spikes": 0,
     }  # fmt: skip
+    assert window.grad_norms == [line["grad_norm"] for line in read_metrics(run) if "loss" in line]
     bias_E = tensors["model.blocks.1.moe.router.bias"]
     assert bias_E.dtype == torch.float32
     assert bias_E.unique().numel() > 1
@@ -208,46 +204,6 @@ def test_without_log_evaluation_and_checkpoints_a_run_still_trains(config, capsy
     assert not (folder / "checkpoints").exists()
     (line,) = capsys.readouterr().out.splitlines()
     assert line.endswith("from the start")
-
-
-class Spoiled:
-    """An engine in front of the real one, in which the loss of rank 1 is NaN in some steps."""
-
-    def __init__(self, engine: Engine, rank: int, first: int, bad: frozenset[int]):
-        """`first` is the step to come."""
-        self.engine, self.model, self.state = engine, engine.model, engine.state
-        self.rank, self.coming, self.bad = rank, first, bad
-
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """See `Engine`."""
-        is_bad = self.rank == 1 and self.coming in self.bad
-        self.engine.backward(loss * math.nan if is_bad else loss, last)
-
-    def step(self, lr: float) -> float:
-        """See `Engine`."""
-        self.coming += 1
-        return self.engine.step(lr)
-
-
-def train_on(
-    world: int, config: Path, *flags: object, bad: frozenset[int] = frozenset(), first: int = 1
-) -> tuple[Path, list[str]]:
-    """Train on simulated ranks, with bad steps on the way; returns the folder of the run and what
-    each rank has to say at the end."""
-    made = settings.load(config, [str(flag) for flag in flags])
-
-    def of_rank() -> str:
-        mesh = Mesh(torch.device("cpu"), made.parallel.ep, made.parallel.dp_replicate)
-        run = set_up(made, made.out / made.name, mesh)
-        spoiled = Spoiled(run.engine, mesh.rank, first, bad)
-        try:
-            train_run(dataclasses.replace(run, engine=spoiled))
-        except DivergedError as error:
-            return str(error)
-        return ""
-
-    with without_pictures():
-        return made.out / made.name, simulate_ranks(world, of_rank)
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,14 @@ def test_numbers_of_a_line_by_name():
     assert flatten({"step": 3, "eval_loss": 2.0}) == {"step": 3, "eval_loss": 2.0}
 
 
+def test_of_times_by_rank_the_longest_over_the_median_is_shown():
+    times = {"data_s_by_rank": [1.0, 2.0, 8.0], "probe_s_by_rank": [3.0, 2.0]}
+    assert flatten({"step": 3, **times}) == {"step": 3, "spread/data_s": 4, "spread/probe_s": 1.5}
+    alone = {"data_s_by_rank": [1.0], "probe_s_by_rank": []}
+    assert flatten({"step": 3, **alone}) == {"step": 3, "spread/data_s": 1}
+    assert flatten({"step": 3, "data_s_by_rank": [0.0, 0.0, 1.0]}) == {"step": 3}
+
+
 def test_what_is_sent_does_not_grow_with_experts_choices_and_ranks():
     few = flatten({"step": 3, "layers": [layer(0, [1] * 4, [0])]})
     many = flatten({"step": 3, "layers": [layer(0, [1] * 512, [0] * 512)]})

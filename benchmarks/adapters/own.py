@@ -32,6 +32,7 @@ from moetrain.moe.keyed import step_key
 from moetrain.moe.routing import Routing
 from moetrain.objective import Counts, Sums, count_all, loads, objective, reduce, sums
 from moetrain.parallel import Precision
+from moetrain.spikes import FINITE
 from moetrain.testing.conformance import Case, Layout, Mode, Pass, Routes, Tensors, Tokens
 
 BALANCE, Z = 0.1, 0.01
@@ -128,7 +129,7 @@ class ShardedEngine:
         engine, train = EngineConfig(precision=PRECISION[dtype]), TrainConfig(clip_norm=0)
         self.engine = TorchEngine(model, mesh, 0, engine, train)
         self.model, self.weights, self.buffers = model, self.engine.weights, self.engine.buffers
-        self.backward, self.step = self.engine.backward, self.engine.step
+        self.backward = self.engine.backward
 
     def whole(self, _name: str, tensor: Tensor) -> Tensor:
         """See `PlainEngine`."""
@@ -144,6 +145,10 @@ class ShardedEngine:
             tensor.to_local().copy_(shard.to_local())
         else:
             tensor.copy_(value)
+
+    def step(self, lr: float) -> float:
+        """See `PlainEngine`."""
+        return self.engine.step(lr, FINITE).grad_norm
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds."""

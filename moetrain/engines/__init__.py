@@ -17,7 +17,9 @@ from moetrain.engines.torch import TorchEngine
 from moetrain.errors import UserError
 from moetrain.mesh import Mesh
 from moetrain.model import Transformer
+from moetrain.optim import StepOutcome
 from moetrain.parallel import connect_experts
+from moetrain.spikes import Limits
 
 
 class Engine(Protocol):
@@ -33,11 +35,12 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, limits: Limits) -> StepOutcome:
         """Clip by the global gradient norm, update, clear the gradients.
 
-        Returns the norm before clipping, the same on every rank. Where a loss or a gradient of any
-        rank is not finite, neither is the norm, and weights and moments are left as they were.
+        Where a loss or a gradient of any rank is not finite, or the global loss or the norm before
+        clipping is above its limit, all ranks clear the gradients alone: weights, moments and step
+        counts are left as they were.
         """
         ...
 

@@ -12,8 +12,8 @@ engine, is made right here:
 - Its global norm averages the squares of the experts' norms over the wrong ranks (#8475), leaves
   the last digits to fp32, and adds 1e-6 before it clips. Norm and clipping are done here, on the
   reduced gradients, every element counted once.
-- It would update with a NaN in fp32. Here all ranks agree on the norm first, and a step that is not
-  finite goes the way of its fp16 overflows: skipped, gradients dropped.
+- It would update with a NaN in fp32. Here all ranks agree on norm and loss first, and a step that
+  is to be skipped goes the way of its fp16 overflows: gradients dropped.
 - In bf16 it would cast the whole module, routers too, and reduce in bf16 at some stages. Here it
   sees fp32 weights alone, and modules round theirs while they run (`moetrain.engines.cast`).
 - Its checkpoints know one layout, and a moment loaded into them may be a stale copy (#8147). Here
@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -44,8 +43,9 @@ from moetrain.errors import UserError
 from moetrain.mesh import Mesh
 from moetrain.model import Transformer
 from moetrain.moe import Experts, MoE
-from moetrain.optim import decays
+from moetrain.optim import StepOutcome, decays, sum_totals
 from moetrain.parallel import apply_recompute, compile_regions, initial_values
+from moetrain.spikes import Limits
 
 EXPERT_GROUP = "moetrain"
 """DeepSpeed's name for the ranks that share a set of experts."""
@@ -97,11 +97,12 @@ class DeepSpeedEngine:
             self.deepspeed = _start(model, self.optimizer, mesh, settings)
         self.zero = self.deepspeed.optimizer if self.deepspeed.zero_optimization() else None
         self.model = cast(Transformer, self.deepspeed)
-        self._losses, self._norm = torch.zeros((), device=mesh.device), 0.0
+        self._loss = torch.zeros((), device=mesh.device, dtype=torch.float64)
+        self._norm, self._is_taken = 0.0, True
         if self.zero is not None:
             # What it would find out by itself, and the way to a skipped step.
             self.zero.check_grad_overflow = True
-            self.zero.has_overflow = lambda *_, **__: not math.isfinite(self._norm)
+            self.zero.has_overflow = lambda *_, **__: not self._is_taken
             self.zero.scaled_global_norm = lambda *_, **__: torch.tensor(self._norm)
         self._held = self._where_state_is()
         for key in {id(held.key): held.key for held in self._held.values()}.values():
@@ -116,13 +117,14 @@ class DeepSpeedEngine:
         self.deepspeed.set_gradient_accumulation_boundary(last)
         # Its reduction is a mean over the ranks.
         self.deepspeed.backward(loss * self.mesh.world, scale_wrt_gas=False)
-        self._losses += loss.detach()
+        self._loss += loss.detach()
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, limits: Limits) -> StepOutcome:
         """See `Engine`."""
-        losses, self._losses = self._losses, torch.zeros_like(self._losses)
         grads = self._grads()
-        self._norm = global_norm(grads, losses)
+        self._norm, loss = global_norm(grads, self._loss)
+        self._loss = torch.zeros_like(self._loss)
+        self._is_taken = limits.admit(loss, self._norm)
         if self.clip_norm and self._norm > self.clip_norm:
             for tensors, _ in grads:
                 torch._foreach_mul_(tensors, self.clip_norm / self._norm)
@@ -130,11 +132,11 @@ class DeepSpeedEngine:
             group["lr"] = lr
         if self.zero is not None:
             self.zero.refresh_fp32_params()
-        elif not math.isfinite(self._norm):
+        if self.zero is not None or self._is_taken:
+            self.deepspeed.step()
+        else:
             self.deepspeed.zero_grad()
-            return self._norm
-        self.deepspeed.step()
-        return self._norm
+        return StepOutcome(loss, self._norm, not self._is_taken)
 
     def state(self) -> dict[str, Tensor]:
         """See `Engine`. Weights of experts and all moments are `Fragment`s."""
@@ -194,19 +196,18 @@ class DeepSpeedEngine:
         return shape, ep_rank * weight.numel()
 
 
-def global_norm(grads: list[tuple[list[Tensor], int]], losses: Tensor) -> float:
-    """The 2-norm of the whole model's gradient, every element counted once.
+def global_norm(grads: list[tuple[list[Tensor], int]], loss: Tensor) -> tuple[float, float]:
+    """The 2-norm of the whole model's gradient, every element counted once, and the global loss.
 
-    `grads` are tensors, each with the number of ranks that have it; none twice on one rank. Not a
-    finite number on every rank if `losses` (0-d) is not finite on any. Collective over the default
-    group.
+    `grads` are tensors, each with the number of ranks that have it; none twice on one rank. `loss`
+    (fp64, 0-d) is this rank's share. The norm is not a finite number on any rank if a share is not.
+    Collective over the default group.
     """
-    total = 0 * losses.double()
+    squares = torch.zeros_like(loss)
     for tensors, ranks in grads:
-        norms = torch.stack(torch._foreach_norm(tensors)).to(losses.device)
-        total += norms.double().square().sum() / ranks
-    dist.all_reduce(total)
-    return total.sqrt().item()
+        norms = torch.stack(torch._foreach_norm(tensors)).to(loss.device)
+        squares += norms.double().square().sum() / ranks
+    return sum_totals(squares, loss)
 
 
 @torch.no_grad()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from moetrain.config import EngineConfig, TrainConfig
 from moetrain.mesh import Mesh
 from moetrain.model import Transformer
-from moetrain.optim import adamw, global_grad_norm, scale_grads
+from moetrain.optim import StepOutcome, adamw, global_grad_norm, scale_grads
 from moetrain.parallel import parallelize, router_weights
+from moetrain.spikes import Limits
 
 
 class TorchEngine:
@@ -29,7 +28,7 @@ class TorchEngine:
         self.mesh = mesh
         self.buffers = dict(self.model.named_buffers())
         self.clip_norm = train.clip_norm
-        self._losses = torch.zeros((), device=mesh.device)
+        self._loss = torch.zeros((), device=mesh.device, dtype=torch.float64)
         self.optimizer = adamw(
             self.weights.values(),
             betas=(train.beta1, train.beta2),
@@ -43,21 +42,22 @@ class TorchEngine:
         loss.backward()
         if last:
             self.mesh.sum_in_place([weight.grad for weight in self._routers])  # type: ignore[misc]
-        self._losses += loss.detach()
+        self._loss += loss.detach()
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, limits: Limits) -> StepOutcome:
         """See `Engine`."""
-        weights, losses = self.weights.values(), self._losses
-        self._losses = torch.zeros_like(losses)
-        norm = global_grad_norm(weights, self.mesh.dp_replicate, also_finite=losses).item()
-        if math.isfinite(norm):
+        weights = self.weights.values()
+        norm, loss = global_grad_norm(weights, self.mesh.dp_replicate, self._loss)
+        self._loss = torch.zeros_like(self._loss)
+        is_taken = limits.admit(loss, norm)
+        if is_taken:
             if self.clip_norm and norm > self.clip_norm:
                 scale_grads(weights, self.clip_norm / norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return norm
+        return StepOutcome(loss, norm, not is_taken)
 
     def state(self) -> dict[str, Tensor]:
         """See `Engine`."""

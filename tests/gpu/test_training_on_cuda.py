@@ -11,6 +11,8 @@ import pytest
 import torch
 from layouts import CASES, Case, Layout, pick
 
+from moetrain.stragglers import Probe
+
 pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
@@ -107,3 +109,7 @@ def test_two_levels(tmp_path: Path) -> None:
     ways = [(TOPK, {}, levels), (TOPK_DROPLESS, {}, {**levels, "overlap_chunks": 2})]
     layout = Layout(4, ep=4, dp_replicate=1, micro=4)
     on_device.ranks_train_as_the_reference(4, ways_of(layout, *ways), tmp_path)
+
+
+def test_the_probe_of_slow_ranks_times_the_device() -> None:
+    assert Probe(CUDA).seconds() > 0

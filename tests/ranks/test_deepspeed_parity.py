@@ -25,6 +25,7 @@ from moetrain.config import Config
 from moetrain.engines import deepspeed as engine_module
 from moetrain.moe import MoE
 from moetrain.objective import reduce
+from moetrain.spikes import Window
 from moetrain.step import Position, train_step
 from moetrain.testing import RankPool
 
@@ -76,27 +77,29 @@ def test_ranks_whose_experts_nobody_chooses(ranks4: RankPool, case: Case, stage:
             assert (grad[6:] == 0).all(), name
 
 
-# ---- steps that are not finite -------------------------------------------------------------------
+# ---- steps that are skipped ----------------------------------------------------------------------
 
 
-def spoiled(config: Config, text: Text, spoil: str) -> tuple[list[float], bool, Any]:
+def spoiled(config: Config, text: Text, spoil: str) -> tuple[list[bool], bool, Any]:
     """Three steps on one rank of several, the second of them tried before with a fault on rank 1:
-    the norms, whether weights and moments survived it bit by bit, and the weights in the end."""
+    which were skipped, whether weights and moments survived it bit by bit, and the weights in the
+    end."""
     run = build_run(config, text)
     engine: Any = run.engine
-    norms, survived = [], True
+    skipped, survived = [], True
+    usual = Window([1e3, 2e3] * 16, [1e3, 2e3] * 16)
     for number in (0, 1, 1, 2):
         before = held(engine)
-        is_bad = number == 1 and len(norms) == 1
+        is_bad = number == 1 and len(skipped) == 1
         undo = SPOILS[spoil](engine) if is_bad and run.mesh.rank == 1 else lambda: None
-        result = train_step(run, Position(number, number * BATCH, number * BATCH * LENGTH))
+        result = train_step(run, Position(number, number * BATCH, 0, window=usual))
         undo()
-        norms.append(result.grad_norm)
+        skipped.append(result.outcome.was_skipped)
         if is_bad:
             survived = all(
                 torch.equal(now, old) for now, old in zip(held(engine), before, strict=True)
             )
-    return norms, survived, weights_of(engine.engine)
+    return skipped, survived, weights_of(engine.engine)
 
 
 def held(engine: Any) -> list[Tensor]:
@@ -106,12 +109,12 @@ def held(engine: Any) -> list[Tensor]:
     return [t.detach().clone() for t in (*inner.weights.values(), *moments)]
 
 
-def a_loss_of_nan(engine: Any) -> Callable[[], None]:
+def a_loss(engine: Any, factor: float) -> Callable[[], None]:
     """In the last micro-batch."""
     backward = engine.backward
 
     def wrong(loss: Tensor, last: bool) -> None:
-        backward(loss * math.nan if last else loss, last)
+        backward(loss * factor if last else loss, last)
 
     engine.backward = wrong
     return lambda: delattr(engine, "backward")
@@ -125,17 +128,22 @@ def a_gradient_of_inf(engine: Any) -> Callable[[], None]:
     return weight.register_hook(lambda grad: grad + wrong).remove
 
 
-SPOILS = {"loss": a_loss_of_nan, "gradient": a_gradient_of_inf}
+SPOILS = {
+    "loss": functools.partial(a_loss, factor=math.nan),
+    "gradient": a_gradient_of_inf,
+    "spike": functools.partial(a_loss, factor=1e6),
+}
+FAULTS = [("loss", 0), ("gradient", 1), ("loss", 2), ("gradient", 2)]
 
 
-@pytest.mark.parametrize(
-    ("spoil", "stage"), [("loss", 0), ("gradient", 1), ("loss", 2), ("gradient", 2)]
-)
+@pytest.mark.parametrize(("spoil", "stage"), [*FAULTS, ("spike", 0), ("spike", 1), ("spike", 2)])
 def test_a_bad_step_of_one_rank_is_skipped_by_all(ranks4: RankPool, stage: int, spoil: str) -> None:
     """And leaves nothing behind: the steps after it are those of a run that never had it."""
     config = Variant(DATA2_EP2._replace(micro=2), stage, TOPK).config()
-    for norms, survived, weights in ranks4.run(spoiled, config, TOPK.text, spoil):
-        assert [math.isfinite(norm) for norm in norms] == [True, False, True, True]
+    train = config.train.model_copy(update={"spike_response": "skip"})
+    config = config.model_copy(update={"train": train})
+    for skipped, survived, weights in ranks4.run(spoiled, config, TOPK.text, spoil):
+        assert skipped == [False, True, False, False]
         assert survived
         for name, value in reference(TOPK).weights.items():
             parity.close(weights[name], value, f"{name} ends up", ROUNDING)
@@ -163,7 +171,7 @@ def in_bf16(config: Config, text: Text) -> dict[str, Any]:
     seen["weights"].update(bias.dtype for bias in engine.engine.buffers.values())
     assert all(isinstance(w, torch.nn.Parameter) for w in engine.model.parameters())
     loss = reduce(result.parts, result.counts, run.mesh).loss
-    return {**seen, "loss": loss, "grads": engine.grads, "norm": result.grad_norm}
+    return {**seen, "loss": loss, "grads": engine.grads, "norm": result.outcome.grad_norm}
 
 
 @pytest.mark.parametrize(
@@ -245,17 +253,18 @@ def shares_counted_by_every_holder(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         engine_module,
         "global_norm",
-        lambda grads, losses: right([(tensors, 1) for tensors, _ in grads], losses),
+        lambda grads, loss: right([(tensors, 1) for tensors, _ in grads], loss),
     )
 
 
 def each_rank_its_own_norm(patch: pytest.MonkeyPatch) -> None:
     """Every rank clips by its shares of the gradient (NeMo Automodel #3816)."""
-    patch.setattr(
-        engine_module,
-        "global_norm",
-        lambda grads, _: torch.nn.utils.get_total_norm([t for ts, _ in grads for t in ts]).item(),
-    )
+
+    def wrong(grads: list[tuple[list[Tensor], int]], loss: Tensor) -> tuple[float, float]:
+        tensors = [tensor for tensors, _ in grads for tensor in tensors]
+        return torch.nn.utils.get_total_norm(tensors).item(), loss.item()
+
+    patch.setattr(engine_module, "global_norm", wrong)
 
 
 def the_mean_of_the_ranks(patch: pytest.MonkeyPatch) -> None:
