@@ -1,0 +1,163 @@
+"""A round: one run, killed and resumed until it is through, then held to one that never was."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, final
+
+from . import checks
+from .checks import BAND, TOLERANCE, History, Tensors, require
+from .plans import BATCH, HOME, LAUNCHED, Kind, Layout, Phase, draw, write_config
+from .starts import STOPPED
+from .trials import Trial, newest, trial
+
+
+@dataclass
+class Tally:
+    """What was done, and how often what was checked held."""
+
+    kills: Counter[tuple[str, Phase]] = field(default_factory=Counter)
+    """By signal and target, and by what rank 0 was doing."""
+    starts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By layout and by way."""
+    resumes: int = 0
+    moves: int = 0
+    """Resumes elsewhere than where the checkpoint was saved."""
+    lost: list[int] = field(default_factory=list)
+    """Of every kill after start-up, the steps begun that the next start did again."""
+    rounds: Counter[str] = field(default_factory=Counter)
+    steps: int = 0
+    """Of the runs that came through."""
+    checked: Counter[str] = field(default_factory=Counter)
+
+
+class Whole(NamedTuple):
+    """The run that is never killed."""
+
+    run: Path
+    history: History
+
+
+def uninterrupted(folder: Path, kind: Kind, router: str, steps: int) -> Whole:
+    """Train it, with one start."""
+    config, journals = write_config(folder, kind, router, steps), folder / "start"
+    journals.mkdir()
+    code = trial(config, HOME, launched=False, plan=None, journals=journals).code
+    require(code == 0, f"the uninterrupted run failed:\n{_last_words(journals)}")
+    return Whole(folder / "run", checks.samples_by_step(checks.read_journals(journals)))
+
+
+@final
+class Round:
+    """One run that is killed and resumed."""
+
+    def __init__(
+        self, folder: Path, kind: Kind, router: str, steps: int, seed: str, tally: Tally
+    ) -> None:
+        """`seed` says what is killed when."""
+        self._config = write_config(folder, kind, router, steps)
+        self._folder, self._run = folder, folder / "run"
+        self._kind, self._steps, self._tally = kind, steps, tally
+        self._chance = random.Random(seed)
+        self._history: History = {}
+        self._saved_at: Layout | None = None
+        self._starts = 0
+
+    def soak(self, whole: Whole, kills: int, deadline: float) -> None:
+        """Kill and resume until the run is through, at most `kills` times and before a deadline
+        (as `time.monotonic` counts), and compare it. Raises SoakError for whatever is wrong."""
+        while self._start(may_kill=kills > 0 and time.monotonic() < deadline) != 0:
+            kills -= 1
+        self._compare(whole)
+        self._tally.rounds[self._kind.name] += 1
+        self._tally.steps += self._steps
+
+    def _start(self, may_kill: bool) -> int:
+        """One start, checked once it has ended; returns its exit code."""
+        chance, step = self._chance, newest(self._run)
+        layout, launched = chance.choice(self._kind.layouts), chance.random() < LAUNCHED
+        plan = draw(chance, launched)
+        saved = checks.read_tensors(checks.checkpoint_of(self._run, step)) if step else {}
+        self._starts += 1
+        journals = self._folder / "starts" / f"{self._starts:03d}"
+        journals.mkdir(parents=True)
+        ended = trial(self._config, layout, launched, plan if may_kill else None, journals)
+        self._tally.starts[str(layout), "launcher" if launched else "fork"] += 1
+        self._check_start(ended, layout, step, saved, journals)
+        return ended.code
+
+    def _check_start(
+        self, ended: Trial, layout: Layout, step: int, saved: Tensors, journals: Path
+    ) -> None:
+        """`step` and `saved`: the newest checkpoint before the start, and what it held."""
+        code, strike = ended
+        require(
+            code == 0 or strike is not None,
+            f"a start failed (exit code {code}) that nobody had killed:\n{_last_words(journals)}",
+        )
+        committed, checked = newest(self._run), self._tally.checked
+        checked["committed checkpoints verified"] += checks.check_committed(self._run)
+        had = max(step, strike.committed if strike else 0)
+        require(committed >= had, f"of step {had}, which was committed, there is no checkpoint")
+
+        events = checks.read_journals(journals)
+        if tensors := checks.check_loaded(events, layout.ranks, step, saved):
+            self._tally.resumes += 1
+            self._tally.moves += layout != self._saved_at
+            checked["tensors equal bit by bit once loaded"] += tensors
+        trained = checks.samples_by_step(events)
+        if trained:
+            require(
+                min(trained) == step + 1,
+                f"step {step} was committed last, but training went on with {min(trained)}",
+            )
+            self._history = checks.continued(self._history, step, trained)
+        if committed > step:
+            self._saved_at = layout
+        if code != 0 and strike:
+            self._tally.kills[str(strike.plan), strike.phase] += 1
+            if trained:
+                self._tally.lost.append(max(trained) - committed)
+        if (
+            strike
+            and strike.plan.signal != signal.SIGKILL
+            and strike.phase != "start-up"
+            and STOPPED
+        ):
+            require(
+                code in (0, STOPPED) and committed == max(trained),
+                f"{strike.plan} at step {max(trained)} ended with exit code {code} and step "
+                f"{committed} saved:\n{_last_words(journals)}",
+            )
+            checked["stops by a signal that lost nothing"] += 1
+
+    def _compare(self, whole: Whole) -> None:
+        """The run that came through, beside the uninterrupted one."""
+        checked, run, equal = self._tally.checked, self._run, self._kind.equal
+        checked["steps with the samples of the uninterrupted run"] += checks.check_samples(
+            self._history, whole.history, self._steps, BATCH
+        )
+        checked["ledgers that add up"] += checks.check_ledgers(run, whole.run)
+        if equal == "band":
+            found = checks.check_losses(run, whole.run, BAND)
+            checked[f"lines of metrics within {BAND} nats"] += found
+            return
+        tolerance = 0.0 if equal == "bits" else TOLERANCE
+        how = "bit by bit" if equal == "bits" else f"to {TOLERANCE:g}"
+        checked[f"lines of metrics equal {how}"] += checks.check_lines(run, whole.run, tolerance)
+        found, wanted = (
+            checks.read_tensors(checks.checkpoint_of(of, self._steps)) for of in (run, whole.run)
+        )
+        checked[f"tensors equal {how} at the end"] += checks.check_same_tensors(
+            found, wanted, tolerance
+        )
+
+
+def _last_words(journals: Path) -> str:
+    """The end of what the ranks said."""
+    return "\n".join((journals / "output").read_text(errors="replace").splitlines()[-40:])
