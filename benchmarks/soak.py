@@ -17,17 +17,19 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import random
 import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import record
 from soaking.checks import BAND, TOLERANCE, SoakError
-from soaking.plans import EVERY, KINDS, PHASES, ROUTERS
+from soaking.plans import EVERY, KINDS, PHASES, ROUTERS, Plan, draws
 from soaking.rounds import Round, Tally, Whole, uninterrupted
 from soaking.starts import preload
 
@@ -65,9 +67,8 @@ def soak(folder: Path, minutes: float, seed: int, steps: int) -> Tally:
         if key not in wholes:
             wholes[key] = uninterrupted(folder / "-".join(key), kind, router, steps)
         place = folder / f"round-{number:03d}"
-        Round(place, kind, router, steps, f"{seed} {number}", tally).soak(
-            wholes[key], KILLS, deadline
-        )
+        planned = until(deadline, draws(random.Random(f"{seed} {number}"), kind.layouts))
+        Round(place, kind, router, steps, tally).soak(planned, wholes[key])
         shutil.rmtree(place)
         print(
             f"round {number} ({kind.name}, {router}): {sum(tally.kills.values())} kills, "
@@ -75,6 +76,15 @@ def soak(folder: Path, minutes: float, seed: int, steps: int) -> Tally:
             file=sys.stderr,
         )
     raise AssertionError("there is always a next number")
+
+
+def until(deadline: float, planned: Iterator[Plan]) -> Iterator[Plan]:
+    """The plans of a round: KILLS at most, none after the deadline, and then a start that lasts."""
+    for plan in itertools.islice(planned, KILLS):
+        if time.monotonic() >= deadline:
+            break
+        yield plan
+    yield next(planned)._replace(kill=None)
 
 
 def numbers(tally: Tally) -> dict[str, object]:
@@ -88,6 +98,7 @@ def numbers(tally: Tally) -> dict[str, object]:
         "steps": tally.steps,
         "steps_done_again": tally.lost,
         "checked": tally.checked,
+        "largest_loss_gaps": tally.gaps,
     }
 
 
@@ -97,6 +108,7 @@ def report(tally: Tally, minutes: float) -> str:
     for (layout, way), count in tally.starts.items():
         layouts[layout] += count
         ways[way] += count
+    through = [[kind, count, f"{tally.gaps[kind]:.1e}"] for kind, count in tally.rounds.items()]
     return "\n".join(
         [
             "# Killed and resumed",
@@ -118,7 +130,9 @@ def report(tally: Tally, minutes: float) -> str:
             "By what rank 0 was doing. A start-up lasts until the first step: imports, process "
             "group, data, loading.",
             "",
-            record.table(["runs that came through", "count"], list(tally.rounds.items())),
+            record.table(
+                ["kind of run", "came through", "largest distance in loss, nats"], through
+            ),
             "",
             record.table(["started at", "times"], sorted(layouts.items())),
             "",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -73,8 +73,8 @@ KINDS = (
 )
 
 
-class Plan(NamedTuple):
-    """A kill: aimed at a phase, but where it hits is for the machine to say."""
+class Kill(NamedTuple):
+    """What is killed when: it is aimed at a phase, but where it hits is for the machine to say."""
 
     phase: Phase
     steps: int
@@ -83,20 +83,36 @@ class Plan(NamedTuple):
     """Seconds it then waits, once the phase is there."""
     signal: signal.Signals
     target: Target
-    rank: int
-    """Which, where it is one; counted on from the last to the first."""
+    rank: int = 0
+    """Which, where it is one: counted from the last, and around."""
 
     def __str__(self) -> str:
         return f"{self.signal.name} to {self.target}"
 
 
-def draw(chance: random.Random, launched: bool) -> Plan:
-    """Any kill."""
+class Plan(NamedTuple):
+    """A start and its end."""
+
+    layout: Layout
+    launched: bool = False
+    """By the launcher rather than as forks."""
+    kill: Kill | None = None
+    """None lets it come through."""
+
+
+def draws(chance: random.Random, layouts: Sequence[Layout]) -> Iterator[Plan]:
+    """Any start and any kill, without end."""
+    while True:
+        launched = chance.random() < LAUNCHED
+        yield Plan(chance.choice(layouts), launched, _any_kill(chance, launched))
+
+
+def _any_kill(chance: random.Random, launched: bool) -> Kill:
     (phase,) = chance.choices(PHASES, weights=(2, 2, 1, 3))
     longest = {"start-up": 10.0 if launched else 1.5}.get(phase, 0.05)
     signals = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
     targets: tuple[Target, ...] = ("one rank", "all ranks", "launcher")
-    return Plan(
+    return Kill(
         phase,
         steps=0 if phase == "start-up" else chance.randint(0, 3 * EVERY),
         delay=chance.uniform(0, longest),

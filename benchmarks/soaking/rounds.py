@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import random
-import signal
-import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, final
 
 from . import checks
-from .checks import BAND, TOLERANCE, History, Tensors, require
-from .plans import BATCH, HOME, LAUNCHED, Kind, Layout, Phase, draw, write_config
+from .checks import BAND, TOLERANCE, History, SoakError, Tensors, require
+from .plans import BATCH, HOME, Kind, Layout, Phase, Plan, write_config
 from .starts import STOPPED
-from .trials import Trial, newest, trial
+from .trials import OUTPUT, Trial, newest, trial
 
 
 @dataclass
@@ -34,6 +32,8 @@ class Tally:
     steps: int = 0
     """Of the runs that came through."""
     checked: Counter[str] = field(default_factory=Counter)
+    gaps: dict[str, float] = field(default_factory=dict)
+    """Nats that a loss was away from the uninterrupted run's, at most, by kind of round."""
 
 
 class Whole(NamedTuple):
@@ -47,8 +47,8 @@ def uninterrupted(folder: Path, kind: Kind, router: str, steps: int) -> Whole:
     """Train it, with one start."""
     config, journals = write_config(folder, kind, router, steps), folder / "start"
     journals.mkdir()
-    code = trial(config, HOME, launched=False, plan=None, journals=journals).code
-    require(code == 0, f"the uninterrupted run failed:\n{_last_words(journals)}")
+    if trial(config, Plan(HOME), journals).code != 0:
+        raise SoakError(f"the uninterrupted run failed:\n{_last_words(journals)}")
     return Whole(folder / "run", checks.samples_by_step(checks.read_journals(journals)))
 
 
@@ -56,39 +56,36 @@ def uninterrupted(folder: Path, kind: Kind, router: str, steps: int) -> Whole:
 class Round:
     """One run that is killed and resumed."""
 
-    def __init__(
-        self, folder: Path, kind: Kind, router: str, steps: int, seed: str, tally: Tally
-    ) -> None:
-        """`seed` says what is killed when."""
+    def __init__(self, folder: Path, kind: Kind, router: str, steps: int, tally: Tally) -> None:
         self._config = write_config(folder, kind, router, steps)
         self._folder, self._run = folder, folder / "run"
         self._kind, self._steps, self._tally = kind, steps, tally
-        self._chance = random.Random(seed)
         self._history: History = {}
         self._saved_at: Layout | None = None
         self._starts = 0
 
-    def soak(self, whole: Whole, kills: int, deadline: float) -> None:
-        """Kill and resume until the run is through, at most `kills` times and before a deadline
-        (as `time.monotonic` counts), and compare it. Raises SoakError for whatever is wrong."""
-        while self._start(may_kill=kills > 0 and time.monotonic() < deadline) != 0:
-            kills -= 1
-        self._compare(whole)
-        self._tally.rounds[self._kind.name] += 1
-        self._tally.steps += self._steps
+    def soak(self, plans: Iterable[Plan], whole: Whole) -> None:
+        """Kill and resume as planned until the run is through, and compare it. Raises SoakError for
+        whatever is wrong, and where no plan lets it come through."""
+        for plan in plans:
+            if self._start(plan) == 0:
+                self._compare(whole)
+                self._tally.rounds[self._kind.name] += 1
+                self._tally.steps += self._steps
+                return
+        raise SoakError("the plans end before the run is through")
 
-    def _start(self, may_kill: bool) -> int:
+    def _start(self, plan: Plan) -> int:
         """One start, checked once it has ended; returns its exit code."""
-        chance, step = self._chance, newest(self._run)
-        layout, launched = chance.choice(self._kind.layouts), chance.random() < LAUNCHED
-        plan = draw(chance, launched)
+        step = newest(self._run)
         saved = checks.read_tensors(checks.checkpoint_of(self._run, step)) if step else {}
         self._starts += 1
         journals = self._folder / "starts" / f"{self._starts:03d}"
         journals.mkdir(parents=True)
-        ended = trial(self._config, layout, launched, plan if may_kill else None, journals)
-        self._tally.starts[str(layout), "launcher" if launched else "fork"] += 1
-        self._check_start(ended, layout, step, saved, journals)
+        ended = trial(self._config, plan, journals)
+        way = "launcher" if plan.launched else "fork"
+        self._tally.starts[str(plan.layout), way] += 1
+        self._check_start(ended, plan.layout, step, saved, journals)
         return ended.code
 
     def _check_start(
@@ -96,10 +93,9 @@ class Round:
     ) -> None:
         """`step` and `saved`: the newest checkpoint before the start, and what it held."""
         code, strike = ended
-        require(
-            code == 0 or strike is not None,
-            f"a start failed (exit code {code}) that nobody had killed:\n{_last_words(journals)}",
-        )
+        if code != 0 and strike is None:
+            said = _last_words(journals)
+            raise SoakError(f"a start failed (exit code {code}) that nobody had killed:\n{said}")
         committed, checked = newest(self._run), self._tally.checked
         checked["committed checkpoints verified"] += checks.check_committed(self._run)
         had = max(step, strike.committed if strike else 0)
@@ -120,20 +116,15 @@ class Round:
         if committed > step:
             self._saved_at = layout
         if code != 0 and strike:
-            self._tally.kills[str(strike.plan), strike.phase] += 1
+            self._tally.kills[str(strike.kill), strike.phase] += 1
             if trained:
                 self._tally.lost.append(max(trained) - committed)
-        if (
-            strike
-            and strike.plan.signal != signal.SIGKILL
-            and strike.phase != "start-up"
-            and STOPPED
-        ):
-            require(
-                code in (0, STOPPED) and committed == max(trained),
-                f"{strike.plan} at step {max(trained)} ended with exit code {code} and step "
-                f"{committed} saved:\n{_last_words(journals)}",
-            )
+        if STOPPED and strike and strike.stops:
+            if committed != max(trained) or code not in (0, STOPPED):
+                raise SoakError(
+                    f"{strike.kill} at step {max(trained)} ended with exit code {code} and step "
+                    f"{committed} saved:\n{_last_words(journals)}"
+                )
             checked["stops by a signal that lost nothing"] += 1
 
     def _compare(self, whole: Whole) -> None:
@@ -143,9 +134,10 @@ class Round:
             self._history, whole.history, self._steps, BATCH
         )
         checked["ledgers that add up"] += checks.check_ledgers(run, whole.run)
+        gap = max(checks.loss_gaps(run, whole.run))
+        self._tally.gaps[self._kind.name] = max(gap, self._tally.gaps.get(self._kind.name, 0))
         if equal == "band":
-            found = checks.check_losses(run, whole.run, BAND)
-            checked[f"lines of metrics within {BAND} nats"] += found
+            checked[f"losses within {BAND} nats"] += checks.check_losses(run, whole.run, BAND)
             return
         tolerance = 0.0 if equal == "bits" else TOLERANCE
         how = "bit by bit" if equal == "bits" else f"to {TOLERANCE:g}"
@@ -160,4 +152,4 @@ class Round:
 
 def _last_words(journals: Path) -> str:
     """The end of what the ranks said."""
-    return "\n".join((journals / "output").read_text(errors="replace").splitlines()[-40:])
+    return "\n".join((journals / OUTPUT).read_text(errors="replace").splitlines()[-40:])

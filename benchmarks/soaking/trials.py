@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from contextlib import closing, suppress
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import NamedTuple, TextIO, final
 from moetrain.checkpoint.folder import FOLDER
 
 from .checks import SoakError, committed_steps
-from .plans import Layout, Phase, Plan
+from .plans import Kill, Phase, Plan
 from .starts import Forked, Launched, Start
 
+OUTPUT = "output"
+"""What the ranks of a start say, beside their journals."""
 POLL_S = 0.005
 LIMIT_S = 300.0
 """How long one start may take."""
@@ -25,11 +28,16 @@ BEGUN_BY: dict[str, Phase] = {"loaded": "start-up", "evaluate": "evaluation"}
 class Strike(NamedTuple):
     """A signal that was sent."""
 
-    plan: Plan
+    kill: Kill
     phase: Phase
     """What rank 0 was doing, whatever was aimed at."""
     committed: int
     """The newest step that was committed then, 0 for none."""
+
+    @property
+    def stops(self) -> bool:
+        """Whether the run can answer by a save: it was training, and the signal can be caught."""
+        return self.kill.signal != signal.SIGKILL and self.phase != "start-up"
 
 
 class Trial(NamedTuple):
@@ -41,27 +49,29 @@ class Trial(NamedTuple):
     """None where the run was through before the moment planned."""
 
 
-def trial(config: Path, layout: Layout, launched: bool, plan: Plan | None, journals: Path) -> Trial:
+def trial(config: Path, plan: Plan, journals: Path) -> Trial:
     """Start or continue the run of a configuration, kill it as planned, wait for all to end.
 
-    `journals` is an empty folder; what the ranks say is in `output` there. Raises SoakError where
+    `journals` is an empty folder. Raises SoakError where
     ranks have not ended after LIMIT_S.
     """
+    layout, launched, kill = plan
     run = config.parent / "run"
     watch = Watch(run, journals)
     way = Launched if launched else Forked
     args = ["train", str(config), *layout.flags()]
-    start: Start = way(layout.ranks, args, journals, journals / "output")
+    (journals / OUTPUT).touch()
+    start: Start = way(layout.ranks, args, journals, journals / OUTPUT)
     strike, deadline = None, time.monotonic() + LIMIT_S
     with closing(start), closing(watch):
         while (code := start.poll()) is None:
             phase = watch.look()
-            if plan and not strike and phase == plan.phase and watch.begun >= plan.steps:
-                time.sleep(plan.delay)
-                strike = Strike(plan, watch.look(), newest(run))
-                _send(start, plan)
+            if kill and not strike and phase == kill.phase and watch.begun >= kill.steps:
+                time.sleep(kill.delay)
+                strike = Strike(kill, watch.look(), newest(run))
+                _send(start, kill)
             if time.monotonic() > deadline:
-                raise SoakError(f"ranks have not ended after {LIMIT_S:.0f} s")
+                raise SoakError(f"ranks have not ended after {LIMIT_S:.0f} s: {journals}")
             time.sleep(POLL_S)
     return Trial(code, strike)
 
@@ -71,15 +81,15 @@ def newest(run: Path) -> int:
     return max(committed_steps(run), default=0)
 
 
-def _send(start: Start, plan: Plan) -> None:
-    ranks = start.ranks()
-    if plan.target == "one rank":
-        ranks = ranks[-1 - plan.rank % len(ranks) :][:1] if ranks else []
-    if start.agent and (plan.target == "launcher" or not ranks):
-        ranks = [start.agent]
-    for pid in ranks:
+def _send(start: Start, kill: Kill) -> None:
+    pids = start.ranks()
+    if kill.target == "one rank":
+        pids = pids[-1 - kill.rank % len(pids) :][:1] if pids else []
+    if start.agent and (kill.target == "launcher" or not pids):
+        pids = [start.agent]
+    for pid in pids:
         with suppress(ProcessLookupError):
-            os.kill(pid, plan.signal)
+            os.kill(pid, kill.signal)
 
 
 @final
@@ -105,7 +115,7 @@ class Watch:
                 event = json.loads(line)["event"]
                 self.begun += event == "begin"
                 self._last = BEGUN_BY.get(event, "step")
-        return "save" if self._is_saving() else self._last
+        return "save" if self.begun and self._is_saving() else self._last
 
     def _is_saving(self) -> bool:
         for partial in self._checkpoints.glob("*.partial"):
