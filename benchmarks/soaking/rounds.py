@@ -120,9 +120,9 @@ class Round:
             if trained:
                 self._tally.lost.append(max(trained) - committed)
         if STOPPED and strike and strike.stops:
-            if committed != max(trained) or code not in (0, STOPPED):
+            if committed != (last := max(trained, default=step)) or code not in (0, STOPPED):
                 raise SoakError(
-                    f"{strike.kill} at step {max(trained)} ended with exit code {code} and step "
+                    f"{strike.kill} at step {last} ended with exit code {code} and step "
                     f"{committed} saved:\n{_last_words(journals)}"
                 )
             checked["stops by a signal that lost nothing"] += 1

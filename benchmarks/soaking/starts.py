@@ -24,8 +24,10 @@ ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
 STOPPED: int | None = None
 """The exit code of a run that a signal stopped after saving, once there is one: 75."""
+PEERS_S = 10.0
+"""How long ranks have to stop once one of them has stopped as asked."""
 GRACE_S = 30.0
-"""How long ranks have to end once they are told to, as under torchrun."""
+"""How long they have to end once they are told to, as under torchrun."""
 DEEPSPEED = "deepspeed.runtime.zero.muon.original_muon"
 """Imports all that DeepSpeed's start does."""
 
@@ -73,7 +75,10 @@ class Forked:
         self._store = TCPStore(
             HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
+        self._ended_at: float | None = None
+        """When the first rank ended otherwise than well ..."""
         self._told_at: float | None = None
+        """... and when the others were told to."""
         context = multiprocessing.get_context("forkserver")
         self._ranks: list[Any] = []
         for rank in range(ranks):
@@ -98,22 +103,23 @@ class Forked:
 
     def poll(self) -> int | None:
         """See `Start`. When a rank has failed, the others are told to end, and after a while
-        killed."""
+        killed; so they are where one stopped and they do not."""
         codes = [rank.exitcode for rank in self._ranks]
         failed = [code for code in codes if code not in (None, 0, STOPPED)]
         if None not in codes:
             return failed[0] if failed else max(codes)
-        if failed:
-            self._end_peers()
+        if any(codes):
+            self._end_peers(at_once=bool(failed))
         return None
 
-    def _end_peers(self) -> None:
+    def _end_peers(self, at_once: bool) -> None:
         now = time.monotonic()
-        if self._told_at is None:
+        self._ended_at = self._ended_at or now
+        if self._told_at is None and (at_once or now > self._ended_at + PEERS_S):
             self._told_at = now
             for rank in self._ranks:
                 rank.terminate()
-        elif now > self._told_at + GRACE_S:
+        if self._told_at is not None and now > self._told_at + GRACE_S:
             for rank in self._ranks:
                 rank.kill()
 

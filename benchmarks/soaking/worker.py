@@ -64,9 +64,9 @@ def watched(file: TextIO) -> Iterator[None]:
         note("end", step=position.step + 1)
         return result
 
-    def noting_evaluation(*args: Any) -> Any:
+    def noting_evaluation(*args: Any, **options: Any) -> Any:
         note("evaluate")
-        means = evaluate(*args)
+        means = evaluate(*args, **options)
         note("evaluated")
         return means
 
