@@ -34,7 +34,7 @@ BY_LAYOUT = {"outcomes_by_rank"}
 """Those that say which rank had what."""
 TOLERANCE = 1e-9
 """Relative, between layouts in fp64."""
-BAND = 0.02
+BAND = 0.01
 """Nats, between the losses of layouts and engines in fp32."""
 
 

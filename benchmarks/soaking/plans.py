@@ -42,7 +42,8 @@ class Layout(NamedTuple):
 
     def __str__(self) -> str:
         replicas = f", {self.replicas} replicas" if self.replicas > 1 else ""
-        return f"{self.ranks} ranks, EP {self.ep}{replicas}, {self.engine}"
+        ranks = f"{self.ranks} rank{'s' * (self.ranks > 1)}"
+        return f"{ranks}, EP {self.ep}{replicas}, {self.engine}"
 
     def flags(self) -> list[str]:
         """What the command line says of it."""
