@@ -87,9 +87,6 @@ class Kill(NamedTuple):
     rank: int = 0
     """Which, where it is one: counted from the last, and around."""
 
-    def __str__(self) -> str:
-        return f"{self.signal.name} to {self.target}"
-
 
 class Plan(NamedTuple):
     """A start and its end."""

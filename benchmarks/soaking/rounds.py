@@ -116,13 +116,13 @@ class Round:
         if committed > step:
             self._saved_at = layout
         if code != 0 and strike:
-            self._tally.kills[str(strike.kill), strike.phase] += 1
+            self._tally.kills[str(strike), strike.phase] += 1
             if trained:
                 self._tally.lost.append(max(trained) - committed)
         if STOPPED and strike and strike.stops:
             if committed != (last := max(trained, default=step)) or code not in (0, STOPPED):
                 raise SoakError(
-                    f"{strike.kill} at step {last} ended with exit code {code} and step "
+                    f"{strike} at step {last} ended with exit code {code} and step "
                     f"{committed} saved:\n{_last_words(journals)}"
                 )
             checked["stops by a signal that lost nothing"] += 1

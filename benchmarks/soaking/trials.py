@@ -8,12 +8,13 @@ import signal
 import time
 from contextlib import closing, suppress
 from pathlib import Path
+from signal import SIGKILL
 from typing import NamedTuple, TextIO, final
 
 from moetrain.checkpoint.folder import FOLDER
 
 from .checks import SoakError, committed_steps
-from .plans import Kill, Phase, Plan
+from .plans import Kill, Phase, Plan, Target
 from .starts import Forked, Launched, Start
 
 OUTPUT = "output"
@@ -28,16 +29,20 @@ BEGUN_BY: dict[str, Phase] = {"loaded": "start-up", "evaluate": "evaluation"}
 class Strike(NamedTuple):
     """A signal that was sent."""
 
-    kill: Kill
+    signal: signal.Signals
+    target: Target
     phase: Phase
     """What rank 0 was doing, whatever was aimed at."""
     committed: int
     """The newest step that was committed then, 0 for none."""
 
+    def __str__(self) -> str:
+        return f"{self.signal.name} to {self.target}"
+
     @property
     def stops(self) -> bool:
         """Whether the run can answer by a save: it was training, and the signal can be caught."""
-        return self.kill.signal != signal.SIGKILL and self.phase != "start-up"
+        return self.signal != SIGKILL and self.phase != "start-up"
 
 
 class Trial(NamedTuple):
@@ -52,8 +57,7 @@ class Trial(NamedTuple):
 def trial(config: Path, plan: Plan, journals: Path) -> Trial:
     """Start or continue the run of a configuration, kill it as planned, wait for all to end.
 
-    `journals` is an empty folder. Raises SoakError where
-    ranks have not ended after LIMIT_S.
+    `journals` is an empty folder. Raises SoakError where ranks have not ended after LIMIT_S.
     """
     layout, launched, kill = plan
     run = config.parent / "run"
@@ -68,8 +72,8 @@ def trial(config: Path, plan: Plan, journals: Path) -> Trial:
             phase = watch.look()
             if kill and not strike and phase == kill.phase and watch.begun >= kill.steps:
                 time.sleep(kill.delay)
-                strike = Strike(kill, watch.look(), newest(run))
-                _send(start, kill)
+                phase, committed = watch.look(), newest(run)
+                strike = Strike(kill.signal, _send(start, kill), phase, committed)
             if time.monotonic() > deadline:
                 raise SoakError(f"ranks have not ended after {LIMIT_S:.0f} s: {journals}")
             time.sleep(POLL_S)
@@ -81,15 +85,17 @@ def newest(run: Path) -> int:
     return max(committed_steps(run), default=0)
 
 
-def _send(start: Start, kill: Kill) -> None:
-    pids = start.ranks()
-    if kill.target == "one rank":
-        pids = pids[-1 - kill.rank % len(pids) :][:1] if pids else []
-    if start.agent and (kill.target == "launcher" or not pids):
-        pids = [start.agent]
+def _send(start: Start, kill: Kill) -> Target:
+    """Send the signal; returns to whom: the launcher has it where there are no ranks yet."""
+    pids, target = start.ranks(), kill.target
+    if target == "one rank":
+        pids = pids[-1 - kill.rank % max(1, len(pids)) :][:1]
+    if start.agent and (target == "launcher" or not pids):
+        pids, target = [start.agent], "launcher"
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, kill.signal)
+    return target
 
 
 @final
