@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, final
 
+import torch
 from torch.distributed import TCPStore
 
 from moetrain.testing.processes import PRELOADED
@@ -132,14 +133,12 @@ class Forked:
 
 
 def _rank(environ: dict[str, str], args: Sequence[str], journals: Path, log: Path) -> None:
-    """Life of a forked rank."""
+    """Life of a forked rank; what it says goes to `log`."""
     os.environ.clear()
     os.environ.update(environ)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(output, stream)
-    import torch
-
     torch.set_num_threads(1)
     sys.exit(worker.main(journals, args))
 
