@@ -35,14 +35,14 @@ def config_of(case: Case, layout: Layout, **engine: Any) -> Config:
 
 
 def trained(case: Case, device: torch.device, **engine: Any) -> parity.Outcome:
-    """Three steps of the only rank there is, in two micro-batches each."""
+    """Two steps of the only rank there is, in two micro-batches each."""
     config = config_of(case, Layout(1, ep=1, dp_replicate=1, micro=8), **engine)
     with process_group():
         return parity.on_rank(config, case.text, device=device)
 
 
 def trains_as_the_reference(case: Case, device: torch.device, **engine: Any) -> None:
-    """Where tokens went, losses, gradients, norm and weights of three steps."""
+    """Where tokens went, losses, gradients, norm and weights of two steps."""
     ours = trained(case, device, **engine)
     parity.agree([ours], parity.alone(case.config, case.text), TOLERANCE[engine["precision"]])
 
@@ -53,7 +53,7 @@ off on a CPU, of which tokens that go elsewhere are part; the band is twice the 
 
 
 def trains_in_bf16_within_the_band(case: Case, device: torch.device) -> None:
-    """Losses and gradients of three steps, each from weights that the steps before have made."""
+    """Losses and gradients of two steps, the second from weights that the first has made."""
     ours, theirs = trained(case, device, precision="bf16"), parity.alone(case.config, case.text)
     for number in range(STEPS):
         mine, exact = ours.steps[number], theirs.steps[number]
@@ -116,7 +116,7 @@ def grouped_products_are_those_of_the_loop(device: torch.device) -> None:
 
 
 def grouped_training_is_that_of_the_loop(case: Case, device: torch.device) -> None:
-    """Three steps in bf16 of a model of widths that the kernel takes, which must get work to do."""
+    """Two steps in bf16 of a model of widths that the kernel takes, which must get work to do."""
     wide, kernel = Wide(**vars(case)), mock.Mock(side_effect=experts._grouped)
     with mock.patch.object(experts, "_grouped", kernel):
         ours = trained(wide, device, precision="bf16")

@@ -43,9 +43,11 @@ WAYS = [
 """Every gate, every drop policy."""
 
 
-def to_graphs(patch: pytest.MonkeyPatch | None = None) -> Callable[..., Any]:
-    """Compile to graphs alone, whole or not at all."""
-    one_graph = functools.partial(torch.compile, backend="aot_eager", fullgraph=True, dynamic=False)
+def to_graphs(
+    patch: pytest.MonkeyPatch | None = None, backend: str = "aot_eager"
+) -> Callable[..., Any]:
+    """Compile to graphs alone, whole or not at all; `eager` leaves out those of backward passes."""
+    one_graph = functools.partial(torch.compile, backend=backend, fullgraph=True, dynamic=False)
     if patch is not None:
         patch.setattr(parallel, "_one_graph", one_graph)
     return one_graph
@@ -80,7 +82,7 @@ def test_a_layer_with_a_capacity_is_one_graph(kind: str, policy: str) -> None:
 def test_a_plan_of_another_size_is_another_graph() -> None:
     moe = build(ROUTERS["topk"], 4, capacity_factor=0.75)
     x_BLD, valid_BL, *others, _ = inputs(moe, "eval")
-    run = to_graphs()(moe.forward)
+    run = to_graphs(backend="eager")(moe.forward)
     for length in (12, 6, 12):
         arguments = x_BLD[:, :length], valid_BL[:, :length], *others
         close(tuple(run(*arguments)), tuple(moe(*arguments)))
@@ -154,7 +156,7 @@ def test_machine_code_computes_the_same() -> None:
 
 def test_every_layer_may_have_a_graph_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws are keyed by the layer's number: three are more than the limit set here."""
-    to_graphs(monkeypatch)
+    to_graphs(monkeypatch, "eager")
     layers: list[MoE] = []
     for number in range(3):
         moe = build(ROUTERS["gshard"], 4, capacity_factor=0.75, min_capacity=2)

@@ -548,19 +548,25 @@ def test_the_sky_task_sets_up_what_train_sh_uses(task: Task) -> None:
 # ---- what nodes would run ------------------------------------------------------------------------
 
 
-def test_jobs_show_what_their_nodes_would_run(train_job: TrainJob, task: Task) -> None:
+def test_jobs_show_what_their_nodes_would_run(
+    train_job: TrainJob, task: Task, stubs: Stubs
+) -> None:
     """With --dry-run before the configuration; both are asked for the same training."""
+    stubs.add("python")  # finds every configuration right
+    node = {"VENV": str(stubs.folder.parent), "NPROC": "8", "CUDA_VISIBLE_DEVICES": ""}
     command = [*train_job.spec.trainer.command, "--dry-run", *train_job.spec.trainer.args]
     ours = run(
-        *command, NPROC="8", PET_NNODES="2", PET_NODE_RANK="1", PET_MASTER_ADDR="one",
-        PET_MASTER_PORT="29500",
+        *command, PET_NNODES="2", PET_NODE_RANK="1", PET_MASTER_ADDR="one",
+        PET_MASTER_PORT="29500", **node,
     )  # fmt: skip
     script = task.run.replace("train.sh ", "train.sh --dry-run ")
     theirs = run(
-        *("bash", "-c", script), NPROC="8", SKYPILOT_NUM_NODES="2", SKYPILOT_NODE_RANK="1",
-        SKYPILOT_NODE_IPS="one\ntwo",
+        *("bash", "-c", script), SKYPILOT_NUM_NODES="2", SKYPILOT_NODE_RANK="1",
+        SKYPILOT_NODE_IPS="one\ntwo", **node,
     )  # fmt: skip
     assert ours.returncode == theirs.returncode == 0, ours.stderr + theirs.stderr
+    for checked in stubs.calls("python"):
+        assert cli.main(checked.arguments[2:]) == 0
     agent = "moetrain.torchrun --nproc-per-node=8 --nnodes=2 --node-rank=1 --master-addr=one "
     assert agent in ours.stdout
     assert ours.stdout.replace("=", " ") == theirs.stdout.replace("=", " ")
@@ -575,7 +581,7 @@ def test_documented_jobs_fit_the_ranks_that_they_ask_for(stubs: Stubs, tmp_path:
     check(shlex.split(job[2].partition("launch/slurm.sbatch ")[2]), int(job[0]) * int(job[1]))
     hosts, command = re.findall(r"^(printf .*)\n(HOSTFILE=.*)$", page, re.MULTILINE)[0]
     stubs.add("deepspeed")
-    stubs.add("python", f'exec {sys.executable} "$@"')
+    stubs.add("python")
     script = (
         f"cd '{tmp_path}' && {hosts} && export HOSTFILE=$PWD/hostfile && cd '{ROOT}' && {command}"
     )
@@ -583,6 +589,7 @@ def test_documented_jobs_fit_the_ranks_that_they_ask_for(stubs: Stubs, tmp_path:
     assert done.returncode == 0, done.stderr
     (call,) = stubs.calls("python")
     assert call.arguments[-2:] == ["--world-size", "16"]
+    assert cli.main(call.arguments[2:]) == 0
     assert "--engine.kind" in stubs.calls("deepspeed")[0].arguments
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from launchers import ROOT, run
+from launchers import ROOT, Stubs, run
 
 from moetrain.sinks import read_metrics
 
@@ -115,6 +115,9 @@ if os.environ.get("RANK") == "1":
 def test_the_health_check_fails_with_a_rank(image: Path) -> None:
     (image / "fault").mkdir()
     (image / "fault/sitecustomize.py").write_text(RANK_DIES)
-    done = run(*health_check(), cwd=image, PYTHONPATH=f"{image / 'fault'}:{ROOT}")
+    python = Stubs(image / "bin")
+    python.folder.mkdir()
+    python.add("python", f'[[ "$2 $3" == "moetrain check" ]] || exec {sys.executable} "$@"')
+    done = run(*health_check(), cwd=image, VENV=str(image), PYTHONPATH=f"{image / 'fault'}:{ROOT}")
     assert done.returncode == 1
     assert "exitcode  : 9" in done.stderr

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -240,14 +241,25 @@ def storage(tensor: torch.Tensor) -> torch.UntypedStorage:
     return tensor.untyped_storage()
 
 
+@contextmanager
+def collecting_new_alone() -> Iterator[None]:
+    """The garbage collector knows only what is made inside: to walk over the rest takes long."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def live() -> dict[int, torch.UntypedStorage]:
-    """The memory under every tensor that Python knows."""
+    """The memory under every tensor that the garbage collector knows."""
     gc.collect()
     objects = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
     real = [t for t in objects if t.device.type == "cpu" and not isinstance(t, FakeTensor)]
     return {storage(tensor).data_ptr(): storage(tensor) for tensor in real}
 
 
+@collecting_new_alone()
 def saved_bytes(made: Config) -> int:
     """What a real forward pass of one rank keeps besides the weights, for the backward pass."""
     mesh = Mesh(torch.device("cpu"), made.parallel.ep, nodes=made.parallel.nodes_apart)

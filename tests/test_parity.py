@@ -114,7 +114,7 @@ def test_the_bias_moves_and_changes_who_is_chosen(case: Case) -> None:
 @pytest.mark.parametrize(("case", "layout"), rotated(CASES, LAYOUTS))
 def test_every_layout_equals_one_process(case: Case, layout: Layout) -> None:
     """Dropped and spilled tokens, losses, every gradient, the norm, biases, and the weights after
-    three steps."""
+    two steps."""
     compare(case, layout)
 
 

@@ -147,7 +147,6 @@ def is_shown(text):
 @pytest.mark.parametrize(
     ("lines", "files"),
     [
-        (train_lines(1, num_layers=1), MOE_FILES),
         ([*train_lines(3), eval_line(30, 3.0)], MOE_FILES),
         (train_lines(3, num_layers=0), ["overview.png", "loss.png", "throughput.png"]),
         ([eval_line(10, 3.0)], ["overview.png", "loss.png"]),

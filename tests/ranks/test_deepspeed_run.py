@@ -60,11 +60,13 @@ def launched(config: Path) -> str:
     stubs.folder.mkdir()
     stubs.add("ssh")
     stubs.add("pdsh", PDSH)
+    stubs.add("python")  # for the check before, which a test does here
     (folder / "hostfile").write_text("one slots=1\nother slots=1\n")
     (folder / "variables").write_text("GLOO_SOCKET_IFNAME=lo\nOMP_NUM_THREADS=1\n")
     done = run(
         *(ROOT / "launch/deepspeed.sh", config),
-        PATH=stubs.path,
+        PATH=f"{stubs.path}:{sys.prefix}/bin",
+        VENV=str(folder),
         HOSTFILE=str(folder / "hostfile"),
         DS_ENV_FILE=str(folder / "variables"),
         MASTER_ADDR="127.0.0.1",

@@ -66,7 +66,7 @@ def compare(pool: RankPool, case: Case, layout: Layout, text: Text, *options: An
 
 @pytest.mark.parametrize(("case", "layout"), AT_TWO)
 def test_two_ranks_equal_one_process(ranks2: RankPool, case: Case, layout: Layout) -> None:
-    """Where tokens went, losses, every gradient, the norm, biases, and the weights after three
+    """Where tokens went, losses, every gradient, the norm, biases, and the weights after two
     steps."""
     compare(ranks2, case, layout, case.text)
 

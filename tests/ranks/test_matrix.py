@@ -137,7 +137,7 @@ def pool_of(ranks2: RankPool, ranks4: RankPool) -> Callable[[int], RankPool]:
 
 def test_every_way_trains_the_same(pool_of: Callable[[int], RankPool], way: Way) -> None:
     """Where tokens went, losses, every gradient, the norm before clipping, and the weights after
-    three steps."""
+    two steps."""
     config: Any = way.config
     ranks = pool_of(LAYOUTS[way.layout].world).run(parity.on_rank, config, way.case.text)
     parity.agree(ranks, reference(way.case), TOLERANCE[config.engine.precision])

@@ -1,11 +1,12 @@
-"""Several nodes for real: two network namespaces of this machine, an agent with two ranks in each.
+"""Several nodes for real: two network namespaces of this machine, with two ranks in each.
 
-Nothing but a virtual cable joins the two: each has a loopback of its own. What launch/train.sh
-makes of the quickstart there is, to the last bit, what one node with four ranks makes of it.
+Nothing but a virtual cable joins the two: each has a loopback of its own. What they make of the
+quickstart's model is, to the last bit, what one node with four ranks makes of it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import os
@@ -20,9 +21,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from jobs import job
 from launchers import ROOT, environment
-from runs import lines_without_timings, without_pictures, write_config
+from runs import lines_without_timings, without_pictures, write_config, write_text
 
 from moetrain import checkpoint, settings, torchrun
 from moetrain.mesh import Mesh
@@ -39,13 +41,8 @@ SHORT = (
     *("--eval.every", "2", "--eval.sequences", "4", "--checkpoint.every", "0"),
 )
 """Four ranks share a batch of 16 sequences."""
-PARALLEL = {
-    "experts inside a node": ("--parallel.ep", "2"),
-    "experts across nodes, in two hops": (
-        *("--parallel.ep", "4"),
-        *("--parallel.dispatch", "two_level", "--parallel.nodes", "2"),
-    ),
-}
+INSIDE_A_NODE = ("--parallel.ep", "2")
+ACROSS_NODES = ("--parallel.ep", "4", "--parallel.dispatch", "two_level", "--parallel.nodes", "2")
 
 
 # ---- two machines --------------------------------------------------------------------------------
@@ -135,7 +132,7 @@ def test_nodes_that_could_not_be_cabled_are_gone_too(nodes: list[Node], monkeypa
 # ---- runs ----------------------------------------------------------------------------------------
 
 
-def on_nodes(nodes: list[Node], flags: tuple[str, ...]) -> None:
+def launched(nodes: list[Node], flags: tuple[str, ...]) -> None:
     """`launch/train.sh` on every node, until all have ended."""
     agents = [start(nodes, number, flags) for number in range(len(nodes))]
     try:
@@ -181,27 +178,74 @@ def on_ranks(flags: tuple[str, ...]) -> None:
         train_run(set_up(made, settings.run_directory(made.out, made.name), mesh))
 
 
+def on_nodes(nodes: list[Node], store: Path, flags: tuple[str, ...]) -> None:
+    """The same, by four forks that enter the nodes: nothing is imported again."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    enter(nodes[rank * len(nodes) // world])
+    os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(store), world), rank=rank, world_size=world
+    )
+    on_ranks(flags)
+
+
+def enter(node: Node) -> None:
+    """Give this thread, and those that it starts, the network of a node."""
+    with Path("/run/netns", node.namespace).open() as network:
+        if ctypes.CDLL(None, use_errno=True).setns(network.fileno(), 0):
+            raise OSError(ctypes.get_errno(), f"cannot enter {node.namespace}")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where runs and tokens go."""
-    return tmp_path_factory.mktemp("nodes")
+    """Where runs, their text and its tokens go."""
+    folder = tmp_path_factory.mktemp("nodes")
+    write_text(folder / "text")
+    return folder
 
 
-@pytest.mark.parametrize("parallel", PARALLEL.values(), ids=PARALLEL.keys())
-def test_two_nodes_train_as_one(
-    nodes: list[Node], folder: Path, ranks4: RankPool, parallel: tuple[str, ...]
-) -> None:
-    out = folder / parallel[1]
-    flags = (*SHORT, *parallel, "--out", str(out), "--data.cache", str(folder / "cache"), "--name")
+def flags_of(folder: Path, parallel: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of a run, but for its name."""
+    data = ("--data.source", str(folder / "text"), "--data.cache", str(folder / "cache"))
+    return (*SHORT, *parallel, *data, "--out", str(folder / parallel[1]), "--name")
+
+
+@contextmanager
+def talking(nodes: list[Node]) -> Iterator[None]:
+    """Some of what the ranks tell each other must come by the cable."""
     before = [node.received() for node in nodes]
-    on_nodes(nodes, (*flags, "two"))
+    yield
     for node, earlier in zip(nodes, before, strict=True):
         assert node.received() - earlier > 1_000_000, "the ranks did not use the cable"
-    ranks4.run(on_ranks, (*flags, "one"))
+
+
+def agree(out: Path) -> None:
+    """Two nodes wrote the lines that one wrote."""
     lines = lines_without_timings(out / "two")
     assert lines == lines_without_timings(out / "one")
     assert [line["step"] for line in lines] == [1, 2, 2]
     assert all(len(layer["outcomes_by_rank"]) == 4 for layer in lines[0]["layers"])
+
+
+def test_experts_across_nodes_in_two_hops(
+    nodes: list[Node], folder: Path, ranks4: RankPool
+) -> None:
+    """As train.sh starts them: an agent on each node."""
+    flags = flags_of(folder, ACROSS_NODES)
+    with talking(nodes):
+        launched(nodes, (*flags, "two"))
+    ranks4.run(on_ranks, (*flags, "one"))
+    agree(folder / "4")
+
+
+def test_experts_inside_a_node(nodes: list[Node], folder: Path, ranks4: RankPool) -> None:
+    flags = flags_of(folder, INSIDE_A_NODE)
+    ranks4.run(on_ranks, (*flags, "one"))
+    with talking(nodes):
+        ranks4.run(on_nodes, nodes, folder / "store", (*flags, "two"))
+    ranks4.renew()  # these stay in the nodes
+    agree(folder / "2")
 
 
 # ---- a cut cable ---------------------------------------------------------------------------------

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from contextlib import redirect_stdout, suppress
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,6 @@ from moetrain.mesh import Mesh
 from moetrain.sinks import read_metrics
 from moetrain.train import set_up, train
 
-ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 24, 4
 # gshard draws its second experts at random, which a resumed run must draw alike.
 SECTIONS = {
@@ -42,9 +42,14 @@ def config(tmp_path_factory) -> Path:
 def runs(config, ranks2) -> Path:
     """The folder with a run that was killed and resumed, and one that was not."""
     killed = config.parent / "runs" / "killed"
-    process = launch(config)
-    wait_for(lambda: checkpoint.latest(killed) is not None, process)
-    kill_all(process)
+    pids = ranks2.run(os.getpid)
+    with ThreadPoolExecutor(1) as caller:
+        running = caller.submit(ranks2.run, train_on, config, "killed")
+        wait_for(lambda: checkpoint.latest(killed) is not None, running)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="killed by SIGKILL"):
+            running.result()
     last = read_metrics(killed)[-1]["step"]
     assert EVERY <= last < STEPS, "it was to be killed on the way"
     saved = checkpoint.latest(killed)
@@ -64,44 +69,12 @@ def train_on(config: Path, name: str) -> str:
     return said.getvalue()
 
 
-def launch(config: Path) -> subprocess.Popen[str]:
-    """Two ranks of `moetrain train`."""
-    command = "-m moetrain.torchrun --nproc-per-node=2 -m moetrain train"
-    return subprocess.Popen(
-        [sys.executable, *command.split(), str(config)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_for(condition, process: subprocess.Popen[str], seconds: float = 240) -> None:
+def wait_for(condition: Callable[[], bool], running: Future[Any], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()[0]
+        assert not running.done(), running.result()
         assert time.monotonic() < deadline, "no checkpoint yet"
         time.sleep(0.01)
-
-
-def children(parent: int) -> list[int]:
-    """Processes that another one started, as Linux tells."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it may have ended meanwhile
-            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append(int(folder.name))
-    return found
-
-
-def kill_all(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to the launcher first, so that it stops nobody gently, and to every rank."""
-    ranks = children(process.pid)
-    assert len(ranks) == 2, ranks
-    for pid in (process.pid, *ranks):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate(timeout=20)  # ends when the last of them has closed its output
 
 
 def test_weights_and_moments_are_those_of_the_run_that_was_not_killed(runs):
