@@ -28,7 +28,7 @@ Event = dict[str, Any]
 Tensors = dict[str, Tensor]
 History = dict[int, dict[int, int]]
 """For every step of a run, the samples that it was trained on: index and CRC of the tokens."""
-NOT_COMPARED = {*Speed.__annotations__, "memory_gib"}
+NOT_COMPARED = {*Speed.__annotations__, "memory_gib", "data_s_by_rank", "probe_s_by_rank"}
 """Fields of metrics.jsonl that are measured with a clock or a scale."""
 BY_LAYOUT = {"outcomes_by_rank"}
 """Those that say which rank had what."""

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, final
 
+from moetrain.stopping import STOPPED
+
 from . import checks
 from .checks import BAND, TOLERANCE, History, SoakError, Tensors, require
 from .plans import BATCH, HOME, Kind, Layout, Phase, Plan, write_config
-from .starts import STOPPED
 from .trials import OUTPUT, Trial, newest, trial
 
 
@@ -119,7 +120,7 @@ class Round:
             self._tally.kills[str(strike), strike.phase] += 1
             if trained:
                 self._tally.lost.append(max(trained) - committed)
-        if STOPPED and strike and strike.stops:
+        if strike and strike.stops:
             if committed != (last := max(trained, default=step)) or code not in (0, STOPPED):
                 raise SoakError(
                     f"{strike} at step {last} ended with exit code {code} and step "

@@ -17,14 +17,13 @@ from typing import Any, Protocol, final
 import torch
 from torch.distributed import TCPStore
 
+from moetrain.stopping import STOPPED
 from moetrain.testing.processes import PRELOADED
 
 from . import worker
 
 ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
-STOPPED: int | None = None
-"""The exit code of a run that a signal stopped after saving, once there is one: 75."""
 PEERS_S = 10.0
 """How long ranks have to stop once one of them has stopped as asked."""
 GRACE_S = 30.0
