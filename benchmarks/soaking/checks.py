@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moetrain.checkpoint import Manifest, read_manifest
 from moetrain.checkpoint.folder import FOLDER
-from moetrain.checkpoint.manifest import check_files
+from moetrain.checkpoint.checks import check_files
 from moetrain.errors import UserError
 from moetrain.metrics import Speed
 from moetrain.sinks import METRICS_FILE
@@ -115,7 +115,7 @@ def check_committed(run: Path) -> int:
     for step in steps:
         path = checkpoint_of(run, step)
         try:
-            check_files(path, read_manifest(path).files)
+            check_files(path, read_manifest(path).files, hashed=True)
         except UserError as error:
             raise SoakError(f"a committed checkpoint does not verify: {error}") from error
     return len(steps)
