@@ -49,8 +49,8 @@ def watched(file: TextIO) -> Iterator[None]:
     load_latest, train_step = checkpoint.load_latest, train.train_step
     evaluate, batch = train.evaluate, Samples.batch
 
-    def noting_load(run_dir: Path, tensors: dict[str, Tensor], *args: Any) -> Any:
-        loaded = load_latest(run_dir, tensors, *args)
+    def noting_load(run_dir: Path, tensors: dict[str, Tensor], **options: Any) -> Any:
+        loaded = load_latest(run_dir, tensors, **options)
         if loaded is not None:
             step = loaded[1]["position"]["step"]
             note(
