@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moetrain import checkpoint, engines, settings
+from moetrain import checkpoint, engines, lock, settings
 from moetrain.build import build_model
 from moetrain.config import Config, TrainConfig
 from moetrain.constraints import check_world
@@ -35,7 +35,7 @@ def run(config: Config) -> int:
     check_world(config, world, settings.ranks_of_node())
     engines.check(config, world)
     folder = settings.run_directory(config.out, config.name)
-    with process_group() as device:
+    with process_group() as device, lock.hold(folder):
         parallel = config.parallel
         mesh = Mesh(device, parallel.ep, parallel.dp_replicate, parallel.nodes_apart)
         train(set_up(config, folder, mesh))

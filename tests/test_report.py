@@ -13,7 +13,6 @@ from models import VOCAB, small_config
 from moetrain import report as module
 from moetrain import settings
 from moetrain.build import build_model
-from moetrain.errors import UserError
 from moetrain.mesh import Mesh
 from moetrain.moe import Ledger
 from moetrain.objective import LayerMeans, Means
@@ -198,13 +197,3 @@ def test_a_skipped_step_is_said_once_and_its_line_is_valid_json(tmp_path, capsys
     out = capsys.readouterr().out
     assert out.count("step 1 skipped: the gradient norm is nan") == 1
     assert out.count("1 skipped  ") == 1
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-
-    def work():
-        opened(tmp_path / "file" / "run")
-
-    with pytest.raises(UserError, match=r"out \(.*\) cannot hold .*run: Not a directory"):
-        simulate_ranks(1, work)
