@@ -25,6 +25,7 @@ from moetrain.cautions import cautions
 from moetrain.config import Config, DataConfig
 from moetrain.constraints import check_world
 from moetrain.errors import DivergedError, UserError
+from moetrain.redact import redact, show_traceback
 
 FAILED = 1
 BAD_INPUT = 2
@@ -222,6 +223,7 @@ app.command(tokenizer_app, name="tokenizer", help="Make a tokenizer.")
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line and return the exit code; what the user can mend is one message."""
     warnings.showwarning = _show_warning
+    sys.excepthook = show_traceback
     try:
         return parse(sys.argv[1:] if args is None else args).run()
     except UserError as error:
@@ -257,14 +259,15 @@ def _refuse(error: Exception, code: int) -> int:
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         time.sleep(LINGER_S)
-    print(f"moetrain: error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+    message = f"moetrain: error: {f'rank {rank}: ' if rank else ''}{error}"
+    print(redact(message), file=sys.stderr)
     return code
 
 
 def _warn(messages: Sequence[str]) -> None:
     if os.environ.get("RANK", "0") == "0":
         for message in messages:
-            print(f"moetrain: warning: {message}", file=sys.stderr)
+            print(redact(f"moetrain: warning: {message}"), file=sys.stderr)
 
 
 def _require(holds: bool, flag: str, value: object, legal: str) -> None:

@@ -64,7 +64,7 @@ class Report:
                 config.log.wandb,
                 config.log.wandb_project,
                 config.name,
-                config.model_dump(mode="json"),
+                settings.redacted(config),
                 resumed=resume_step > 0,
             )
             self._closing.callback(self._wandb.close)

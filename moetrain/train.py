@@ -129,7 +129,7 @@ def _save(run: Run, position: Position) -> None:
         "order": _order(run),
         "vocab_size": run.prepared.manifest.vocab_size,
         "tokenizer": run.prepared.manifest.tokenizer,
-        "config": run.config.model_dump(mode="json"),
+        "config": settings.redacted(run.config),
     }
     checkpoint.save(run.folder, position.step, run.engine.state(), extra)
     checkpoint.prune(run.folder, run.config.checkpoint.keep)

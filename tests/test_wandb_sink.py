@@ -1,6 +1,5 @@
 """wandb may fail in every way; a run must not notice. The faults happen in a real process."""
 
-import json
 import os
 import signal
 import socket
@@ -11,34 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from fake_wandb import install
 
 from moetrain.wandb_sink import WandbSink, flatten
-
-FAKE = """
-import json, os, signal, sys, time
-def act(when):
-    action = os.environ.get("FAKE_" + when)
-    if action == "raise": raise RuntimeError("no network at " + when)
-    if action == "exit": sys.exit("leaving")
-    if action == "die": os.kill(os.getpid(), signal.SIGKILL)
-    if action == "block": time.sleep(1000)
-    if action == "slow": time.sleep(1)
-class Run:
-    def define_metric(self, *args, **kwargs): self.record("define", [args, kwargs])
-    def log(self, values): act("LOG"); self.record("log", values)
-    def finish(self): act("FINISH"); self.record("finish", None)
-    def record(self, kind, value):
-        with open(os.environ["FAKE_RECORD"], "a") as file:
-            file.write(json.dumps([kind, value], default=vars) + "\\n")
-class Histogram:
-    def __init__(self, np_histogram): self.values, self.bins = np_histogram
-def init(**kwargs):
-    print("chatter of wandb")
-    act("INIT")
-    run = Run()
-    run.record("init", kwargs)
-    return run
-"""
 
 CONFIG = {"seed": 1}
 REASONS = {
@@ -52,12 +26,7 @@ REASONS = {
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """A wandb that only the child can see; returns what it was told so far."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "wandb.py").write_text(FAKE)
-    record = tmp_path / "record"
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
-    monkeypatch.setenv("FAKE_RECORD", str(record))
-    return lambda: [json.loads(line) for line in record.read_text().splitlines()]
+    return install(tmp_path, monkeypatch)
 
 
 def sink(tmp_path, mode: Literal["offline", "online"] = "online", resumed=False, **limits):

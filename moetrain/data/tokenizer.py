@@ -16,6 +16,7 @@ import numpy as np
 
 from moetrain.data.hub import fetch
 from moetrain.errors import UserError
+from moetrain.redact import require_whole
 
 BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"
@@ -129,6 +130,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == BYTES:
         return ByteTokenizer()
+    require_whole("data.tokenizer", name)
     subject, path = f"data.tokenizer ('{name}')", _path(name)
     if is_on_hub(name):
         path = _download(name, subject)
