@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Protocol
 from tyro.conf import Positional, arg
 from tyro.extras import SubcommandApp
 
-from moetrain import settings
+from moetrain import out_of_memory, settings
 from moetrain.cautions import cautions
 from moetrain.config import Config, DataConfig
 from moetrain.constraints import check_world
@@ -230,6 +230,12 @@ def main(args: Sequence[str] | None = None) -> int:
         return _refuse(error, BAD_INPUT)
     except DivergedError as error:
         return _refuse(error, FAILED)
+    except (MemoryError, RuntimeError) as error:
+        if (message := out_of_memory.explain(error)) is None:
+            raise
+        rank = os.environ.get("RANK", "0")  # each has its own, and need not be the first
+        print(redact(f"moetrain: error: rank {rank}: {message}"), file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("moetrain: interrupted; what a run last saved is there", file=sys.stderr)
         return INTERRUPTED

@@ -1,17 +1,25 @@
 """wandb may fail in every way; a run must not notice. The faults happen in a real process."""
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 from fake_wandb import install
+from runs import without_pictures, write_config
 
+from moetrain import settings
+from moetrain.mesh import Mesh
+from moetrain.testing import simulate_ranks
+from moetrain.train import set_up, train
 from moetrain.wandb_sink import WandbSink, flatten
 
 CONFIG = {"seed": 1}
@@ -227,10 +235,22 @@ def test_the_real_wandb_without_a_key(tmp_path, home, caplog):
     assert "API key" in caplog.text
 
 
-def test_the_real_wandb_and_a_server_that_never_answers(tmp_path, home, monkeypatch, caplog):
+def hang_up(server: socket.socket) -> None:
+    """Close every connection as soon as it is made, until the server is closed."""
+    with contextlib.suppress(OSError):
+        while True:
+            server.accept()[0].close()
+
+
+@pytest.mark.parametrize("answer", ["silence", "hanging up"])
+def test_the_real_wandb_and_a_server_that_never_answers(
+    tmp_path, home, monkeypatch, caplog, answer
+):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        if answer == "hanging up":
+            threading.Thread(target=hang_up, args=(server,), daemon=True).start()
         target = sink(tmp_path, start_s=2, close_s=1)
         assert log_steps(target, 5) < 1.5
         wait_until(lambda: target._child.poll() is not None)
@@ -238,3 +258,27 @@ def test_the_real_wandb_and_a_server_that_never_answers(tmp_path, home, monkeypa
         target.close()
     assert time.perf_counter() - start < 3
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("when", ["FAKE_INIT", "FAKE_LOG"])
+def test_no_rank_of_a_run_waits_for_it(tmp_path, monkeypatch, caplog, when):
+    """wandb hangs until the rank without it has trained to the end. Then it goes on, and has
+    missed nothing."""
+    record = install(tmp_path, monkeypatch)
+    free = tmp_path / "free"
+    monkeypatch.setenv(when, "wait")
+    monkeypatch.setenv("FAKE_UNTIL", str(free))
+    off = {"every": 0}
+    made = settings.load(write_config(tmp_path, log={"wandb": "online"}, eval=off, checkpoint=off))
+
+    def of_rank() -> None:
+        mesh = Mesh(torch.device("cpu"))
+        train(set_up(made, tmp_path / "runs" / "run", mesh))
+        if mesh.rank == 1:
+            free.touch()
+
+    with without_pictures():
+        simulate_ranks(2, of_rank)
+    assert not caplog.records
+    kinds = [kind for kind, _ in record()]
+    assert kinds == ["init", "define", *["log"] * made.train.steps, "finish"]
