@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moetrain.data.hub import fetch
+from moetrain.data.hub import broke_off, fetch
 from moetrain.errors import UserError
 from moetrain.redact import require_whole
 
@@ -201,11 +201,20 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _download(name: str, subject: str) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
+    def load() -> str:
+        try:
+            return hf_hub_download(name, "tokenizer.json")
+        except Exception as error:
+            copy = try_to_load_from_cache(name, "tokenizer.json") if broke_off(error) else None
+            if isinstance(copy, str):
+                return copy
+            raise
+
     path = fetch(
-        lambda: hf_hub_download(name, "tokenizer.json"),
+        load,
         subject,
         f"is neither '{BYTES}', nor a file here, nor a model with a tokenizer.json on the hub",
         (RepositoryNotFoundError, EntryNotFoundError),
