@@ -1,6 +1,7 @@
 """wandb may fail in every way; a run must not notice. The faults happen in a real process."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
 
@@ -258,6 +260,55 @@ def test_the_real_wandb_and_a_server_that_never_answers(
         target.close()
     assert time.perf_counter() - start < 3
     assert len(caplog.records) == 1
+
+
+PROJECT = {"name": "project", "entity": {"name": "someone"}}
+ANSWER = {
+    "viewer": {"entity": "someone", "flags": "{}", "teams": {"edges": []}},
+    "serverInfo": {"features": []},
+    "model": None,
+    "upsertBucket": {"bucket": {"id": "1", "name": "x", "project": PROJECT}, "inserted": True},
+}
+
+
+class Server(BaseHTTPRequestHandler):
+    """Lets a run begin, and is silent from the moment on at which it sends its first lines."""
+
+    is_silent, is_over = threading.Event(), threading.Event()
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
+        if self.path.endswith("/file_stream"):
+            self.is_silent.set()
+        if self.is_silent.is_set() or self.path != "/graphql":
+            self.is_over.wait()
+            return
+        content = json.dumps({"data": ANSWER}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        """Nothing."""
+
+
+def test_the_real_wandb_and_a_server_that_falls_silent_midway(tmp_path, home, monkeypatch, caplog):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        target = sink(tmp_path, close_s=1)
+        log_steps(target, 5)
+        assert Server.is_silent.wait(60)
+        assert not caplog.records, "it had begun"
+        log_steps(target, 5)
+        target.close()
+        Server.is_over.set()
+        server.shutdown()
+    (record,) = caplog.records
+    assert "it did not finish within 1 s" in record.getMessage()
+    assert target._child.poll() is not None
 
 
 @pytest.mark.parametrize("when", ["FAKE_INIT", "FAKE_LOG"])
