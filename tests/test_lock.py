@@ -20,7 +20,7 @@ from moetrain.errors import UserError
 from moetrain.mesh import process_group
 from moetrain.testing import simulate_ranks
 
-FORK = multiprocessing.get_context("fork")  # a fresh interpreter takes seconds to start
+FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported torch alone
 
 
 @pytest.fixture
@@ -44,12 +44,13 @@ def holding(folder: Path, work: Callable[[], None] = lambda: None) -> str:
     return ""
 
 
+@pytest.mark.usefixtures("_server")
 def test_the_second_run_is_told_who_has_the_folder_until_that_one_is_killed(
     tmp_path, folder, capsys
 ):
     config = write_config(tmp_path, eval={"every": 0}, checkpoint={"every": 0}, train={"steps": 1})
-    receiver, sender = FORK.Pipe(duplex=False)
-    other = FORK.Process(target=hold_until_killed, args=(folder, sender))
+    receiver, sender = FORKS.Pipe(duplex=False)
+    other = FORKS.Process(target=hold_until_killed, args=(folder, sender))
     other.start()
     try:
         assert receiver.poll(60)
