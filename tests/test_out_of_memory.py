@@ -14,8 +14,9 @@ import pytest
 import torch
 from runs import train, write_config
 
-from moetrain import checkpoint
+from moetrain import checkpoint, settings
 from moetrain.config import Config
+from moetrain.data import prepare
 from moetrain.out_of_memory import PLACES, explain
 
 FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported torch alone
@@ -27,13 +28,16 @@ ON_A_GPU = (
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
+    """Whose text is prepared, by libraries that take memory of their own."""
     off = {"every": 0}
-    return write_config(
+    path = write_config(
         tmp_path_factory.mktemp("memory"),
         train={"steps": 1, "warmup_steps": 0},
         eval=off,
         checkpoint=off,
     )
+    prepare(settings.load(path).data)
+    return path
 
 
 # ---------------------------------------------------------------- for real, on the CPU
@@ -70,7 +74,7 @@ def train_within(mib: int, log: Path, config: Path, flags: tuple[object, ...]) -
 )  # fmt: skip
 def test_a_process_without_memory_says_what_for(config, tmp_path, flags, wanted):
     log = tmp_path / "log"
-    process = FORKS.Process(target=train_within, args=(400, log, config, flags))
+    process = FORKS.Process(target=train_within, args=(800, log, config, flags))
     process.start()
     process.join(60)
     process.kill()
