@@ -21,12 +21,13 @@ from typing import Annotated, Any, Literal, Protocol
 from tyro.conf import Positional, arg
 from tyro.extras import SubcommandApp
 
-from moetrain import settings
+from moetrain import out_of_memory, settings
 from moetrain.cautions import cautions
 from moetrain.config import Config, DataConfig
 from moetrain.constraints import check_world
 from moetrain.errors import RunError, UserError
 from moetrain.failure import FAILED, is_watched, kind_of, record_error
+from moetrain.redact import redact, show_traceback
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -316,6 +317,7 @@ app.command(tokenizer_app, name="tokenizer", help="Make a tokenizer.")
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line and return the exit code; what the user can mend is one message."""
     warnings.showwarning = _show_warning
+    sys.excepthook = show_traceback
     try:
         return parse(sys.argv[1:] if args is None else args).run()
     except UserError as error:
@@ -323,9 +325,6 @@ def main(args: Sequence[str] | None = None) -> int:
     except RunError as error:
         return _refuse(error, FAILED)
     except Exception as error:
-        record_error(error)
-        if not is_watched():
-            raise
         return _fail(error)
     except KeyboardInterrupt:
         print("moetrain: interrupted; what a run last saved is there", file=sys.stderr)
@@ -360,25 +359,37 @@ def _refuse(error: Exception, code: int) -> int:
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         time.sleep(LINGER_S)
-    print(f"moetrain: error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+    message = f"moetrain: error: {f'rank {rank}: ' if rank else ''}{error}"
+    print(redact(message), file=sys.stderr)
     return code
 
 
 def _fail(error: Exception) -> int:
-    """Show a failure that the launcher will show again in the end, if it was the first."""
+    """Say why this rank fails, unless that is left to Python or, for what needs no traceback, to
+    `moetrain.torchrun`, which repeats the first error of all."""
     rank = os.environ.get("RANK", "0")
+    text = out_of_memory.explain(error)
+    if text is not None:
+        error = RunError(f"rank {rank}: {text}")
+    record_error(error)
+    if text is not None:
+        if not is_watched():
+            print(redact(f"moetrain: error: {error}"), file=sys.stderr)
+        return FAILED
+    if not is_watched():
+        raise error
     if kind_of(error) == "consequence":
         text = f"lost another rank: {str(error).splitlines()[0]}"
     else:
         text = "".join(traceback.format_exception(error))
-    print(f"moetrain: rank {rank}: {text}", file=sys.stderr)
+    print(redact(f"moetrain: rank {rank}: {text}"), file=sys.stderr)
     return FAILED
 
 
 def _warn(messages: Sequence[str]) -> None:
     if os.environ.get("RANK", "0") == "0":
         for message in messages:
-            print(f"moetrain: warning: {message}", file=sys.stderr)
+            print(redact(f"moetrain: warning: {message}"), file=sys.stderr)
 
 
 def _require(holds: bool, flag: str, value: object, legal: str) -> None:

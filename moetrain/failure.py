@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from moetrain.errors import RunError, UserError
+from moetrain.redact import redact
 
 FAILED = 1
 LAUNCHER = "MOETRAIN_LAUNCHER"
@@ -72,7 +73,7 @@ def record(text: str, kind: Kind = "failure") -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
-    now = time.time()
+    now, text = time.time(), redact(text)
     # The format that torchrun reads, and a key of our own.
     content = {
         "message": {

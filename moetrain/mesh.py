@@ -189,10 +189,15 @@ def on_first_local_rank(work: Callable[[], T], within: timedelta = timedelta(day
                 result = work()
             except UserError as problem:
                 error = str(problem)
-        for message in _gather(error, waiting):
-            if message is not None:
-                raise UserError(message)
+        raise_alike(error, waiting)
     return result  # type: ignore[return-value]
+
+
+def raise_alike(error: str | None, group: dist.ProcessGroup | None = None) -> None:
+    """Raise UserError on every rank where one of them has an error; a collective."""
+    for message in _gather(error, group):
+        if message is not None:
+            raise UserError(message)
 
 
 def require_same(what: str, value: str, fix: str) -> None:

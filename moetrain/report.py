@@ -13,7 +13,6 @@ from typing import Any, Self
 from moetrain import metrics, settings
 from moetrain.config import Config
 from moetrain.data import Prepared
-from moetrain.errors import UserError
 from moetrain.evaluate import nats_per_byte
 from moetrain.mesh import Mesh
 from moetrain.model import Transformer
@@ -57,10 +56,7 @@ class Report:
 
     def _open(self, model: Transformer, resume_step: int) -> None:
         config, folder = self._config, self._folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"out ({config.out}) cannot hold {folder}: {error.strerror}") from None
+        folder.mkdir(parents=True, exist_ok=True)
         settings.save(config, folder / "config.yaml")
         (folder / TOKENIZER_FILE).unlink(missing_ok=True)  # an earlier run's of this name
         self._prepared.tokenizer.save(folder / TOKENIZER_FILE)
@@ -72,7 +68,7 @@ class Report:
                 config.log.wandb,
                 config.log.wandb_project,
                 config.name,
-                config.model_dump(mode="json"),
+                settings.redacted(config),
                 resumed=resume_step > 0,
             )
             self._closing.callback(self._wandb.close)

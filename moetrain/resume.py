@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain import checkpoint
+from moetrain import checkpoint, settings
 from moetrain.checkpoint.checks import changed_settings
 from moetrain.config import Config
 from moetrain.errors import UserError
@@ -59,7 +59,7 @@ def beside_tensors(run: Run, position: Position) -> dict[str, Any]:
         "order": _order(run),
         "vocab_size": run.prepared.manifest.vocab_size,
         "tokenizer": run.prepared.manifest.tokenizer,
-        "config": run.config.model_dump(mode="json"),
+        "config": settings.redacted(run.config),
     }
 
 
@@ -74,7 +74,7 @@ def load_start(
     Raises UserError where that is damaged, of another model or not there, or would be overwritten.
     """
     resume, found = config.checkpoint.resume, None
-    own, limit = config.model_dump(mode="json"), config.checkpoint.hash_limit_gib
+    own, limit = settings.redacted(config), config.checkpoint.hash_limit_gib
     options: dict[str, Any] = {"hash_limit_gib": limit, "config": own}
     if resume == "auto":
         found = checkpoint.load_latest(folder, state, **options)

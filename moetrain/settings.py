@@ -29,6 +29,7 @@ from yaml.scanner import ScannerError
 from moetrain.config import Config, Section
 from moetrain.constraints import spell
 from moetrain.errors import UserError
+from moetrain.redact import redact, require_whole
 
 
 def load(path: Path | str | None, flags: Sequence[str] = ()) -> Config:
@@ -55,16 +56,32 @@ def resolve(path: Path | str | None, given: Mapping[str, Any]) -> Config:
 
 
 def save(config: Config, path: Path) -> None:
-    """Write every setting, defaults too, as YAML that `load` reads back equal."""
+    """Write every setting, defaults too, as YAML that `load` reads back equal, but for secrets."""
     # Escaped: written as they are, some line breaks of Unicode do not read back.
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    text = yaml.safe_dump(redacted(config), sort_keys=False)
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
 
 
+def redacted(section: Section) -> dict[str, Any]:
+    """Every setting as a plain value that may be written down: free text without its secrets.
+
+    The name stays, because folders are called by it, and so does a word out of a list.
+    """
+    values = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            values[name] = redacted(value)
+        elif {str, Path} & {field.annotation, *get_args(field.annotation)} and name != "name":
+            values[name] = value and redact(values[name])
+    return values
+
+
 def run_directory(out: Path, name: str) -> Path:
     """`out/name` with every link followed; `UserError` if a link leads out of `out`."""
+    require_whole("out", str(out))
     home, folder = out.resolve(), (out / name).resolve()
     if home not in folder.parents:
         raise UserError(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from moetrain import checkpoint, engines, settings
+from moetrain import checkpoint, engines, lock, settings
 from moetrain.build import build_model
 from moetrain.checkpoint import CheckpointError, Saver
 from moetrain.config import Config, TrainConfig
@@ -53,6 +53,7 @@ def run(config: Config) -> int:
     with (
         StopSignals(saves=config.checkpoint.every > 0) as signals,
         process_group(limit_s) as device,
+        lock.hold(folder),
         _watched(folder, limit_s) as watch,
     ):
         parallel = config.parallel

@@ -71,6 +71,8 @@ class WandbSink:
         start_s: float = 60.0,
         close_s: float = 10.0,
     ) -> None:
+        from moetrain.redact import redact  # the child cannot, and need not
+
         folder = run_dir.resolve() / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
         settings = {
@@ -84,6 +86,7 @@ class WandbSink:
         }
         limits = {"start_s": start_s, "finish_s": close_s}
         self._close_s = close_s
+        self._redact = redact
         self._failed = False
         self._lock = threading.Lock()
         self._queue: queue.Queue[str | None] = queue.Queue(_QUEUE_LINES)
@@ -91,6 +94,11 @@ class WandbSink:
         self._child = _start_child(folder)
         self._thread = threading.Thread(target=self._feed, name="wandb", daemon=True)
         self._thread.start()
+        log = folder / "process.log"
+        self._logging = threading.Thread(
+            target=self._keep_log, args=(log,), name="wandb-log", daemon=True
+        )
+        self._logging.start()
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Queue one metrics line."""
@@ -110,6 +118,7 @@ class WandbSink:
         if self._thread.is_alive():
             self._fail(f"it did not finish within {self._close_s:g} s")
             self._thread.join(1)
+        self._logging.join(1)  # not longer: wandb may leave a process that keeps the pipe open
 
     def _feed(self) -> None:
         """The thread: pass the lines on, then hear how the child ended."""
@@ -125,12 +134,21 @@ class WandbSink:
         if self._child.wait() != 0:
             self._fail(reason or f"its process ended with code {self._child.returncode}")
 
+    def _keep_log(self, path: Path) -> None:
+        """The other thread: write down what the child prints, without secrets."""
+        stderr = self._child.stderr
+        assert stderr is not None
+        with path.open("a") as log, stderr:
+            for line in stderr:
+                log.write(self._redact(line))
+                log.flush()
+
     def _fail(self, reason: str) -> None:
         with self._lock:
             if self._failed:
                 return
             self._failed = True
-        _log.warning("wandb is off for the rest of this run: %s", reason)
+        _log.warning("wandb is off for the rest of this run: %s", self._redact(reason))
         with contextlib.suppress(ProcessLookupError):
             if self._child.poll() is None:
                 os.killpg(self._child.pid, signal.SIGKILL)
@@ -169,19 +187,20 @@ def _run_id(folder: Path, resumed: bool) -> str:
 
 
 def _start_child(folder: Path) -> subprocess.Popen[str]:
-    """Run this file: lines go in by stdin, the reason of a failure comes back by stdout."""
+    """Run this file: lines go in by stdin, the reason of a failure comes back by stdout, and what
+    it prints by stderr."""
     # A session of its own keeps the terminal's Ctrl-C and torchrun's signals from the child: it
     # ends with its input. -P keeps this package's modules from shadowing anyone's.
-    with (folder / "process.log").open("a") as log:
-        return subprocess.Popen(
-            [sys.executable, "-P", __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            start_new_session=True,
-            env={"WANDB_CACHE_DIR": str(folder / "cache"), "WANDB_SILENT": "true"} | os.environ,
-        )
+    return subprocess.Popen(
+        [sys.executable, "-P", __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        env={"WANDB_CACHE_DIR": str(folder / "cache"), "WANDB_SILENT": "true"} | os.environ,
+    )
 
 
 def _child_main(lines: TextIO, report: TextIO) -> None:

@@ -2,6 +2,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 
@@ -148,15 +151,19 @@ def read(source):
 
 acts = [
     lambda: read("someone/texts"),
+    lambda: read("someone/gone"),
     lambda: read("someone/else"),
     lambda: load_tokenizer("someone/words").vocab_size,
+    lambda: load_tokenizer("someone/gone").vocab_size,
     lambda: load_tokenizer("someone/else").vocab_size,
 ]
 print(json.dumps([outcome(act) for act in acts]))
 """
 
 
-def test_offline_what_is_cached_works_and_the_rest_says_so(texts, tmp_path):
+@pytest.fixture
+def home(texts, tmp_path):
+    """A cache of the hub's library that holds someone/texts and someone/words."""
     import datasets
 
     home = tmp_path / "home"
@@ -166,15 +173,61 @@ def test_offline_what_is_cached_works_and_the_rest_says_so(texts, tmp_path):
     (words / "refs").mkdir(parents=True)
     (words / "refs" / "main").write_text("0" * 40)
     train_bpe(["some text"], 260, words / "snapshots" / ("0" * 40) / "tokenizer.json")
-    env = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    return home
+
+
+def outcomes(home, **variables):
+    """What a process of its own reads: texts of three names, then tokenizers, or its errors."""
+    env = {**os.environ, "HF_HOME": str(home), **variables}
     for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_DATASETS_OFFLINE"):
         env.pop(name, None)
     done = subprocess.run(
         [sys.executable, "-c", OFFLINE], env=env, capture_output=True, text=True, check=True
     )
-    cached, missing, vocab_size, no_tokenizer = json.loads(done.stdout.splitlines()[-1])
-    assert cached == [f"document {i}" for i in range(4)]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_offline_what_is_cached_works_and_the_rest_says_so(home):
+    texts, *no_texts, vocab_size, no_words, _ = outcomes(home, HF_HUB_OFFLINE="1")
+    assert texts == [f"document {i}" for i in range(4)]
     assert vocab_size == 260
-    assert missing.startswith("data.source ('someone/else', data.subset null, data.split train) co")
-    assert "after 2 tries" in missing
-    assert no_tokenizer.startswith("data.tokenizer ('someone/else') could not be loaded after 2 tr")
+    for missing in no_texts:
+        assert "data.subset null, data.split train) could not be loaded after 2 tries" in missing
+    assert no_words.startswith("data.tokenizer ('someone/gone') could not be loaded after 2 tries")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub whose connections break off, but for one name that it says it does not have."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        Hub.asked.append(self.path)
+        if "someone/else" in self.path:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        self.close_connection = True
+
+    do_HEAD = do_POST = do_GET
+
+    def log_message(self, *_):
+        """Nothing."""
+
+
+def test_of_a_hub_that_breaks_off_what_is_cached_works_and_tries_are_bounded(home):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = outcomes(home, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    texts, no_texts, not_there, vocab_size, no_words, no_such_words = found
+    assert texts == [f"document {i}" for i in range(4)]
+    assert vocab_size == 260
+    assert "('someone/gone', data.subset null, data.split train) could not be loaded" in no_texts
+    assert "('someone/gone') could not be loaded after 2 tries: Server disconn" in no_words
+    for missing in (not_there, no_such_words):
+        assert "('someone/else'" in missing
+        assert " is neither " in missing
+    tries = [path for path in Hub.asked if "someone/gone/resolve" in path]
+    assert 4 <= len(tries) <= 40, "two of ours for each, and what the library adds"

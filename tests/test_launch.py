@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -309,11 +310,14 @@ dist.destroy_process_group()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the sockets of a process from /proc")
-def test_a_single_node_listens_on_loopback_alone(tmp_path: Path) -> None:
+def test_a_single_node_listens_on_loopback_alone_and_on_a_port_that_is_free(tmp_path: Path) -> None:
+    """Whatever address and port the environment asks for, here one that is taken."""
     script = tmp_path / "listening.py"
     script.write_text(LISTENING)
     launcher = (sys.executable, "-m", "moetrain.torchrun", "--nproc-per-node=2")
-    done = run(*launcher, script, GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        environ = {"MASTER_ADDR": "0.0.0.0", "MASTER_PORT": str(taken.getsockname()[1])}
+        done = run(*launcher, script, GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1", **environ)
     assert done.returncode == 0, done.stderr
     loopback = "0100007F"
     lines = [f"rank {rank} total 2 listens ['{loopback}']" for rank in range(2)]

@@ -13,7 +13,6 @@ from models import VOCAB, small_config
 from moetrain import report as module
 from moetrain import settings
 from moetrain.build import build_model
-from moetrain.errors import UserError
 from moetrain.mesh import Mesh
 from moetrain.moe import Ledger
 from moetrain.objective import Counts, LayerMeans, Means
@@ -254,13 +253,3 @@ def test_a_rank_that_is_slow_for_three_lines_is_named_once(tmp_path, capsys):
     (line, *_) = read_metrics(tmp_path / "0")
     assert line["data_s_by_rank"] == [0.125, 0.125, 0.75]
     assert len(line["probe_s_by_rank"]) == 3
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-
-    def work():
-        opened(tmp_path / "file" / "run")
-
-    with pytest.raises(UserError, match=r"out \(.*\) cannot hold .*run: Not a directory"):
-        simulate_ranks(1, work)

@@ -1,44 +1,28 @@
 """wandb may fail in every way; a run must not notice. The faults happen in a real process."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
+from fake_wandb import install
+from runs import without_pictures, write_config
 
+from moetrain import settings
+from moetrain.mesh import Mesh
+from moetrain.testing import simulate_ranks
+from moetrain.train import set_up, train
 from moetrain.wandb_sink import WandbSink, flatten
-
-FAKE = """
-import json, os, signal, sys, time
-def act(when):
-    action = os.environ.get("FAKE_" + when)
-    if action == "raise": raise RuntimeError("no network at " + when)
-    if action == "exit": sys.exit("leaving")
-    if action == "die": os.kill(os.getpid(), signal.SIGKILL)
-    if action == "block": time.sleep(1000)
-    if action == "slow": time.sleep(1)
-class Run:
-    def define_metric(self, *args, **kwargs): self.record("define", [args, kwargs])
-    def log(self, values): act("LOG"); self.record("log", values)
-    def finish(self): act("FINISH"); self.record("finish", None)
-    def record(self, kind, value):
-        with open(os.environ["FAKE_RECORD"], "a") as file:
-            file.write(json.dumps([kind, value], default=vars) + "\\n")
-class Histogram:
-    def __init__(self, np_histogram): self.values, self.bins = np_histogram
-def init(**kwargs):
-    print("chatter of wandb")
-    act("INIT")
-    run = Run()
-    run.record("init", kwargs)
-    return run
-"""
 
 CONFIG = {"seed": 1}
 REASONS = {
@@ -52,12 +36,7 @@ REASONS = {
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """A wandb that only the child can see; returns what it was told so far."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "wandb.py").write_text(FAKE)
-    record = tmp_path / "record"
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
-    monkeypatch.setenv("FAKE_RECORD", str(record))
-    return lambda: [json.loads(line) for line in record.read_text().splitlines()]
+    return install(tmp_path, monkeypatch)
 
 
 def sink(tmp_path, mode: Literal["offline", "online"] = "online", resumed=False, **limits):
@@ -266,10 +245,22 @@ def test_the_real_wandb_without_a_key(tmp_path, home, caplog):
     assert "API key" in caplog.text
 
 
-def test_the_real_wandb_and_a_server_that_never_answers(tmp_path, home, monkeypatch, caplog):
+def hang_up(server: socket.socket) -> None:
+    """Close every connection as soon as it is made, until the server is closed."""
+    with contextlib.suppress(OSError):
+        while True:
+            server.accept()[0].close()
+
+
+@pytest.mark.parametrize("answer", ["silence", "hanging up"])
+def test_the_real_wandb_and_a_server_that_never_answers(
+    tmp_path, home, monkeypatch, caplog, answer
+):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        if answer == "hanging up":
+            threading.Thread(target=hang_up, args=(server,), daemon=True).start()
         target = sink(tmp_path, start_s=2, close_s=1)
         assert log_steps(target, 5) < 1.5
         wait_until(lambda: target._child.poll() is not None)
@@ -277,3 +268,76 @@ def test_the_real_wandb_and_a_server_that_never_answers(tmp_path, home, monkeypa
         target.close()
     assert time.perf_counter() - start < 3
     assert len(caplog.records) == 1
+
+
+PROJECT = {"name": "project", "entity": {"name": "someone"}}
+ANSWER = {
+    "viewer": {"entity": "someone", "flags": "{}", "teams": {"edges": []}},
+    "serverInfo": {"features": []},
+    "model": None,
+    "upsertBucket": {"bucket": {"id": "1", "name": "x", "project": PROJECT}, "inserted": True},
+}
+
+
+class Server(BaseHTTPRequestHandler):
+    """Lets a run begin, and is silent from the moment on at which it sends its first lines."""
+
+    is_silent, is_over = threading.Event(), threading.Event()
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
+        if self.path.endswith("/file_stream"):
+            self.is_silent.set()
+        if self.is_silent.is_set() or self.path != "/graphql":
+            self.is_over.wait()
+            return
+        content = json.dumps({"data": ANSWER}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        """Nothing."""
+
+
+def test_the_real_wandb_and_a_server_that_falls_silent_midway(tmp_path, home, monkeypatch, caplog):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        target = sink(tmp_path, close_s=1)
+        log_steps(target, 5)
+        assert Server.is_silent.wait(60)
+        assert not caplog.records, "it had begun"
+        log_steps(target, 5)
+        target.close()
+        Server.is_over.set()
+        server.shutdown()
+    (record,) = caplog.records
+    assert "it did not finish within 1 s" in record.getMessage()
+    assert target._child.poll() is not None
+
+
+@pytest.mark.parametrize("when", ["FAKE_INIT", "FAKE_LOG"])
+def test_no_rank_of_a_run_waits_for_it(tmp_path, monkeypatch, caplog, when):
+    """wandb hangs until the rank without it has trained to the end. Then it goes on, and has
+    missed nothing."""
+    record = install(tmp_path, monkeypatch)
+    free = tmp_path / "free"
+    monkeypatch.setenv(when, "wait")
+    monkeypatch.setenv("FAKE_UNTIL", str(free))
+    off = {"every": 0}
+    made = settings.load(write_config(tmp_path, log={"wandb": "online"}, eval=off, checkpoint=off))
+
+    def of_rank() -> None:
+        mesh = Mesh(torch.device("cpu"))
+        train(set_up(made, tmp_path / "runs" / "run", mesh))
+        if mesh.rank == 1:
+            free.touch()
+
+    with without_pictures():
+        simulate_ranks(2, of_rank)
+    assert not caplog.records
+    kinds = [kind for kind, _ in record()]
+    assert kinds == ["init", "define", *["log"] * made.train.steps, "finish"]

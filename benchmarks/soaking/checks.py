@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from moetrain.checkpoint import Manifest, read_manifest
-from moetrain.checkpoint.folder import FOLDER
 from moetrain.checkpoint.checks import check_files
+from moetrain.checkpoint.folder import FOLDER
 from moetrain.errors import UserError
 from moetrain.metrics import Speed
 from moetrain.sinks import METRICS_FILE

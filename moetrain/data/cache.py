@@ -33,6 +33,7 @@ from moetrain.data.shards import (
 from moetrain.data.splits import SPLITS, Split, assign_splits
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 from moetrain.errors import UserError
+from moetrain.redact import redact
 
 BATCH_LENGTH = 1 << 22
 """Characters tokenized at once."""
@@ -128,7 +129,7 @@ def _write_splits(
                 pairs[split] += count_pairs(text for name, text in batch if name == split)
             advance(len(batch), sum(map(len, ids)))
     return Manifest(
-        source=source,
+        source=redact(source),
         tokenizer=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,

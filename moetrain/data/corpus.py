@@ -21,6 +21,7 @@ from moetrain.config import DataConfig
 from moetrain.data.files import JSON_SUFFIXES, file_documents, file_kind
 from moetrain.data.hub import hub_documents
 from moetrain.errors import UserError
+from moetrain.redact import require_whole
 
 STDLIB = "stdlib"
 STDLIB_SUFFIXES = {".py", ".rst", ".txt"}
@@ -49,6 +50,7 @@ def open_source(data: DataConfig) -> Source:
     Raises:
         UserError: nothing is there. Bad content is reported while `documents()` is read.
     """
+    require_whole("data.source", data.source)
     if data.source == STDLIB:
         identity, texts = _stdlib()
     elif _is_local(data.source):

@@ -41,7 +41,7 @@ def fetch(
         except Exception as error:
             if isinstance(error, absent_errors) and not isinstance(error, LocalEntryNotFoundError):
                 raise UserError(f"{subject} {absent} ({_first_line(error)})") from error
-            if not isinstance(error, OSError):  # failed connections are OSErrors
+            if not isinstance(error, OSError) and not broke_off(error):
                 raise UserError(f"{subject}: {_first_line(error)}") from error
             if delay is None or time.monotonic() - begin > RETRY_BUDGET:
                 raise UserError(
@@ -92,6 +92,12 @@ def check_column(field: str, columns: list[str], subject: str) -> None:
     """Raise a UserError that lists the columns there are, unless `field` is one of them."""
     if field not in columns:
         raise UserError(f"data.field ('{field}'): {subject} has only {', '.join(columns)}")
+
+
+def broke_off(error: Exception) -> bool:
+    """Whether a connection broke that had been made; one that cannot be made is an OSError."""
+    # Of httpx or httpx2: which of them the hub's client uses depends on its version.
+    return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
 
 
 def _first_line(error: Exception) -> str:

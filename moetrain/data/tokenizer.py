@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moetrain.data.hub import fetch
+from moetrain.data.hub import broke_off, fetch
 from moetrain.errors import UserError
+from moetrain.redact import require_whole
 
 BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"
@@ -129,6 +130,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == BYTES:
         return ByteTokenizer()
+    require_whole("data.tokenizer", name)
     subject, path = f"data.tokenizer ('{name}')", _path(name)
     if is_on_hub(name):
         path = _download(name, subject)
@@ -199,11 +201,20 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _download(name: str, subject: str) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
+    def load() -> str:
+        try:
+            return hf_hub_download(name, "tokenizer.json")
+        except Exception as error:
+            copy = try_to_load_from_cache(name, "tokenizer.json") if broke_off(error) else None
+            if isinstance(copy, str):
+                return copy
+            raise
+
     path = fetch(
-        lambda: hf_hub_download(name, "tokenizer.json"),
+        load,
         subject,
         f"is neither '{BYTES}', nor a file here, nor a model with a tokenizer.json on the hub",
         (RepositoryNotFoundError, EntryNotFoundError),

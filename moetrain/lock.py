@@ -1,0 +1,93 @@
+"""One run of a name at a time: a lock on the run's folder that the kernel frees with its holder."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO
+
+import torch.distributed as dist
+
+from moetrain.errors import UserError
+from moetrain.mesh import raise_alike
+
+LOCK_FILE = "lock"
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
+"""What file systems without locks answer."""
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a run's folder, which is made where it is missing; a collective.
+
+    Rank 0 holds FOLDER/lock, which names it. However that process ends, the lock ends with it; the
+    file stays, because removing it could part two runs that wait for each other.
+
+    Raises UserError, alike on every rank, where another process holds it or the folder cannot be
+    made. A file system without locks is a warning.
+    """
+    file, error = None, None
+    if dist.get_rank() == 0:
+        try:
+            file = _take(folder)
+        except UserError as problem:
+            error = str(problem)
+    raise_alike(error)
+    try:
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _take(folder: Path) -> IO[str]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK_FILE).open("a+", encoding="utf-8")  # not emptied: it is not ours yet
+    except OSError as error:
+        raise UserError(
+            f"out ({folder.parent}) cannot hold {folder}: {error.strerror}; set one that can"
+        ) from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with file:
+            file.seek(0)
+            holder = _named(file.read())
+        raise UserError(
+            f"{folder} is in use by {holder}; end that run first, or give this one another name"
+        ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        warnings.warn(
+            f"{folder / LOCK_FILE} cannot be locked ({error.strerror}): another run of this name "
+            "would go unnoticed",
+            stacklevel=2,
+        )
+    file.truncate(0)
+    file.write(_holder())
+    file.flush()
+    return file
+
+
+def _holder() -> str:
+    since = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}) + "\n"
+
+
+def _named(content: str) -> str:
+    """The holder in words; it may have the lock and not have written yet."""
+    try:
+        holder = json.loads(content)
+    except ValueError:
+        return "another process"
+    return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
