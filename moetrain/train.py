@@ -114,10 +114,11 @@ def train(run: Run, is_asked: Callable[[], bool] = lambda: False, watch: Watch =
             if is_due or (stop and config.checkpoint.every):
                 watch.rest(f"saving step {position.step}")
                 saver.save(position.step, run.engine.state(), beside_tensors(run, position))
-            _report_saves(saver, report)
+            is_last = stop or position.step == steps
+            _report_saves(saver, report, needed=position.step if is_last else None)
         watch.rest("finishing")
         saver.wait()
-        _report_saves(saver, report, is_last=True)
+        _report_saves(saver, report, needed=position.step)
         if stop:
             report.stopped(position.step)
         else:
@@ -208,12 +209,13 @@ def _due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def _report_saves(saver: Saver, report: Report, is_last: bool = False) -> None:
-    """Say how saves have ended. Training goes on without one that failed, but for the last."""
+def _report_saves(saver: Saver, report: Report, needed: int | None) -> None:
+    """Say how saves have ended. Training goes on without one that failed, but for the last, of step
+    `needed`."""
     for step, error in saver.outcomes():
         if error is None:
             report.saved(step)
-        elif is_last or not isinstance(error, CheckpointError):
+        elif step == needed or not isinstance(error, CheckpointError):
             raise error
         else:
             report.not_saved(error)
