@@ -155,6 +155,9 @@ def main(arguments: Sequence[str]) -> int:
         rendezvous_handler_registry.register("loopback", Loopback)
         options.rdzv_backend, options.rdzv_endpoint = "loopback", HOST
         options.standalone = False
+    # Else ranks meet at a store of the agent that was first, of which an agent that comes later never
+    # hears (torch 2.11 to 2.13).
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     options.signals_to_handle = "SIGHUP,SIGQUIT"  # others are the agent's own
     launcher.LocalElasticAgent = Agent  # type: ignore[misc]
     os.environ[LAUNCHER] = str(os.getpid())

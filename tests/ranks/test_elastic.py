@@ -102,7 +102,7 @@ def test_ranks_that_are_lost_start_again_from_the_last_checkpoint(tmp_path: Path
     assert lines == list(range(1, checkpoint.read_manifest(last).step + 1))
 
 
-def test_when_a_node_is_lost_the_others_go_on(tmp_path: Path) -> None:
+def test_when_a_node_is_lost_the_others_go_on_and_it_may_come_back(tmp_path: Path) -> None:
     """Two agents with a rank each; one dies with its rank, and the world is half as large."""
     config = write(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -110,7 +110,7 @@ def test_when_a_node_is_lost_the_others_go_on(tmp_path: Path) -> None:
     meeting = (
         *("--nproc-per-node=1", "--nnodes=1:2", "--max-restarts=3", "--rdzv-backend=c10d"),
         *(f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test"),
-        "--rdzv-conf=last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=2",
+        "--rdzv-conf=last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=8",
     )
     command = (sys.executable, "-m", "moetrain.torchrun", *meeting)
     train = ("-m", "moetrain", "train", str(config))
@@ -130,8 +130,14 @@ def test_when_a_node_is_lost_the_others_go_on(tmp_path: Path) -> None:
         start = int(first.wait_for(r"on 1 rank \(cpu\), from step (\d+)")[1])
         assert start >= 2
         first.wait_for(f"step {start + 5}/{STEPS}")
-        assert first.end(signal.SIGTERM) == 75
-    assert (tmp_path / "runs/run/metrics.jsonl").exists()
+        again = Agent(tmp_path / "again", *command, *train, **variables)
+        with agents(again):
+            where = first.wait_for(r"stopped by a signal after step (\d+)")[1]
+            first.wait_for(rf"on 2 ranks \(cpu\), from step {where}\n[^§]*step {int(where) + 3}/")
+            assert first.end(signal.SIGTERM) == 75
+            assert again.process.wait(SECONDS) == 75
+    lines = [line["step"] for line in read_metrics(tmp_path / "runs/run")]
+    assert lines == list(range(1, len(lines) + 1))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
