@@ -53,10 +53,7 @@ if ((gpus > 0 && ranks > gpus)); then
 fi
 agent=(moetrain.torchrun --nproc-per-node="$ranks")
 restarts=3
-if ((most == 1)); then
-    loopback="$([[ "$(uname)" == Darwin ]] && echo lo0 || echo lo)"
-    variables+=("GLOO_SOCKET_IFNAME=$loopback" "NCCL_SOCKET_IFNAME=$loopback")
-else
+if ((most > 1)); then
     port="${MASTER_PORT:-29500}"
     agent+=(--nnodes="$nodes")
     if [[ "$nodes" == *:* ]]; then

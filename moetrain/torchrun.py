@@ -3,8 +3,8 @@
 `python -m moetrain.torchrun --nproc-per-node=2 -m moetrain train CONFIG` takes torchrun's options
 and is torchrun's elastic agent, with these differences:
 
-- A single node listens on loopback alone: torchrun's own store listens on every interface,
-  `--standalone` included. The port is any free one.
+- A single node, and its ranks, listen on loopback alone: torchrun's own store listens on every
+  interface, `--standalone` included. The port is any free one.
 - SIGTERM, SIGINT and SIGUSR1 are passed on to the ranks, which have the time they need to save;
   torchrun would kill them after 30 seconds, and exit with 1. Ranks do not outlive their agent.
 - The exit code is the ranks' own where that says something: 2 for a mistake, 75 after a stop.
@@ -155,8 +155,10 @@ def main(arguments: Sequence[str]) -> int:
         rendezvous_handler_registry.register("loopback", Loopback)
         options.rdzv_backend, options.rdzv_endpoint = "loopback", HOST
         options.standalone = False
-    # Else ranks meet at a store of the agent that was first, of which an agent that comes later never
-    # hears (torch 2.11 to 2.13).
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ[name] = "lo0" if sys.platform == "darwin" else "lo"
+    # Else ranks meet at a store of the agent that was first, and one that comes later never hears
+    # where that is (torch 2.11 to 2.13).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     options.signals_to_handle = "SIGHUP,SIGQUIT"  # others are the agent's own
     launcher.LocalElasticAgent = Agent  # type: ignore[misc]

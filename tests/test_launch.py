@@ -222,13 +222,11 @@ def test_a_wrong_variable_is_named_before_anything_runs(
     [
         (
             {"NPROC": "2"},
-            "GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo "
             f"python -m moetrain.torchrun --nproc-per-node=2 {AGAIN}",
         ),
         (
             {"NPROC": "2", "GPUS": "1"},
-            "CUDA_VISIBLE_DEVICES= GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo "
-            f"python -m moetrain.torchrun --nproc-per-node=2 {AGAIN}",
+            f"CUDA_VISIBLE_DEVICES= python -m moetrain.torchrun --nproc-per-node=2 {AGAIN}",
         ),
         (
             {"GPUS": "8", **SEVERAL},
@@ -236,7 +234,6 @@ def test_a_wrong_variable_is_named_before_anything_runs(
         ),
     ],
 )
-@pytest.mark.skipif(sys.platform != "linux", reason="loopback has another name elsewhere")
 def test_a_dry_run_prints_the_command_and_only_checks(
     clone: Clone, environ: dict[str, str], command: str
 ) -> None:
@@ -317,7 +314,7 @@ def test_a_single_node_listens_on_loopback_alone_and_on_a_port_that_is_free(tmp_
     launcher = (sys.executable, "-m", "moetrain.torchrun", "--nproc-per-node=2")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         environ = {"MASTER_ADDR": "0.0.0.0", "MASTER_PORT": str(taken.getsockname()[1])}
-        done = run(*launcher, script, GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1", **environ)
+        done = run(*launcher, script, OMP_NUM_THREADS="1", **environ)
     assert done.returncode == 0, done.stderr
     loopback = "0100007F"
     lines = [f"rank {rank} total 2 listens ['{loopback}']" for rank in range(2)]
