@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 import uuid
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -124,13 +125,17 @@ class Watchdog:
         trace: TracebackType | None,
     ) -> None:
         self._ended.set()
-        try:
-            if error is None:
+        # In a thread, because the store may be gone and never answer.
+        farewell = threading.Thread(target=self._leave_word, args=(error is None,), daemon=True)
+        farewell.start()
+        farewell.join(PATIENCE_S)
+
+    def _leave_word(self, ended_well: bool) -> None:
+        with suppress(RuntimeError):  # the store has ended before this rank
+            if ended_well:
                 self._sign(last=True)
             else:
                 self._tell(f"rank {self._rank} failed")
-        except RuntimeError:
-            pass  # the store has ended before this rank
 
     # ---- its threads
 
@@ -160,9 +165,11 @@ class Watchdog:
             number, _ = self._heard[rank]
             if sign.number != number or sign.number == 0:
                 self._heard[rank] = sign.number, now
-        limit = now - self._limit_s
-        if self._moved < limit or any(when < limit for _, when in self._heard.values()):
+        quiet_s = now - min(self._moved, *(when for _, when in self._heard.values()))
+        if quiet_s > self._limit_s:
             self._report()
+        if quiet_s > 2 * self._limit_s:
+            self._end(f"rank {self._rank} ends: the run hangs, and no rank could tell why")
 
     def _report(self) -> None:
         """One of the ranks that notice says what all of them are doing, and ends the run."""
@@ -179,8 +186,8 @@ class Watchdog:
             if rank != self._rank and _number(now, rank) == _number(before, rank) != 0
         ]
         verdict = f"{_guilty(now, silent)}; where every rank stands: {self._folder / STACKS_FILE}"
-        _write(self._folder / STACKS_FILE, verdict, now, self._world)
         self._tell(verdict)
+        _write(self._folder / STACKS_FILE, verdict, now, self._world)  # the disk may hang, too
         self._end(verdict)
 
     # ---- what is in the store
@@ -249,14 +256,17 @@ def _last_seen(signs: dict[int, Sign], rank: int) -> str:
 
 def _write(path: Path, verdict: str, signs: dict[int, Sign], world: int) -> None:
     parts = [f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {verdict}\n"]
-    for rank in range(world):
-        sign = signs.get(rank)
-        where = "gave no sign of life" if sign is None else "had ended" if not sign.number else None
-        if sign is not None and sign.number:
-            where = f"{sign.doing}, {sign.collectives} collectives begun, last known stack:"
-        parts.append(f"\nrank {rank}: {where}\n{sign.stack if sign and sign.number else ''}")
+    parts += [f"rank {rank}: {_standing(signs.get(rank))}" for rank in range(world)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(parts))
-    except OSError as error:  # the disk may be what hangs
+        path.write_text("\n".join(parts))
+    except OSError as error:
         print(f"moetrain: warning: {path} was not written: {error}", file=sys.stderr)
+
+
+def _standing(sign: Sign | None) -> str:
+    if sign is None:
+        return "gave no sign of life\n"
+    if not sign.number:
+        return "had ended\n"
+    return f"{sign.doing}, {sign.collectives} collectives begun, last known stack:\n{sign.stack}"

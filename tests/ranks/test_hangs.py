@@ -38,7 +38,7 @@ def test_a_stopped_rank_is_named_and_the_others_end(config: Path, stopped: int) 
         running.send(signal.SIGKILL, stopped)
         ended = running.wait()
     assert (ended.code, ended.codes[1 - stopped]) == (1, 1)
-    assert ended.last_words.startswith(f"moetrain: error: rank {stopped} (last at: step ")
+    assert ended.last_words.startswith(f"moetrain: error: rank {stopped} (last at: ")
     assert "no sign of life (stopped, or its host is gone)" in ended.last_words
     assert ended.last_words.endswith(f"runs/{name}/{STACKS_FILE}")
     found = stacks(config, name)

@@ -266,7 +266,7 @@ def test_when_the_cable_is_cut_both_nodes_end(nodes: list[Node], tmp_path: Path)
             nodes[1].ip("link", "set", INTERFACE, "up")
     assert ended.codes == [1, 1], ended.output
     texts = [torchrun.describe({0: failure}) for failure in ended.failures.values()]
-    assert texts[0].startswith("moetrain: error: rank 1 (last at: step ")
+    assert texts[0].startswith("moetrain: error: rank 1 (last at: ")
     assert texts[1].startswith(
         "moetrain: error: rank 1 has had no answer from the store of the run for 4 s"
     )
