@@ -190,6 +190,9 @@ def _memory(config: Config, model: Transformer, vocab_size: int, world_size: int
     yield "memory     per device, in GiB"
     for name, num_bytes in (*rows, ("together", sum(row.num_bytes for row in rows))):
         yield f"           {name:19s} {num_bytes / 2**30:9.3f}"
+    if config.checkpoint.every and config.checkpoint.asynchronous:
+        copied = sum(row.num_bytes for row in rows if row.name in ("weights", "Adam moments"))
+        yield f"           {'host, to save from':19s} {copied / 2**30:9.3f}"
 
 
 def _traffic(config: Config, model: Transformer, world_size: int) -> Iterator[str]:
