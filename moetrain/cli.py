@@ -339,7 +339,7 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 def parse(args: Sequence[str]) -> Command:
     """Read a command line; `UserError` where it is wrong, `SystemExit` after help."""
     settings.check_flag_names(args)
-    with settings.one_message():
+    with settings.one_message(args):
         return app.cli(
             prog="moetrain",
             description="Pretrain sparse-gated mixture-of-experts transformers.",

@@ -102,7 +102,9 @@ def _written_beside(out: Path) -> Iterator[Path]:
             place.rename(out)
         _sync(out.parent)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"OUT ({out}) was not written: {error}") from error
+        # torch tells of a full disk by an error of its own, which comes from the disk's.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UserError(f"OUT ({out}) was not written: {reason}") from error
 
 
 def _write_checkpoint(place: Path, source: Source) -> None:
@@ -118,14 +120,16 @@ def _write_checkpoint(place: Path, source: Source) -> None:
 
 def _write_torch(place: Path, source: Source) -> None:
     tensors, manifest = source.read(source.names), source.manifest
-    torch.save({"step": manifest.step, "extra": manifest.extra, "tensors": tensors}, place)
+    content = {"step": manifest.step, "extra": manifest.extra, "tensors": tensors}
+    with place.open("wb") as file:
+        torch.save(content, file)
 
 
 def write_safetensors(place: Path, source: Source, shard_bytes: int) -> None:
     """Write a folder of safetensors files with at most `shard_bytes` each, and their index.
 
     Files and index are named as the `transformers` library does; step and settings of the run are
-    in the header of each file. One file is in memory at a time.
+    in the header of each file. One file at a time is in memory, twice.
     """
     place.mkdir()
     sizes = {name: source.num_bytes(name) for name in source.names}

@@ -9,7 +9,7 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
@@ -45,6 +45,8 @@ def hold(folder: Path) -> Iterator[None]:
         yield
     finally:
         if file is not None:
+            with suppress(OSError):  # who looks before the next holder has written finds no name
+                file.truncate(0)
             file.close()
 
 
@@ -88,6 +90,6 @@ def _named(content: str) -> str:
     """The holder in words; it may have the lock and not have written yet."""
     try:
         holder = json.loads(content)
-    except ValueError:
+        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    except (ValueError, TypeError, KeyError):
         return "another process"
-    return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"

@@ -22,6 +22,7 @@ ONE_PASS = "train.global_batch (one micro-batch per rank)"
 EP = "parallel.ep (larger)"
 SHARDED = "parallel.dp_replicate (1)"
 RANKS = "more ranks"
+BLOCKING = "checkpoint.asynchronous (false)"
 
 _TOKENS = (MICRO_BATCH, SEQ_LEN)
 _STATE = (RANKS, SHARDED, EP)
@@ -62,7 +63,10 @@ PLACES = [
           (*_TOKENS, RECOMPUTE, BF16, *_STATE)),
     Place("moetrain.engines", ".*step", "the optimizer step", _STATE),
     Place("moetrain.engines", "", "weights", _STATE),
-    Place("moetrain.checkpoint", "", "a checkpoint's snapshot", _STATE),
+    Place("moetrain.checkpoint.snapshot", "", "the copy that a checkpoint is saved from",
+          (BLOCKING, *_STATE)),
+    Place("moetrain.checkpoint.transfer", "", "a checkpoint's tensors", _STATE),
+    Place("moetrain.checkpoint", "", "whole tensors", ("a host with more memory",)),
 ]  # fmt: skip
 """The first that fits a line of the traceback counts, from the innermost line outwards."""
 
@@ -73,6 +77,7 @@ _SIZES = (
 )
 _MESSAGES = re.compile(
     r"DefaultCPUAllocator: |std::bad_alloc|CUDA out of memory|CUDA error: out of memory"
+    r"|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"
 )
 
 

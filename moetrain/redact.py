@@ -23,7 +23,9 @@ MIN_LENGTH = 8
 """Characters of a value, or of a line of it, from which on it is a secret: below are words."""
 
 _NAMES = "KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL"
-_SECRET_VARIABLE = re.compile(rf"(?i)(?!.*_(PATH|FILE|DIR)$).*({_NAMES})S?(_|$)")
+_SECRET_VARIABLE = re.compile(
+    rf"(?i)(?!.*_(PATH|FILE|DIR)$)(.*({_NAMES})S?\d*|(.*_)?PASS|.+_PWD|.*CONNECTION_STRING)(_|$)"
+)
 _SHAPES = [
     re.compile(pattern)
     for pattern in (
@@ -35,6 +37,7 @@ _SHAPES = [
         r"(?<![A-Za-z0-9])(AIza[\w-]{35})",  # Google
         r"(?<![A-Za-z0-9])((?:AKIA|ASIA)[A-Z0-9]{16})(?![A-Z0-9])",  # AWS
         r"://([^\s/?#]+)@",
+        r"(?i)\bbearer\s+([\w.~+/=-]{8,})",
         rf"(?i)[?&][\w.-]*(?:{_NAMES}|SIGNATURE|(?<=[?&])SIG(?==))[\w.-]*=([^\s&#'\"]+)",
     )
 ]

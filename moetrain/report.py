@@ -20,6 +20,7 @@ from moetrain.objective import Means
 from moetrain.peaks import device_peak_flops
 from moetrain.plots import PLOTS_FOLDER, write_plots
 from moetrain.progress import progress
+from moetrain.redact import redact
 from moetrain.restore import TOKENIZER_FILE
 from moetrain.sinks import MetricsLog
 from moetrain.sizes import sizes, train_flops_per_token
@@ -144,7 +145,8 @@ class Report:
     def not_saved(self, error: Exception) -> None:
         """Report a checkpoint that failed; training goes on."""
         if self._is_writer:
-            self._progress.note(f"moetrain: warning: {error}\ntraining goes on without it")
+            text = f"moetrain: warning: {error}\ntraining goes on without it"
+            self._progress.note(redact(text))
 
     def stopped(self, step: int) -> None:
         """Report the end by a signal."""

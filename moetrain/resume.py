@@ -79,7 +79,7 @@ def load_start(
     if resume == "auto":
         found = checkpoint.load_latest(folder, state, **options)
     elif restarted:
-        saved_since = partial(began_with, resume)
+        saved_since = partial(began_with, own["checkpoint"]["resume"])  # as it was written down
         found = checkpoint.load_latest(folder, state, **options, only=saved_since)
     if found is None and resume == "never":
         _require_none(folder)

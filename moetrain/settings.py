@@ -41,7 +41,7 @@ def load(path: Path | str | None, flags: Sequence[str] = ()) -> Config:
     if not flags:
         return resolve(path, {})
     check_flag_names(flags)
-    with one_message():
+    with one_message(flags):
         given = tyro.cli(flags_of(Config), prog="moetrain", args=flags, registry=REGISTRY)
     return resolve(path, given)
 
@@ -230,8 +230,8 @@ def check_flag_names(args: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def one_message() -> Iterator[None]:
-    """Turn tyro's boxed complaint and exit into one `UserError`."""
+def one_message(args: Sequence[str]) -> Iterator[None]:
+    """Turn tyro's boxed complaint of `args` and its exit into one `UserError`."""
     screen = io.StringIO()
     try:
         with contextlib.redirect_stderr(screen):
@@ -239,7 +239,16 @@ def one_message() -> Iterator[None]:
     except SystemExit as stop:
         if stop.code != 2:
             raise
-        raise UserError(_unboxed(screen.getvalue())) from None
+        raise UserError(_unboxed(_redacted(screen.getvalue(), args))) from None
+
+
+def _redacted(text: str, args: Sequence[str]) -> str:
+    """The text without the secrets of `args`, which tyro may have broken over lines."""
+    for value in {part for arg in args for part in (arg, arg.partition("=")[2])}:
+        if (shown := redact(value)) != value:
+            broken = r"[\s│]*".join(map(re.escape, value))
+            text = re.sub(broken, lambda _, shown=shown: shown, text)
+    return text
 
 
 def _unboxed(text: str) -> str:

@@ -5,19 +5,17 @@ A check returns how many things it compared, and raises SoakError for the first 
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from moetrain.checkpoint import Manifest, read_manifest
-from moetrain.checkpoint.checks import check_files
+from moetrain.checkpoint import read_manifest
 from moetrain.checkpoint.folder import FOLDER
+from moetrain.checkpoint.reading import open_checkpoint, read_tensor
 from moetrain.errors import UserError
 from moetrain.metrics import Speed
 from moetrain.sinks import METRICS_FILE
@@ -28,7 +26,7 @@ Event = dict[str, Any]
 Tensors = dict[str, Tensor]
 History = dict[int, dict[int, int]]
 """For every step of a run, the samples that it was trained on: index and CRC of the tokens."""
-NOT_COMPARED = {*Speed.__annotations__, "memory_gib", "data_s_by_rank", "probe_s_by_rank"}
+NOT_COMPARED = {*Speed.__annotations__, "memory_gib"}
 """Fields of metrics.jsonl that are measured with a clock or a scale."""
 BY_LAYOUT = {"outcomes_by_rank"}
 """Those that say which rank had what."""
@@ -115,7 +113,7 @@ def check_committed(run: Path) -> int:
     for step in steps:
         path = checkpoint_of(run, step)
         try:
-            check_files(path, read_manifest(path).files, hashed=True)
+            open_checkpoint(path, hashed=True)
         except UserError as error:
             raise SoakError(f"a committed checkpoint does not verify: {error}") from error
     return len(steps)
@@ -123,23 +121,8 @@ def check_committed(run: Path) -> int:
 
 def read_tensors(path: Path) -> Tensors:
     """All tensors of a checkpoint in full, put together from its files without DCP."""
-    manifest = read_manifest(path)
-    return {name: _read(path, manifest, name) for name in manifest.tensors}
-
-
-def _read(path: Path, manifest: Manifest, name: str) -> Tensor:
-    entry = manifest.tensors[name]
-    tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
-    for piece in entry.pieces:
-        with (path / piece.file).open("rb") as file:
-            file.seek(piece.start)
-            content = io.BytesIO(file.read(piece.bytes))
-        _box(tensor, piece.offsets, piece.sizes).copy_(torch.load(content, weights_only=True))
-    require(
-        sum(math.prod(piece.sizes) for piece in entry.pieces) == tensor.numel(),
-        f"{path}: the pieces of {name} do not add up to {entry.shape}",
-    )
-    return tensor
+    entries = read_manifest(path).tensors
+    return {name: read_tensor(path, entry) for name, entry in entries.items()}
 
 
 def _box(tensor: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
@@ -253,8 +236,8 @@ def _check_steps(lines: list[dict[str, Any]], others: list[dict[str, Any]]) -> N
 def _difference(found: Any, wanted: Any, tolerance: float) -> str | None:
     """Where two values of a line part."""
     if isinstance(found, Mapping):
-        keys = found.keys() if tolerance == 0 else found.keys() - BY_LAYOUT
-        parts = ((f"{key}: ", found[key], wanted.get(key)) for key in keys)
+        keys = (found.keys() | wanted.keys()) - (BY_LAYOUT if tolerance else set())
+        parts = ((f"{key}: ", found.get(key), wanted.get(key)) for key in sorted(keys))
     elif isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
         parts = (
             (f"{place}: ", *pair) for place, pair in enumerate(zip(found, wanted, strict=True))

@@ -37,12 +37,15 @@ def check_files(path: Path, files: Iterable[FileEntry], hashed: bool) -> None:
 
 
 def _damage(file: Path, entry: FileEntry, hashed: bool) -> str | None:
-    if not file.is_file():
-        return "missing"
-    if (size := file.stat().st_size) != entry.bytes:
-        return f"{size} bytes instead of {entry.bytes}"
-    if hashed and digest(file) != entry.sha256:
-        return "content differs from its SHA-256"
+    try:
+        if not file.is_file():
+            return "missing"
+        if (size := file.stat().st_size) != entry.bytes:
+            return f"{size} bytes instead of {entry.bytes}"
+        if hashed and digest(file) != entry.sha256:
+            return "content differs from its SHA-256"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
     return None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moetrain.checkpoint.checks import flat
 from moetrain.checkpoint.folder import resolve
-from moetrain.checkpoint.reading import open_checkpoint, read_tensor
+from moetrain.checkpoint.reading import open_checkpoint, position_of, read_tensor
 from moetrain.checkpoint.tables import print_table
 from moetrain.constraints import spell
 
@@ -32,10 +32,11 @@ class Difference(NamedTuple):
 def compare(one: Tensor, other: Tensor) -> Difference:
     """Compare bit by bit, so that NaN equals itself and -0 is not 0."""
     integers = _INTEGERS[one.dtype.itemsize]
-    num_different = int((one.view(integers) != other.view(integers)).sum())
-    if not num_different:
+    differs = one.view(integers) != other.view(integers)
+    if not differs.any():
         return Difference(0, 0.0)
-    return Difference(num_different, float((one.double() - other.double()).abs().max()))
+    gaps = (one[differs].double() - other[differs].double()).abs()
+    return Difference(gaps.numel(), float(gaps.max()))
 
 
 def print_diff(left: Path, right: Path) -> int:
@@ -44,10 +45,10 @@ def print_diff(left: Path, right: Path) -> int:
     Returns the exit code: 0 where the tensors are the same bit by bit, else 1.
     """
     paths = [resolve(path) for path in (left, right)]
-    one, other = (open_checkpoint(path, hashed=False) for path in paths)
+    one, other = (open_checkpoint(path, hashed=True) for path in paths)
     print(f"A: {paths[0]}\nB: {paths[1]}")
     _print_values("setting", one.extra.get("config"), other.extra.get("config"))
-    _print_values("position", one.extra.get("position"), other.extra.get("position"))
+    _print_values("position", position_of(one), position_of(other))
 
     kinds = [{name: str(entry) for name, entry in m.tensors.items()} for m in (one, other)]
     unlike = [n for n in sorted(kinds[0] | kinds[1]) if kinds[0].get(n) != kinds[1].get(n)]

@@ -67,6 +67,8 @@ def folder_of(path: Path) -> Path:
 
     Raises UserError where there is none.
     """
+    if path.name in ("", ".."):  # what "." stands for has a name, which is looked at
+        path = path.resolve()
     candidates = (path / FOLDER, path, path.parent)
     folder = next((c for c in candidates if c.name == FOLDER and c.is_dir()), None)
     if folder is None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from moetrain.checkpoint.checks import flat, is_model
 from moetrain.checkpoint.folder import every, folder_of, resolve
 from moetrain.checkpoint.manifest import MARKER, Manifest, TensorEntry, read_manifest, save_number
-from moetrain.checkpoint.reading import dtype_of, open_checkpoint
+from moetrain.checkpoint.reading import dtype_of, open_checkpoint, position_of
 from moetrain.checkpoint.tables import print_table, spell_bytes
 from moetrain.constraints import spell
 from moetrain.errors import UserError
@@ -20,7 +20,7 @@ from moetrain.errors import UserError
 DAMAGED = 2
 FEW = 10
 """Tensors shown unless all are asked for."""
-OF_THE_MODEL = (
+SHOWN_SETTINGS = (
     "name",
     "seed",
     "model.dim",
@@ -136,10 +136,9 @@ def print_checkpoint(path: Path, tensors: bool) -> None:
     print(
         f"{path}: save {save_number(path)}, {_saved_at(path)}, {spell_bytes(manifest.total_bytes)}"
     )
-    position = flat(manifest.extra.get("position")) or {"step": manifest.step}
-    print(", ".join(f"{name} {value}" for name, value in position.items()))
+    print(", ".join(f"{name} {value}" for name, value in position_of(manifest).items()))
     config = flat(manifest.extra.get("config"))
-    known = [(name, spell(config[name])) for name in OF_THE_MODEL if name in config]
+    known = [(name, spell(config[name])) for name in SHOWN_SETTINGS if name in config]
     if known:
         print()
         print_table(("setting", "value"), known)
@@ -191,6 +190,9 @@ def verify(path: Path) -> int:
         try:
             manifest = open_checkpoint(checkpoint, hashed=True)
         except UserError as error:
+            if not checkpoint.exists():
+                print(f"{checkpoint}: deleted meanwhile")
+                continue
             code = DAMAGED
             print(f"{checkpoint}: damaged")
             print("\n".join(f"  {line}" for line in str(error).splitlines()))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-import pickle
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moetrain.checkpoint.checks import check_files, check_pieces
+from moetrain.checkpoint.checks import check_files, check_pieces, flat
 from moetrain.checkpoint.manifest import (
     DamagedCheckpointError,
     Manifest,
@@ -42,6 +42,12 @@ def open_checkpoint(path: Path, hashed: bool) -> Manifest:
     return manifest
 
 
+def position_of(manifest: Manifest) -> dict[str, Any]:
+    """Where the run stood, without the window of steps that spikes are told from."""
+    found = flat(manifest.extra.get("position")) or {"step": manifest.step}
+    return {name: value for name, value in found.items() if not isinstance(value, list)}
+
+
 def dtype_of(entry: TensorEntry) -> torch.dtype:
     """The dtype that a manifest names."""
     return getattr(torch, entry.dtype)
@@ -68,7 +74,7 @@ def _read_piece(path: Path, piece: Piece, dtype: torch.dtype) -> Tensor:
         content = io.BytesIO(file.read(piece.bytes))
     try:
         tensor = torch.load(content, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # damaged bytes raise anything
         raise DamagedCheckpointError(f"{where}: no tensor can be read: {error}") from error
     found = "no tensor"
     if isinstance(tensor, Tensor) and tensor.layout == torch.strided:

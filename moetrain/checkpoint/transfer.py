@@ -30,6 +30,7 @@ from moetrain.checkpoint.manifest import (
     build_manifest,
     describe_files,
     read_manifest,
+    save_number,
     seal,
 )
 from moetrain.errors import RunError, UserError
@@ -152,15 +153,17 @@ def load(
     were saved in: DCP reads the pieces each rank lacks. Only names that start with `prefix` are
     looked at: "model." leaves the optimizer's moments on disk.
 
-    Before any tensor is touched, names, shapes and dtypes are compared (UserError listing every
+    All before any tensor is touched: names, shapes and dtypes are compared (UserError listing every
     difference, and the settings of `config`, the reader's own, that may be behind it); then what
     each tensor is made of, and size and SHA-256 of every file, each read by one rank
     (DamagedCheckpointError). A checkpoint above `hash_limit_gib` is not read twice: its files are
-    held to their sizes alone, with a warning.
+    held to their sizes alone, with a warning, and what cannot be read is found once some tensors
+    have changed.
     Nothing is unpickled but by torch's weights-only loader.
     """
     path = Path(path)
     rank, world = dist.get_rank(group), dist.get_world_size(group)
+    _require_one(_gather(group, (path.name, save_number(path))))
 
     def check() -> Manifest:
         manifest = read_manifest(path)
@@ -176,9 +179,19 @@ def load(
     manifest = _on_all(group, check)
     reader = ManifestReader(path, manifest)
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with _dcp_errors(f"{path} could not be read"):
-        dcp.load(dict(tensors), storage_reader=reader, planner=planner, process_group=group)
+    try:
+        with _dcp_errors(f"{path} could not be read"):
+            dcp.load(dict(tensors), storage_reader=reader, planner=planner, process_group=group)
+    except CheckpointError as error:
+        raise DamagedCheckpointError(str(error)) from error
     return manifest.extra
+
+
+def _require_one(seen: list[tuple[str, int]]) -> None:
+    """Raise UserError unless all ranks mean the same save: one may be made or deleted meanwhile."""
+    if len(set(seen)) > 1:
+        names = ", ".join(f"{name} (save {number})" for name, number in dict.fromkeys(seen))
+        raise UserError(f"ranks see different checkpoints: {names}; name one step")
 
 
 def _not_hashed(path: Path, manifest: Manifest, limit: float) -> str:
@@ -211,9 +224,11 @@ def load_latest(
     found = _gather(group, mine)[0]
     # Those without a marker come first, and `saves` has warned of them.
     num_damaged = sum(number == 0 for number, _ in found)
+    num_others = 0
     for _, path in reversed(found[num_damaged:]):
         try:
             if not only(_on_all(group, lambda path=path: read_manifest(path)).extra):
+                num_others += 1
                 continue
             extra = load(path, tensors, group, hash_limit_gib=hash_limit_gib, config=config)
         except DamagedCheckpointError as error:
@@ -224,7 +239,7 @@ def load_latest(
             if num_damaged and rank == 0:
                 warnings.warn(f"{path.name} is taken, the newest that is whole", stacklevel=2)
             return path, extra
-    if num_damaged:
+    if num_damaged and not num_others:
         raise UserError(f"all checkpoints of {run_dir} are damaged ({num_damaged}, see warnings)")
     return None
 
@@ -265,7 +280,9 @@ def _dcp_errors(what: str) -> Iterator[None]:
 
 
 def _blame(rank: int, error: BaseException) -> str:
-    return f"rank {rank}: {type(error).__name__}: {error}"
+    # What torch says where a disk takes a part of what it writes.
+    hint = " (is the disk full?)" if "unexpected pos" in str(error) else ""
+    return f"rank {rank}: {type(error).__name__}: {error}{hint}"
 
 
 def _write_synced(path: Path, content: bytes) -> None:

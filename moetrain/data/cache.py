@@ -33,7 +33,7 @@ from moetrain.data.shards import (
 from moetrain.data.splits import SPLITS, Split, assign_splits
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 from moetrain.errors import UserError
-from moetrain.redact import redact
+from moetrain.redact import redact, require_whole
 
 BATCH_LENGTH = 1 << 22
 """Characters tokenized at once."""
@@ -62,6 +62,7 @@ def prepare(data: DataConfig) -> Prepared:
     """
     tokenizer = load_tokenizer(data.tokenizer)
     source = open_source(data)
+    require_whole("data.cache", str(data.cache))
     root = cache_root(data.cache)
     directory = root / _key(data, source, tokenizer)
     try:
