@@ -1,9 +1,9 @@
 """The commands of `moetrain`: what each takes, and the one function it calls.
 
 A command imports that function when it runs, so `moetrain --help` loads neither torch nor datasets.
-Exit codes: 0 done; 2 bad configuration or input; 130 Ctrl-C; anything else is a failure. (torchrun
-turns every rank's code but 0 into 1; `launch/train.sh` checks the configuration before it starts
-any rank.)
+Exit codes: 0 done; 2 bad configuration or input; 75 a run that a signal stopped and that was saved,
+128 and the signal's number where nothing is saved; anything else is a failure. The launcher's code is
+the ranks' own under `moetrain.torchrun`; torchrun turns all but 0 into 1.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from moetrain.cautions import cautions
 from moetrain.config import Config, DataConfig
 from moetrain.constraints import check_world
 from moetrain.errors import RunError, UserError
-from moetrain.failure import FAILED, is_watched, kind_of, record_error
+from moetrain.failure import BAD_INPUT, FAILED, is_watched, kind_of, record_error
 from moetrain.redact import redact, show_traceback
 
-BAD_INPUT = 2
 INTERRUPTED = 130
 """As shells count an end by SIGINT."""
 LINGER_S = 15.0

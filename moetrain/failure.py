@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ from typing import Literal
 from moetrain.errors import RunError, UserError
 from moetrain.redact import redact
 
-FAILED = 1
+FAILED, BAD_INPUT = 1, 2
+"""Exit codes; see `moetrain.stopping` for those of runs that a signal stopped."""
 LAUNCHER = "MOETRAIN_LAUNCHER"
 """For ranks whose launcher is `moetrain.torchrun`: its process id."""
 
@@ -30,7 +32,9 @@ RESTARTS = "MOETRAIN_RESTARTS"
 Kind = Literal["mistake", "final", "hang", "failure", "consequence"]
 """mistake: the user's; final: not to be tried again; hang: the watchdog's finding; consequence: of
 another rank's end."""
-_LOST = re.compile(r"gloo/|connection (was )?(closed|reset)|broken pipe|NCCL", re.IGNORECASE)
+_LOST = re.compile(
+    r"gloo/|connection (was )?(closed|reset)|broken pipe|wait timeout|NCCL", re.IGNORECASE
+)
 """What torch says when another rank is gone, or has not come to a collective in time."""
 
 
@@ -46,7 +50,8 @@ def end_with_launcher() -> None:
         return
     set_death_signal = 1  # PR_SET_PDEATHSIG
     ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
-    if os.getppid() != int(os.environ[LAUNCHER]):  # it died before
+    launcher = os.environ[LAUNCHER]
+    if os.getppid() != int(launcher) and not os.path.exists(f"/proc/{launcher}"):  # it died before
         os._exit(FAILED)
 
 
@@ -82,9 +87,11 @@ def record(text: str, kind: Kind = "failure") -> None:
         },
         "moetrain": {"kind": kind, "time": now},
     }
+    partial = f"{path}.{threading.get_ident()}"  # the watchdog may write at the same time
     try:
-        with open(path, "w") as file:
+        with open(partial, "w") as file:
             json.dump(content, file)
+        os.replace(partial, path)
     except OSError:
         pass  # a full disk, say; the text is on the screen as well
 

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,11 +26,12 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def hold(folder: Path, patience_s: float = 0.0) -> Iterator[None]:
     """Keep other runs out of a run's folder, which is made where it is missing; a collective.
 
-    Rank 0 holds FOLDER/lock, which names it. However that process ends, the lock ends with it; the
-    file stays, because removing it could part two runs that wait for each other.
+    Rank 0 holds FOLDER/lock, which names it; for who has it, it waits `patience_s`. However that
+    process ends, the lock ends with it; the file stays, because removing it could part two runs
+    that wait for each other.
 
     Raises UserError, alike on every rank, where another process holds it or the folder cannot be
     made. A file system without locks is a warning.
@@ -37,7 +39,7 @@ def hold(folder: Path) -> Iterator[None]:
     file, error = None, None
     if dist.get_rank() == 0:
         try:
-            file = _take(folder)
+            file = _take(folder, patience_s)
         except UserError as problem:
             error = str(problem)
     raise_alike(error)
@@ -50,7 +52,7 @@ def hold(folder: Path) -> Iterator[None]:
             file.close()
 
 
-def _take(folder: Path) -> IO[str]:
+def _take(folder: Path, patience_s: float) -> IO[str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK_FILE).open("a+", encoding="utf-8")  # not emptied: it is not ours yet
@@ -59,7 +61,7 @@ def _take(folder: Path) -> IO[str]:
             f"out ({folder.parent}) cannot hold {folder}: {error.strerror}; set one that can"
         ) from None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(file, time.monotonic() + patience_s)
     except BlockingIOError:
         with file:
             file.seek(0)
@@ -79,6 +81,16 @@ def _take(folder: Path) -> IO[str]:
     file.write(_holder())
     file.flush()
     return file
+
+
+def _lock(file: IO[str], deadline: float) -> None:
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.5)
 
 
 def _holder() -> str:

@@ -34,11 +34,12 @@ def rank_and_world() -> tuple[int, int]:
 
 
 @contextmanager
-def process_group(limit_s: float = 600.0):
+def process_group():
     """Join the launcher's process group, or make one of a single rank; leave it at the end.
 
-    The backend is NCCL with a GPU for every rank (and Gloo for CPU tensors), Gloo otherwise;
-    `limit_s` is what its collectives may take. Yields the device of this rank.
+    The backend is NCCL with a GPU for every rank (and Gloo for CPU tensors), Gloo otherwise. Its
+    collectives may take as long as ranks may be apart in reading from disks. Yields the device of
+    this rank.
     """
     device, backend = _device(), "gloo"
     if device.type == "cuda":
@@ -51,7 +52,7 @@ def process_group(limit_s: float = 600.0):
         rank=rank,
         world_size=world,
         store=alone,
-        timeout=timedelta(seconds=limit_s),
+        timeout=timedelta(hours=1),
     )
     try:
         yield device

@@ -14,9 +14,11 @@ STOPPED = 75
 """Exit code of a run that was stopped by a signal, and can be continued (EX_TEMPFAIL)."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """What schedulers and terminals send; Slurm's early warning is often SIGUSR1."""
+REQUEST = signal.SIGUSR1
+"""The one that only asks, however often it comes: launchers pass this on to ranks that may have had
+another already."""
 ECHO_S = 1.0
-"""Signals that follow the first so soon are the same request: a terminal's Ctrl-C reaches ranks and
-launcher, which passes it on, and Slurm repeats SIGTERM."""
+"""Signals that follow the first so soon are the same request, sent several ways."""
 
 
 @final
@@ -31,6 +33,7 @@ class StopSignals:
         """`saves` tells whether the run saves at all, so that it can be continued."""
         self._saves = saves
         self._is_deferred = False
+        self._done: int | None = None
         self._first: tuple[signal.Signals, float] | None = None
 
     @property
@@ -40,12 +43,16 @@ class StopSignals:
 
     def code(self) -> int:
         """Exit code of a run that stopped by request: 75, or as shells count an end by a signal."""
-        number = self._first[0] if self._first else signal.SIGTERM  # it came to another rank
-        return STOPPED if self._saves else 128 + number
+        number = self._first[0] if self._first else REQUEST  # it came to another rank
+        return STOPPED if self._saves else 128 + (signal.SIGTERM if number == REQUEST else number)
 
     def defer(self) -> None:
         """From now on the first signal is a request."""
         self._is_deferred = True
+
+    def done(self, code: int) -> None:
+        """All is saved and said: from now on a signal ends the process with this code."""
+        self._done = code
 
     def __enter__(self) -> Self:
         # Python runs its handlers between two instructions of the main thread, which may be inside
@@ -67,24 +74,31 @@ class StopSignals:
         for number, handler in self._old.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._old_pipe)
-        os.close(self._write)
+        os.write(self._write, END)
         self._thread.join()
+        os.close(self._write)
         os.close(self._read)
 
     def _listen(self) -> None:
-        while numbers := os.read(self._read, 64):
+        while END not in (numbers := os.read(self._read, 64)):
             for number in numbers:
                 if number in SIGNALS:
                     self._take(signal.Signals(number))
 
     def _take(self, number: signal.Signals) -> None:
+        if self._done is not None:
+            os._exit(self._done)
         if self._first is None:
             self._first = number, time.monotonic()
             if not self._is_deferred:
                 _end(f"stopped by {number.name} before the first step", self.code())
             _say(f"{number.name}: stopping after this step; a second signal ends the run at once")
-        elif time.monotonic() - self._first[1] > ECHO_S:
+        elif number != REQUEST and time.monotonic() - self._first[1] > ECHO_S:
             _end(f"ended at once by a second signal, {number.name}", 128 + number)
+
+
+END = b"\0"
+"""No signal's number."""
 
 
 def _nothing(number: int, frame: FrameType | None) -> Any:

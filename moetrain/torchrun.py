@@ -41,11 +41,14 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.launcher import api as launcher
 from torch.distributed.run import parse_args, run
 
-from moetrain.failure import FAILED, LAUNCHER, RESTARTS
-from moetrain.stopping import SIGNALS, STOPPED
+from moetrain.failure import BAD_INPUT, FAILED, LAUNCHER, RESTARTS
+from moetrain.stopping import REQUEST, SIGNALS, STOPPED
 
 HOST = "127.0.0.1"
-BAD_INPUT = 2
+ASKED = {STOPPED, *(128 + number for number in SIGNALS)}
+"""Exit codes of ranks that a signal stopped."""
+SAVING_S = 600
+"""How long ranks that are well may take to save before they are started again on other nodes."""
 ORDER = ("mistake", "final", "hang", "failure", "killed", "consequence", "ended")
 """Which kind of failure explains the others, first to last. A rank that was killed is outranked by
 one that says why it ended: the agent kills those that do not end by themselves."""
@@ -121,6 +124,13 @@ class Agent(LocalElasticAgent):
         self._starts += 1
         return super()._start_workers(worker_group)  # type: ignore[call-arg]
 
+    def _stop_workers(self, worker_group: Any) -> None:
+        if self._pcontext is not None:  # where nodes have come or gone, ranks are well and save
+            self._pcontext.close(REQUEST, SAVING_S)
+        if self._to_pass_on:
+            raise SignalException("while ranks stop", signal.Signals(self._to_pass_on[0]))
+        super()._stop_workers(worker_group)  # type: ignore[call-arg]
+
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self._worker_group.state != WorkerState.HEALTHY:  # it waits for other agents, say
             raise SignalException("while no ranks run", signal.Signals(number))
@@ -128,7 +138,9 @@ class Agent(LocalElasticAgent):
 
     def _pass_on(self) -> None:
         while self._to_pass_on:
-            number = self._to_pass_on.pop()
+            number = self._to_pass_on.pop(0)
+            if not self._passed_on:
+                number = REQUEST  # they may have had this one already
             self._passed_on.add(number)
             for pid in self._pcontext.pids().values():  # type: ignore[union-attr]
                 with suppress(ProcessLookupError):
@@ -137,11 +149,12 @@ class Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: Any) -> RunResult:
         self._pass_on()
         result: RunResult = super()._monitor_workers(worker_group)  # type: ignore[call-arg]
-        for failure in result.failures.values():
-            if -failure.exitcode in self._passed_on:  # it was still starting: nothing to save
+        failures = result.failures.values()
+        if all(-failure.exitcode in self._passed_on for failure in failures):
+            for failure in failures:  # they were still starting: there was nothing to save
                 failure.exitcode = STOPPED
-        if result.failures:
-            if any(_is_final(failure) for failure in result.failures.values()):
+        if failures:
+            if self._passed_on or any(map(_is_final, failures)):
                 self._remaining_restarts = 0
             if self._remaining_restarts:
                 _say(f"{describe(result.failures)}\nmoetrain: starting all ranks again")
@@ -169,7 +182,7 @@ def main(arguments: Sequence[str]) -> int:
         run(options)
     except ChildFailedError as error:
         code = exit_code(error.failures)
-        if code != STOPPED:
+        if code not in ASKED:
             _say(describe(error.failures))
         return code
     except SignalException as error:
@@ -181,7 +194,7 @@ def main(arguments: Sequence[str]) -> int:
 def exit_code(failures: Mapping[int, ProcessFailure]) -> int:
     """The exit code of a run: that of the failure that explains the others."""
     code = failures[first(failures)].exitcode
-    return code if code in (BAD_INPUT, STOPPED) else FAILED
+    return code if code in {BAD_INPUT, *ASKED} else FAILED
 
 
 def describe(failures: Mapping[int, ProcessFailure]) -> str:
@@ -211,7 +224,7 @@ def first(failures: Mapping[int, ProcessFailure]) -> int:
 def _kind(failure: ProcessFailure) -> str:
     if (note := failure.error_file_data.get("moetrain")) is not None:
         return note["kind"]
-    if failure.exitcode == STOPPED:
+    if failure.exitcode in ASKED:
         return "final"
     return "killed" if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM else "ended"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -30,11 +31,14 @@ from moetrain.mesh import (
 )
 from moetrain.objective import reduce
 from moetrain.report import Report
-from moetrain.resume import begin, beside_tensors
+from moetrain.resume import begin, beside_tensors, is_restart
 from moetrain.spikes import describe
 from moetrain.step import Position, Run, StepResult, train_step
 from moetrain.stopping import StopSignals
 from moetrain.watchdog import UNWATCHED, Watch, Watchdog
+
+LINGERING_S = 90.0
+"""How long ranks of before a restart may take to end and leave the run's folder."""
 
 
 def run(config: Config) -> int:
@@ -50,20 +54,25 @@ def run(config: Config) -> int:
     engines.check(config, world)
     folder = settings.run_directory(config.out, config.name)
     limit_s = config.parallel.timeout_s
+    restarted = is_restart(os.environ)
     with (
         StopSignals(saves=config.checkpoint.every > 0) as signals,
-        process_group(limit_s) as device,
-        lock.hold(folder),
+        process_group() as device,
+        lock.hold(folder, LINGERING_S if restarted else 0.0),
         _watched(folder, limit_s) as watch,
     ):
         parallel = config.parallel
         mesh = Mesh(device, parallel.ep, parallel.dp_replicate, parallel.nodes_apart)
         ready = set_up(config, folder, mesh)
+        position = begin(ready)
         # The watchdog is to speak first: it knows more than a collective that gives up.
         limit_collectives(limit_s + 60)
         signals.defer()
-        is_complete = train(ready, lambda: signals.asked, watch)
-    return 0 if is_complete else signals.code()
+        is_complete = go_on(ready, position, lambda: signals.asked, watch)
+        code = 0 if is_complete else signals.code()
+        mesh.any(False)  # together: a launcher ends the others once one has stopped
+        signals.done(code)
+    return code
 
 
 def _watched(folder: Path, limit_s: float) -> AbstractContextManager[Watch]:
@@ -90,22 +99,26 @@ def set_up(config: Config, folder: Path, mesh: Mesh) -> Run:
     return Run(config, folder, mesh, prepared, engine, samples, held_out)
 
 
-def train(run: Run, is_asked: Callable[[], bool] = lambda: False, watch: Watch = UNWATCHED) -> bool:
-    """Train from the newest checkpoint, or from the start, to the last step.
+def train(run: Run) -> None:
+    """Train from where the run begins to the last step; a collective."""
+    go_on(run, begin(run), lambda: False, UNWATCHED)
+
+
+def go_on(run: Run, position: Position, is_asked: Callable[[], bool], watch: Watch) -> bool:
+    """Train from a position to the last step.
 
     `is_asked` tells whether this rank was asked to stop. Returns whether the run came to its end;
     otherwise some rank was asked, and all stopped after the same step and saved.
     """
     config, steps = run.config, run.config.train.steps
-    position = begin(run)
     saver = Saver(run.folder, config.checkpoint.keep, config.checkpoint.asynchronous)
     model, start = run.engine.model, position.step
     with Report(config, run.folder, run.mesh, run.prepared, model, start) as report:
         stop = False
         while not stop and (position.step < steps or position.owes_evaluation):
+            _report_saves(saver, report, needed=None)
             if not position.owes_evaluation:  # owed at the start where a signal cut it short
-                watch.mark(f"step {position.step + 1}")
-                position = _step(run, position, report, saver)
+                position = _step(run, position, report, saver, watch)
             stop = run.mesh.any(is_asked())
             if position.owes_evaluation and not stop:
                 position = _evaluate(run, position, report, is_asked, watch)
@@ -114,8 +127,6 @@ def train(run: Run, is_asked: Callable[[], bool] = lambda: False, watch: Watch =
             if is_due or (stop and config.checkpoint.every):
                 watch.rest(f"saving step {position.step}")
                 saver.save(position.step, run.engine.state(), beside_tensors(run, position))
-            is_last = stop or position.step == steps
-            _report_saves(saver, report, needed=position.step if is_last else None)
         watch.rest("finishing")
         saver.wait()
         _report_saves(saver, report, needed=position.step)
@@ -126,8 +137,9 @@ def train(run: Run, is_asked: Callable[[], bool] = lambda: False, watch: Watch =
     return not stop
 
 
-def _step(run: Run, position: Position, report: Report, saver: Saver) -> Position:
+def _step(run: Run, position: Position, report: Report, saver: Saver, watch: Watch) -> Position:
     """One optimizer step and its metrics; where the run then stands."""
+    watch.mark(f"step {position.step + 1}")
     config, started = run.config, time.perf_counter()
     result = train_step(run, position)
     position = _advance(position, config, result)
@@ -139,6 +151,7 @@ def _step(run: Run, position: Position, report: Report, saver: Saver) -> Positio
         means = reduce(result.parts, result.counts, run.mesh, result.batch_balance)
         report.train(position, result, means)
     if is_over:
+        watch.rest("waiting for a save")
         saver.wait()  # what is being written is where to go back to
         raise DivergedError(_diverged(run, position, result))
     return position

@@ -144,6 +144,9 @@ class Watchdog:
             try:
                 self._sign()
                 self._listen()
+            except dist.DistNetworkError as error:  # for good: the store and its host are gone
+                self._ended.wait(PATIENCE_S)
+                self._leave(f"rank {self._rank} ends: the store of the run is gone: {error}")
             except RuntimeError:
                 continue  # no answer: `_guard` waits no longer than the limit for one
             self._answered = time.monotonic()

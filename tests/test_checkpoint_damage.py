@@ -20,7 +20,7 @@ from checkpoints import (
 )
 
 from moetrain import checkpoint
-from moetrain.checkpoint import CheckpointError, DamagedCheckpointError
+from moetrain.checkpoint import DamagedCheckpointError
 from moetrain.checkpoint.manifest import MANIFEST, MARKER
 from moetrain.errors import UserError
 from moetrain.testing import simulate_ranks
@@ -172,7 +172,7 @@ def test_poisoned_tensors_are_not_executed(saved, tmp_path):
         for piece in entry["pieces"]:
             piece |= {"start": 0, "bytes": (saved / piece["file"]).stat().st_size}
     reseal(saved, tensors=manifest["tensors"])
-    with pytest.raises(CheckpointError, match=r"could not be read: rank 0: UnpicklingError"):
+    with pytest.raises(DamagedCheckpointError, match=r"not be read: rank 0: UnpicklingError"):
         simulate_ranks(2, lambda: checkpoint.load(saved, make_state(2, 1, 9)))
     assert not trace.exists()
 

@@ -107,6 +107,20 @@ def test_a_stop_is_code_75_whoever_was_ended_meanwhile(ranks: Ranks) -> None:
     assert torchrun.exit_code(ranks.failures) == 75
 
 
+def test_a_stop_without_a_save_has_the_code_of_its_signal(ranks: Ranks) -> None:
+    ranks.add(128 + signal.SIGTERM)
+    ranks.add(-signal.SIGTERM)
+    assert torchrun.exit_code(ranks.failures) == 143
+
+
+def test_what_is_cut_short_is_not_left(ranks: Ranks) -> None:
+    """The launcher would choke on half a file."""
+    ranks.monkeypatch.setattr("json.dump", lambda content, file: file.write('{"mess') and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ranks.add(1, "the reason")
+    assert not (ranks.folder / "0.json").exists()
+
+
 def test_a_rank_that_says_nothing_is_named_with_its_code(ranks: Ranks) -> None:
     ranks.add(3)
     assert ranks.verdict()[2].endswith(": exit code 3")

@@ -62,7 +62,7 @@ def slurm(stubs: Stubs) -> Stubs:
     """
     stubs.add("scontrol", SCONTROL)
     (stubs.folder / "job").write_text("PreemptTime=None")
-    stubs.add("scancel", 'kill -TERM "$(cat "${0%/*}/task")"')
+    stubs.add("scancel", 'kill -USR1 "$(cat "${0%/*}/task")"')
     stubs.add("srun", training("echo saved; exit 75"))
     return stubs
 
@@ -76,8 +76,10 @@ esac
 
 
 def training(when_told_to_end: str) -> str:
-    """What srun starts: a task that runs for a while, and what that does on SIGTERM."""
-    task = f"trap '{when_told_to_end}' TERM; touch ready; for _ in {{1..200}}; do sleep 0.1; done"
+    """What srun starts: a task that runs for a while, and what that does on a signal."""
+    task = (
+        f"trap '{when_told_to_end}' TERM USR1; touch ready; for _ in {{1..200}}; do sleep 0.1; done"
+    )
     return f"""
 cd "${{0%/*}}"
 bash -c {shlex.quote(task)} & echo $! >task
@@ -137,7 +139,7 @@ def test_a_job_that_is_warned_ends_its_run_and_goes_back_to_the_queue(
     assert job.communicate(timeout=20)[0] == "saved\n"
     assert job.returncode == 0
     (cancel,) = slurm.calls("scancel")
-    assert cancel.arguments == ["--signal=TERM", "--quiet", "123456"]
+    assert cancel.arguments == ["--signal=USR1", "--quiet", "123456"]
     assert slurm.calls("scontrol")[-1].arguments == ["requeue", "123456"]
 
 

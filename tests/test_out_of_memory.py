@@ -14,7 +14,10 @@ import pytest
 import torch
 from runs import train, write_config
 
-from moetrain import checkpoint, settings
+from moetrain import settings
+from moetrain.checkpoint.manifest import TensorEntry
+from moetrain.checkpoint.reading import read_tensor
+from moetrain.checkpoint.snapshot import Snapshot
 from moetrain.config import Config
 from moetrain.data import prepare
 from moetrain.out_of_memory import PLACES, explain
@@ -119,7 +122,8 @@ def test_the_buffer_is_named(config, monkeypatch, capsys, buffer, function):
 
 
 def test_every_buffer_is_tested():
-    assert {place.buffer for place in PLACES} == {*CALLED, "a checkpoint's snapshot"}
+    of_checkpoints = {"the copy that a checkpoint is saved from", "a checkpoint's tensors"}
+    assert {place.buffer for place in PLACES} == {*CALLED, *of_checkpoints, "whole tensors"}
 
 
 def failure(work: Any) -> str | None:
@@ -128,13 +132,17 @@ def failure(work: Any) -> str | None:
     return explain(caught.value)
 
 
-def test_saving_a_checkpoint():
-    class Fails:
-        __fspath__ = fail
-
-    message = failure(lambda: checkpoint.committed(Fails()))  # type: ignore[arg-type]
+def test_checkpoints(monkeypatch):
+    monkeypatch.setattr("torch.empty_like", fail)
+    message = failure(lambda: Snapshot().take({"model.w": torch.zeros(3)}))
     assert message is not None
-    assert "for a checkpoint's snapshot (moetrain.checkpoint.folder, committed); " in message
+    assert "for the copy that a checkpoint is saved from (moetrain.checkpoint.snapshot, " in message
+    assert "what takes less: checkpoint.asynchronous (false), " in message
+    monkeypatch.setattr("torch.empty", fail)
+    entry = TensorEntry(shape=[3], dtype="float32", pieces=[])
+    message = failure(lambda: read_tensor(Path(), entry))
+    assert message is not None
+    assert "for whole tensors (moetrain.checkpoint.reading, read_tensor); " in message
 
 
 def test_an_unknown_place_is_named_as_it_is():

@@ -87,7 +87,12 @@ def prune(run_dir: Path, keep: int) -> None:
     assert keep >= 1, "the last checkpoint is never deleted"
     if dist.is_initialized() and dist.get_rank() != 0:
         return
-    for path in committed(run_dir)[:-keep]:
+    try:
+        found = committed(run_dir)
+    except OSError as error:
+        warnings.warn(f"{run_dir} could not be pruned: {error}", stacklevel=2)
+        return
+    for path in found[:-keep]:
         delete(path)
 
 

@@ -41,13 +41,9 @@ class Saver:
         """Collective: every rank of the default process group makes one."""
         self._run_dir, self._keep = run_dir, keep
         self._snapshot = Snapshot() if asynchronous else None
-        # A group of its own, because the thread communicates while training does. It ends with the
-        # default group.
-        self._group: Any = None
-        if asynchronous:
-            self._group = dist.new_group(
-                backend="gloo", timeout=WRITING_LIMIT, group_desc=BACKGROUND
-            )
+        # A group of its own, because the thread communicates while training does, and disks may be
+        # slower than any step. It ends with the default group.
+        self._group: Any = dist.new_group(timeout=WRITING_LIMIT, group_desc=BACKGROUND)
         self._thread: threading.Thread | None = None
         self._outcomes: deque[Outcome] = deque()
 

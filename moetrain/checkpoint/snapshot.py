@@ -15,7 +15,8 @@ from moetrain.checkpoint.fragment import Fragment
 class Snapshot:
     """Memory for what this rank holds of a checkpoint's tensors, made once and filled again.
 
-    It takes as many bytes of host memory as the tensors have on this rank.
+    It takes as many bytes of host memory as the tensors have on this rank; where it is pinned, for
+    a GPU, up to twice as many.
     """
 
     def __init__(self) -> None:

@@ -116,7 +116,8 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def _write_tensors(partial: Path, tensors: dict[str, Tensor], group: Group) -> Metadata:
-    writer = _Writer(partial, sync_files=True, overwrite=False)
+    # Nothing is copied ahead: that asks for a CUDA stream, and a thread's device is GPU 0.
+    writer = _Writer(partial, sync_files=True, overwrite=False, per_thread_copy_ahead=0)
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with _dcp_errors("writing tensors"):
         return dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group)

@@ -140,6 +140,20 @@ def test_when_a_node_is_lost_the_others_go_on_and_it_may_come_back(tmp_path: Pat
     assert lines == list(range(1, len(lines) + 1))
 
 
+def test_a_run_that_never_saves_is_not_started_again_when_it_was_asked_to_stop(
+    tmp_path: Path,
+) -> None:
+    agent = Agent(
+        tmp_path / "said",
+        *(sys.executable, "-m", "moetrain.torchrun", "--nproc-per-node=1", "--max-restarts=1"),
+        *("-m", "moetrain", "train", str(write(tmp_path)), "--checkpoint.every", "0"),
+    )
+    with agents(agent):
+        agent.wait_for("step 3/")
+        assert agent.end(signal.SIGTERM) == 128 + signal.SIGTERM
+        assert "starting all ranks again" not in agent.log.read_text()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_agent_that_is_asked_before_its_ranks_are_ready_ends(
     tmp_path: Path, number: int
