@@ -2,8 +2,8 @@
 
 A command imports that function when it runs, so `moetrain --help` loads neither torch nor datasets.
 Exit codes: 0 done; 2 bad configuration or input; 75 a run that a signal stopped and that was saved,
-128 and the signal's number where nothing is saved; anything else is a failure. The launcher's code is
-the ranks' own under `moetrain.torchrun`; torchrun turns all but 0 into 1.
+128 and the signal's number where nothing is saved; anything else is a failure. The launcher's code
+is the ranks' own under `moetrain.torchrun`; torchrun turns all but 0 into 1.
 """
 
 from __future__ import annotations
