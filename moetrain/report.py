@@ -40,9 +40,9 @@ class Report:
         mesh: Mesh,
         prepared: Prepared,
         model: Transformer,
-        resume_step: int,
+        start: Position,
     ):
-        """Open the sinks (rank 0); what was logged after `resume_step` is dropped."""
+        """Open the sinks (rank 0); what was logged after `start` is dropped."""
         self._config, self._folder, self._mesh = config, folder, mesh
         self._prepared = prepared
         self._flops_per_token = train_flops_per_token(model, config.data.seq_len)
@@ -53,15 +53,15 @@ class Report:
         self._closing = ExitStack()
         self._wandb: WandbSink | None = None
         if self._is_writer:
-            self._open(model, resume_step)
+            self._open(model, start)
 
-    def _open(self, model: Transformer, resume_step: int) -> None:
+    def _open(self, model: Transformer, start: Position) -> None:
         config, folder = self._config, self._folder
         folder.mkdir(parents=True, exist_ok=True)
         settings.save(config, folder / "config.yaml")
         (folder / TOKENIZER_FILE).unlink(missing_ok=True)  # an earlier run's of this name
         self._prepared.tokenizer.save(folder / TOKENIZER_FILE)
-        self._log = MetricsLog(folder, resume_step)
+        self._log = MetricsLog(folder, start.step, start.owes_evaluation)
         self._closing.callback(self._log.close)
         if config.log.wandb != "off":
             self._wandb = WandbSink(
@@ -70,7 +70,7 @@ class Report:
                 config.log.wandb_project,
                 config.name,
                 settings.redacted(config),
-                resumed=resume_step > 0,
+                resumed=start.step > 0,
             )
             self._closing.callback(self._wandb.close)
         self._progress = progress(config.train.steps, has_experts=config.moe.experts > 0)
@@ -79,7 +79,7 @@ class Report:
         self._progress.note(
             f"{folder}: {counted.total:,} parameters, {counted.active:,} active, on "
             f"{self._mesh.world} rank{'s' * (self._mesh.world > 1)} ({self._mesh.device.type}), "
-            + _start(resume_step, config.train.steps)
+            + _start(start.step, config.train.steps)
         )
 
     def __enter__(self) -> Self:

@@ -20,16 +20,17 @@ class MetricsLog:
     """Appends lines to RUN/metrics.jsonl, each written out at once.
 
     A resumed run takes up the file after `resume_step`: later lines and a line torn by a kill are
-    dropped. `resume_step` 0 starts an empty file and keeps the lines of an earlier run of the name
-    in metrics.jsonl.old. NaN and infinity are written as null. What a full disk does not take is a
+    dropped, and with `owes_evaluation` an evaluation of that step, which is made again.
+    `resume_step` 0 starts an empty file and keeps the lines of an earlier run of the name in
+    metrics.jsonl.old. NaN and infinity are written as null. What a full disk does not take is a
     warning, and is written once there is room.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int) -> None:
+    def __init__(self, run_dir: Path, resume_step: int, owes_evaluation: bool = False) -> None:
         path = run_dir / METRICS_FILE
         run_dir.mkdir(parents=True, exist_ok=True)
         if path.exists() and resume_step:
-            _truncate(path, resume_step)
+            _truncate(path, resume_step, owes_evaluation)
         elif path.exists():
             path.replace(path.with_name(f"{METRICS_FILE}.old"))
         self._file = path.open("ab", buffering=0)
@@ -67,23 +68,25 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         return [line for text in file if (line := _decode(text)) is not None]
 
 
-def _truncate(path: Path, last_step: int) -> None:
-    """Drop the lines after `last_step` and the unreadable ones; all or nothing on disk."""
+def _truncate(path: Path, last_step: int, owes_evaluation: bool) -> None:
+    """Drop the lines that are written again, and the unreadable ones; all or nothing on disk."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
-        file.writelines(_lines_up_to(path, last_step))
+        file.writelines(_lines_up_to(path, last_step, owes_evaluation))
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
 
 
-def _lines_up_to(path: Path, last_step: int) -> Iterator[str]:
+def _lines_up_to(path: Path, last_step: int, owes_evaluation: bool) -> Iterator[str]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, text in enumerate(file, start=1):
             line = _decode(text)
             if line is None:
                 _log.warning("dropped line %d of %s: cut short or damaged", number, path)
-            elif line["step"] <= last_step:
+            elif line["step"] < last_step or (
+                line["step"] == last_step and not (owes_evaluation and "eval_loss" in line)
+            ):
                 yield text
 
 

@@ -112,8 +112,8 @@ def go_on(run: Run, position: Position, is_asked: Callable[[], bool], watch: Wat
     """
     config, steps = run.config, run.config.train.steps
     saver = Saver(run.folder, config.checkpoint.keep, config.checkpoint.asynchronous)
-    model, start = run.engine.model, position.step
-    with Report(config, run.folder, run.mesh, run.prepared, model, start) as report:
+    model = run.engine.model
+    with Report(config, run.folder, run.mesh, run.prepared, model, position) as report:
         stop = False
         while not stop and (position.step < steps or position.owes_evaluation):
             _report_saves(saver, report, needed=None)

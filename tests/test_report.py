@@ -63,7 +63,7 @@ def plotted(monkeypatch) -> list[tuple]:
 
 def opened(folder: Path, resume_step: int = 0, config=CONFIG) -> Report:
     model = build_model(config, VOCAB)
-    return Report(config, folder, Mesh(torch.device("cpu")), PREPARED, model, resume_step)
+    return Report(config, folder, Mesh(torch.device("cpu")), PREPARED, model, Position(resume_step))
 
 
 def done(

@@ -138,3 +138,15 @@ def test_lines_wait_for_room_on_the_disk(tmp_path, room_at, written):
     assert steps_of(tmp_path) == list(range(1, written + 1))
     MetricsLog(tmp_path, resume_step=3).close()
     assert steps_of(tmp_path) == [1, 2, 3]
+
+
+def test_an_evaluation_that_is_made_again_is_dropped(tmp_path):
+    """One that a kill left behind, after the checkpoint that owes it."""
+    log = MetricsLog(tmp_path, 0)
+    for line in ({"step": 3, "loss": 1.0}, {"step": 3, "eval_loss": 1.0}, {"step": 4, "loss": 1.0}):
+        log.write(line)
+    log.close()
+    MetricsLog(tmp_path, resume_step=3).close()
+    assert len(read_metrics(tmp_path)) == 2
+    MetricsLog(tmp_path, resume_step=3, owes_evaluation=True).close()
+    assert read_metrics(tmp_path) == [{"step": 3, "loss": 1.0}]
