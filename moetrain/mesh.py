@@ -196,20 +196,21 @@ def on_first_local_rank(work: Callable[[], T], within: timedelta = timedelta(day
 
 def raise_alike(error: str | None, group: dist.ProcessGroup | None = None) -> None:
     """Raise UserError on every rank where one of them has an error; a collective."""
-    for message in _gather(error, group):
+    for message in gather(error, group):
         if message is not None:
             raise UserError(message)
 
 
 def require_same(what: str, value: str, fix: str) -> None:
     """Raise UserError, on every rank, unless all ranks have the same value."""
-    values = _gather(value)
+    values = gather(value)
     other = next((rank for rank, theirs in enumerate(values) if theirs != values[0]), None)
     if other is not None:
         raise UserError(f"{what} of rank {other} is not that of rank 0; {fix}")
 
 
-def _gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """What every rank has, in rank order; anything that can be pickled. A collective."""
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group)
     return values

@@ -18,6 +18,7 @@ from moetrain.checkpoint.checks import changed_settings
 from moetrain.config import Config
 from moetrain.errors import UserError
 from moetrain.failure import RESTARTS
+from moetrain.mesh import gather
 from moetrain.step import Position, Run
 
 RESTART_COUNTS = (RESTARTS, "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
@@ -32,9 +33,7 @@ def is_restart(environment: Mapping[str, str]) -> bool:
 def started_again() -> bool:
     """Whether that is so on any rank, alike on all of them. Collective."""
     # Of the agents of several nodes, only the one whose rank failed has counted a restart.
-    answers = [False] * dist.get_world_size()
-    dist.all_gather_object(answers, is_restart(os.environ))
-    return any(answers)
+    return any(gather(is_restart(os.environ)))
 
 
 def began_with(resume: str, extra: Mapping[str, Any]) -> bool:

@@ -33,7 +33,7 @@ class StopSignals:
         """`saves` tells whether the run saves at all, so that it can be continued."""
         self._saves = saves
         self._is_deferred = False
-        self._done: int | None = None
+        self._is_done = False
         self._first: tuple[signal.Signals, float] | None = None
 
     @property
@@ -50,9 +50,9 @@ class StopSignals:
         """From now on the first signal is a request."""
         self._is_deferred = True
 
-    def done(self, code: int) -> None:
-        """All is saved and said: from now on a signal ends the process with this code."""
-        self._done = code
+    def done(self) -> None:
+        """All is saved and said: from now on a signal ends the process with `code`."""
+        self._is_done = True
 
     def __enter__(self) -> Self:
         # Python runs its handlers between two instructions of the main thread, which may be inside
@@ -86,8 +86,8 @@ class StopSignals:
                     self._take(signal.Signals(number))
 
     def _take(self, number: signal.Signals) -> None:
-        if self._done is not None:
-            os._exit(self._done)
+        if self._is_done:
+            os._exit(self.code())
         if self._first is None:
             self._first = number, time.monotonic()
             if not self._is_deferred:

@@ -68,11 +68,11 @@ def run(config: Config) -> int:
         # The watchdog is to speak first: it knows more than a collective that gives up.
         limit_collectives(limit_s + 60)
         signals.defer()
-        is_complete = go_on(ready, position, lambda: signals.asked, watch)
-        code = 0 if is_complete else signals.code()
+        if go_on(ready, position, lambda: signals.asked, watch):
+            return 0
         mesh.any(False)  # together: a launcher ends the others once one has stopped
-        signals.done(code)
-    return code
+        signals.done()
+    return signals.code()
 
 
 def _watched(folder: Path, limit_s: float) -> AbstractContextManager[Watch]:

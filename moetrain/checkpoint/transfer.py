@@ -34,6 +34,7 @@ from moetrain.checkpoint.manifest import (
     seal,
 )
 from moetrain.errors import RunError, UserError
+from moetrain.mesh import gather
 
 Group = dist.ProcessGroup | None
 T = TypeVar("T")
@@ -67,7 +68,7 @@ def save(
         _on_all(group, lambda: _prepare(final) if rank == 0 else None)
         _on_all(group, lambda: _check_shared(partial))
         metadata = _write_tensors(partial, tensors, group)
-        files = _gather(group, _on_all(group, lambda: describe_files(partial, rank)))
+        files = gather(_on_all(group, lambda: describe_files(partial, rank)), group)
 
         def commit() -> None:
             manifest = build_manifest(step, extra, list(chain(*files)), metadata)
@@ -164,7 +165,7 @@ def load(
     """
     path = Path(path)
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    _require_one(_gather(group, (path.name, save_number(path))))
+    _require_one(gather((path.name, save_number(path)), group))
 
     def check() -> Manifest:
         manifest = read_manifest(path)
@@ -222,7 +223,7 @@ def load_latest(
     """
     rank = dist.get_rank(group)
     mine = _on_all(group, lambda: saves(Path(run_dir) / FOLDER) if rank == 0 else [])
-    found = _gather(group, mine)[0]
+    found = gather(mine, group)[0]
     # Those without a marker come first, and `saves` has warned of them.
     num_damaged = sum(number == 0 for number, _ in found)
     num_others = 0
@@ -257,17 +258,11 @@ def _on_all(group: Group, action: Callable[[], T]) -> T:
         error = cause = failure
     except Exception as failure:
         error, cause = CheckpointError(_blame(dist.get_rank(group), failure)), failure
-    errors = [error for error in _gather(group, error) if error is not None]
+    errors = [error for error in gather(error, group) if error is not None]
     if errors:
         # dict.fromkeys: what every rank says is said once.
         raise type(errors[0])("\n".join(dict.fromkeys(map(str, errors)))) from cause
     return cast(T, result)
-
-
-def _gather(group: Group, value: T) -> list[T]:
-    values: list[T] = [value] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
 
 
 @contextmanager
