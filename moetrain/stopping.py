@@ -92,7 +92,7 @@ class StopSignals:
             self._first = number, time.monotonic()
             if not self._is_deferred:
                 _end(f"stopped by {number.name} before the first step", self.code())
-            _say(f"{number.name}: stopping after this step; a second signal ends the run at once")
+            _say("stopping after this step; a second signal ends the run at once")
         elif number != REQUEST and time.monotonic() - self._first[1] > ECHO_S:
             _end(f"ended at once by a second signal, {number.name}", 128 + number)
 

@@ -125,7 +125,7 @@ def test_a_second_signal_ends_the_run_at_once(config: Path) -> None:
         running.send(signal.SIGSTOP, 1)
         running.send(signal.SIGTERM, 0)
         running.send(signal.SIGTERM, 0)  # at once: an echo of the first
-        running.wait_for_word("SIGTERM: stopping after this step")
+        running.wait_for_word("stopping after this step")
         time.sleep(ECHO_S + 0.2)
         assert running.is_alive(0)
         running.send(signal.SIGTERM, 0)
