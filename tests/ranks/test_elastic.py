@@ -110,7 +110,7 @@ def test_when_a_node_is_lost_the_others_go_on_and_it_may_come_back(tmp_path: Pat
     meeting = (
         *("--nproc-per-node=1", "--nnodes=1:2", "--max-restarts=3", "--rdzv-backend=c10d"),
         *(f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test"),
-        "--rdzv-conf=last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=8",
+        "--rdzv-conf=last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=6",
     )
     command = (sys.executable, "-m", "moetrain.torchrun", *meeting)
     train = ("-m", "moetrain", "train", str(config))
