@@ -150,15 +150,24 @@ class Agent(LocalElasticAgent):
         self._pass_on()
         result: RunResult = super()._monitor_workers(worker_group)  # type: ignore[call-arg]
         failures = result.failures.values()
+        if not failures:
+            return result
+        if self._makes_room(result):
+            return RunResult(WorkerState.HEALTHY)  # and so it starts them again
         if all(-failure.exitcode in self._passed_on for failure in failures):
             for failure in failures:  # they were still starting: there was nothing to save
                 failure.exitcode = STOPPED
-        if failures:
-            if self._passed_on or any(map(_is_final, failures)):
-                self._remaining_restarts = 0
-            if self._remaining_restarts:
-                _say(f"{describe(result.failures)}\nmoetrain: starting all ranks again")
+        if self._passed_on or any(map(_is_final, failures)):
+            self._remaining_restarts = 0
+        if self._remaining_restarts:
+            _say(f"{describe(result.failures)}\nmoetrain: starting all ranks again")
         return result
+
+    def _makes_room(self, result: RunResult) -> bool:
+        """Whether its ranks have stopped because another agent's were asked to, for a new node."""
+        codes = {failure.exitcode for failure in result.failures.values()}
+        handler = self._worker_group.spec.rdzv_handler
+        return codes == {STOPPED} and not self._passed_on and handler.num_nodes_waiting() > 0
 
 
 def main(arguments: Sequence[str]) -> int:
