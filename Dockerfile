@@ -35,5 +35,6 @@ COPY moetrain moetrain
 
 USER 10001
 HEALTHCHECK --interval=1h --timeout=5m --start-period=5m --retries=2 \
-    CMD ["env", "CUDA_VISIBLE_DEVICES=", "NPROC=2", "launch/train.sh", "launch/health.yaml"]
+    CMD ["env", "CUDA_VISIBLE_DEVICES=", "NPROC=2", "MAX_RESTARTS=0", \
+         "launch/train.sh", "launch/health.yaml"]
 CMD ["moetrain", "--help"]
