@@ -352,8 +352,7 @@ def _refuse(error: Exception, code: int) -> int:
     the agent that watches them then ends the others while they linger. One that outlives that has
     an error of its own, and says it.
     """
-    record_error(error)
-    if is_watched():
+    if record_error(error):
         return code
     rank = int(os.environ.get("RANK", "0"))
     if rank:
@@ -370,9 +369,9 @@ def _fail(error: Exception) -> int:
     text = out_of_memory.explain(error)
     if text is not None:
         error = RunError(f"rank {rank}: {text}")
-    record_error(error)
+    is_left = record_error(error)
     if text is not None:
-        if not is_watched():
+        if not is_left:
             print(redact(f"moetrain: error: {error}"), file=sys.stderr)
         return FAILED
     if not is_watched():

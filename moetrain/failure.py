@@ -65,19 +65,21 @@ def kind_of(error: BaseException) -> Kind:
     return "consequence" if is_lost else "failure"
 
 
-def record_error(error: BaseException) -> None:
+def record_error(error: BaseException) -> bool:
     """Leave an exception for the launcher: its message where it was meant for the user, else its
-    traceback."""
+    traceback. Returns whether `moetrain.torchrun` will print it."""
     kind = kind_of(error)
     has_message = kind in ("mistake", "final")
-    record(str(error) if has_message else "".join(traceback.format_exception(error)), kind)
+    text = str(error) if has_message else "".join(traceback.format_exception(error))
+    return record(text, kind) and is_watched()
 
 
-def record(text: str, kind: Kind = "failure") -> None:
-    """Leave the reason of this process's end where the launcher looks for it, if it does."""
+def record(text: str, kind: Kind = "failure") -> bool:
+    """Leave the reason of this process's end where the launcher looks for it; returns whether it is
+    there."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
-        return
+        return False
     now, text = time.time(), redact(text)
     # The format that torchrun reads, and a key of our own.
     content = {
@@ -92,8 +94,9 @@ def record(text: str, kind: Kind = "failure") -> None:
         with open(partial, "w") as file:
             json.dump(content, file)
         os.replace(partial, path)
-    except OSError:
-        pass  # a full disk, say; the text is on the screen as well
+    except OSError:  # a full disk, say
+        return False
+    return True
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

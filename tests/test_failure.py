@@ -11,7 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from moetrain import torchrun
 from moetrain.checkpoint import CheckpointError
 from moetrain.errors import DivergedError, UserError
-from moetrain.failure import Kind, kind_of, record, record_error
+from moetrain.failure import LAUNCHER, Kind, kind_of, record, record_error
 
 LOST = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:6575."
 
@@ -133,6 +133,16 @@ def test_secrets_do_not_get_there(ranks: Ranks) -> None:
     assert "***@host" in ranks.verdict()[2]
 
 
-def test_without_a_launcher_there_is_nowhere_to_leave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_left_is_for_the_rank_to_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a launcher, with torchrun's own, and on a disk that is full or gone."""
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
-    record_error(ValueError("x"))
+    monkeypatch.delenv(LAUNCHER, raising=False)
+    assert not record_error(ValueError("x"))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert not record_error(ValueError("x"))
+    monkeypatch.setenv(LAUNCHER, "1")
+    assert record_error(ValueError("x"))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "error.json"))
+    assert not record_error(ValueError("x"))
