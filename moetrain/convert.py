@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moetrain import checkpoint
 from moetrain.checkpoint.checks import is_model
+from moetrain.checkpoint.disk import sync
 from moetrain.checkpoint.manifest import Manifest
 from moetrain.checkpoint.reading import dtype_of, open_checkpoint, read_tensor
 from moetrain.errors import UserError
@@ -98,9 +99,9 @@ def _written_beside(out: Path) -> Iterator[Path]:
             place = Path(beside) / out.name
             yield place
             for written in (*place.rglob("*"), place):
-                _sync(written)
+                sync(written)
             place.rename(out)
-        _sync(out.parent)
+        sync(out.parent)
     except (OSError, RuntimeError) as error:
         # torch tells of a full disk by an error of its own, which comes from the disk's.
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -159,12 +160,3 @@ def shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
         groups[-1].append(name)
         held += size
     return groups
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from moetrain.checkpoint.checks import check_files, check_pieces, check_tensors
+from moetrain.checkpoint.disk import sync, write_synced
 from moetrain.checkpoint.folder import FOLDER, beside, delete, remove, saves
 from moetrain.checkpoint.manifest import (
     MANIFEST,
@@ -93,7 +93,7 @@ def _prepare(final: Path) -> None:
         if leftover.exists():
             remove(leftover)
     beside(final, "partial").mkdir()
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def _check_shared(partial: Path) -> None:
@@ -128,14 +128,14 @@ def _commit(partial: Path, final: Path, manifest: Manifest) -> None:
     """Seal the finished directory and give it its name."""
     content = manifest.model_dump_json().encode()
     number = max((number for number, _ in saves(final.parent)), default=0) + 1
-    _write_synced(partial / MANIFEST, content)
-    _write_synced(partial / MARKER, seal(number, content))
-    _sync(partial)
+    write_synced(partial / MANIFEST, content)
+    write_synced(partial / MARKER, seal(number, content))
+    sync(partial)
     replaced = beside(final, "replaced")
     if final.exists():
         final.rename(replaced)
     partial.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     if replaced.exists():
         delete(replaced)
 
@@ -279,19 +279,3 @@ def _blame(rank: int, error: BaseException) -> str:
     # What torch says where a disk takes a part of what it writes.
     hint = " (is the disk full?)" if "unexpected pos" in str(error) else ""
     return f"rank {rank}: {type(error).__name__}: {error}{hint}"
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a directory survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
