@@ -90,7 +90,7 @@ class Speed(TypedDict):
     data_s_by_rank: ByRank
     """Mean seconds per step since the line before in which a rank read its batches."""
     probe_s_by_rank: ByRank
-    """Seconds that a fixed matrix product took a rank just now, the median of three: about equal
+    """Seconds that a fixed matrix product took a rank just now, the mean of three: about equal
     where devices are alike and undisturbed. Empty on a single rank."""
 
 

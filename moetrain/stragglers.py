@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from statistics import median, median_low
+from statistics import median_low
 from typing import NamedTuple, final
 
 import torch
@@ -21,6 +21,8 @@ RATIO = 1.5
 """A rank is slow that takes longer than so many times the median ..."""
 SHARE = 0.1
 """... and that reads for so much longer than it, in step times ..."""
+PRODUCTS = 3
+"""Matrix products that are timed together."""
 LINES = 3
 """... and is worth a note in so many lines in a row."""
 
@@ -46,24 +48,27 @@ class Probe:
         self._multiply()  # once, for libraries to set up
 
     def seconds(self) -> float:
-        """Median of three, after what the device has yet to do."""
-        return median(self._timed() for _ in range(3))
+        """Mean of `PRODUCTS`, after what the device has yet to do.
 
-    def _multiply(self) -> None:
-        torch.mm(self._factor, self._factor, out=self._product)
-
-    def _timed(self) -> float:
+        The mean, because other work takes a core for milliseconds at a time: of a few short
+        products, it leaves most as they are and makes one long.
+        """
         if not self._is_cuda:
             started = time.perf_counter()
-            self._multiply()
-            return time.perf_counter() - started
+            for _ in range(PRODUCTS):
+                self._multiply()
+            return (time.perf_counter() - started) / PRODUCTS
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         start.record()
-        self._multiply()
+        for _ in range(PRODUCTS):
+            self._multiply()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1000
+        return start.elapsed_time(end) / 1000 / PRODUCTS
+
+    def _multiply(self) -> None:
+        torch.mm(self._factor, self._factor, out=self._product)
 
 
 @final

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -77,33 +76,31 @@ def test_all_ranks_have_the_times_of_all() -> None:
     assert simulate_ranks(1, work) == [RankTimes([0], [])], "nobody to be compared with"
 
 
-@pytest.fixture
-def busy_core() -> Iterator[int]:
-    """A core that another process never leaves."""
-    core = min(os.sched_getaffinity(0))
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        os.sched_setaffinity(process.pid, {core})
-        yield core
-    finally:
-        process.kill()
-        process.wait()
+PROBING = """
+import os
+import torch
+from moetrain.stragglers import Probe
+probe = Probe(torch.device("cpu"))
+print("ready", flush=True)
+print(probe.seconds(), flush=True)
+os._exit(0)  # without the leisure of the interpreter
+"""
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a thread cannot be pinned elsewhere")
-def test_a_rank_that_has_little_of_its_core_is_told_by_the_probe(busy_core) -> None:
-    probe, seconds = Probe(torch.device("cpu")), []
-
-    def starved() -> None:
-        os.sched_setaffinity(threading.get_native_id(), {busy_core})
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        seconds.append(probe.seconds())
-
-    thread = threading.Thread(target=starved)
-    thread.start()
-    thread.join()
+def test_a_rank_that_has_little_of_its_core_is_told_by_the_probe() -> None:
+    command = [sys.executable, "-c", PROBING]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    process.stdout.readline()
+    while process.poll() is None:  # most of the time, something else has its core
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.005)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.001)
+    starved = float(process.communicate()[0])
+    probe = Probe(torch.device("cpu"))
     usual = min(probe.seconds() for _ in range(5))
-    slow = slow_ranks(RankTimes([0.0] * 3, [usual, *seconds, usual]), step_time_s=1.0)
+    slow = slow_ranks(RankTimes([0.0] * 3, [usual, starved, usual]), step_time_s=1.0)
     assert slow.keys() == {1}
 
 
