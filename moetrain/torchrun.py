@@ -20,9 +20,10 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from types import FrameType
 from typing import Any, final
 
@@ -32,6 +33,8 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
+    RendezvousError,
     RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
@@ -110,8 +113,10 @@ class Loopback(RendezvousHandler):
 class Agent(LocalElasticAgent):
     """torchrun's agent; passes signals on, and knows which failures another try may mend."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, spec: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(spec, *args, **kwargs)
+        handler = spec.rdzv_handler
+        handler.num_nodes_waiting = partial(_none_if_lost, handler.num_nodes_waiting)
         self._starts = 0
         self._to_pass_on: list[int] = []
         self._passed_on: set[int] = set()
@@ -197,6 +202,11 @@ def main(arguments: Sequence[str]) -> int:
     except SignalException as error:
         _say(f"moetrain: ended by {error.sigval.name}")
         return STOPPED if error.sigval in SIGNALS else 128 + error.sigval
+    except RendezvousError as error:
+        where = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port}"
+        reason = str(error.__cause__ or error).partition("\n")[0] or "not all came in time"
+        _say(f"moetrain: error: the agents of this run cannot meet at {where}: {reason}")
+        return FAILED
     return 0
 
 
@@ -228,6 +238,15 @@ def first(failures: Mapping[int, ProcessFailure]) -> int:
     return min(
         failures, key=lambda rank: (ORDER.index(_kind(failures[rank])), _time(failures[rank]))
     )
+
+
+def _none_if_lost(count: Callable[[], int]) -> int:
+    """How many nodes wait to join: none can once the agent that keeps the store has ended, while
+    the ranks here may still end well."""
+    try:
+        return count()
+    except RendezvousConnectionError:
+        return 0
 
 
 def _kind(failure: ProcessFailure) -> str:

@@ -71,6 +71,12 @@ def agents(*made: Agent) -> Iterator[None]:
             agent.kill()
 
 
+def free_endpoint() -> str:
+    """Host and port where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return "{}:{}".format(*free.getsockname())
+
+
 def write(folder: Path) -> Path:
     return write_config(
         folder,
@@ -105,11 +111,9 @@ def test_ranks_that_are_lost_start_again_from_the_last_checkpoint(tmp_path: Path
 def test_when_a_node_is_lost_the_others_go_on_and_it_may_come_back(tmp_path: Path) -> None:
     """Two agents with a rank each; one dies with its rank, and the world is half as large."""
     config = write(tmp_path)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     meeting = (
         *("--nproc-per-node=1", "--nnodes=1:2", "--max-restarts=3", "--rdzv-backend=c10d"),
-        *(f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test"),
+        *(f"--rdzv-endpoint={free_endpoint()}", "--rdzv-id=test"),
         "--rdzv-conf=last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=6",
     )
     command = (sys.executable, "-m", "moetrain.torchrun", *meeting)
@@ -134,8 +138,9 @@ def test_when_a_node_is_lost_the_others_go_on_and_it_may_come_back(tmp_path: Pat
         with agents(again):
             where = first.wait_for(r"stopped by a signal after step (\d+)")[1]
             first.wait_for(rf"on 2 ranks \(cpu\), from step {where}\n[^§]*step {int(where) + 3}/")
-            assert first.end(signal.SIGTERM) == 75
-            assert again.process.wait(SECONDS) == 75
+            again.process.send_signal(signal.SIGSTOP)
+            assert first.end(signal.SIGTERM) == 75  # and with it the store
+            assert again.end(signal.SIGCONT) == 75
     lines = [line["step"] for line in read_metrics(tmp_path / "runs/run")]
     assert lines == list(range(1, len(lines) + 1))
 
@@ -171,3 +176,18 @@ def test_an_agent_that_is_asked_before_its_ranks_are_ready_ends(
             time.sleep(0.02)
         assert agent.end(number) == 75, agent.log.read_text()
     assert not (tmp_path / "runs").exists()
+
+
+def test_agents_that_do_not_find_each_other_say_where_they_looked(tmp_path: Path) -> None:
+    where = free_endpoint()
+    agent = Agent(
+        tmp_path / "said",
+        *(sys.executable, "-m", "moetrain.torchrun", "--nproc-per-node=1", "--nnodes=2"),
+        *("--rdzv-backend=c10d", f"--rdzv-endpoint={where}", "--rdzv-conf=join_timeout=1"),
+        *("-m", "moetrain", "train", str(write(tmp_path))),
+    )
+    with agents(agent):
+        assert agent.process.wait(SECONDS) == 1
+        *_, said = agent.log.read_text().splitlines()
+    reason = "not all came in time"
+    assert said == f"moetrain: error: the agents of this run cannot meet at {where}: {reason}"
