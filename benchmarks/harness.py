@@ -1,0 +1,296 @@
+"""Contenders measured side by side: each ready in processes of its own, all of them in turn.
+
+A benchmark names its contenders, builds a case in all of them, checks that they compute the same,
+and measures rounds in which each has its turn, so that whatever disturbs the machine disturbs all.
+What is compared is the ratio of two contenders within a round; a table shows the median and the
+range of the rounds. A contender that cannot be built here is left out with its reason.
+
+Processes of their own keep apart what cannot live together (two versions of a library) and tell
+whose memory is whose. The same calls measure one process or several ranks, on CPUs or GPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Protocol, Self
+
+import torch
+import torch.distributed as dist
+
+Device = Literal["cpu", "cuda"]
+
+
+class Case(Protocol):
+    """Something ready to be measured, in every rank of a contender."""
+
+    def step(self) -> object:
+        """What is timed. Every call must do the same work."""
+        ...
+
+    def facts(self) -> Any:
+        """What the benchmark wants to know of this rank: outputs to compare, counts. Picklable."""
+        ...
+
+
+class Contender(NamedTuple):
+    """Whoever is measured, and where."""
+
+    name: str
+    build: Callable[[Any, torch.device], Case]
+    """Makes a case ready; at the top level of a module, since other processes call it. Raises
+    `AbsentError` where it cannot be done; any other error is one of the benchmark."""
+    ranks: int = 1
+    """Processes of one group (Gloo, NCCL on GPUs), which share the cores of this machine."""
+    first_on_path: Path | None = None
+    """A folder of packages that go before those that are installed."""
+
+
+class AbsentError(Exception):
+    """A contender cannot take part, and why."""
+
+
+class Sample(NamedTuple):
+    """What a contender did, round by round."""
+
+    seconds: list[float]
+    """Per step, of its slowest rank."""
+    peak_bytes: int
+    """The most memory that a step took beyond what was there before it, of all its ranks together:
+    of the process on a CPU, of torch's allocator on a GPU."""
+
+
+class Field:
+    """All contenders, each in its processes; a context manager."""
+
+    def __init__(self, contenders: Sequence[Contender], device: Device = "cpu"):
+        self._contenders, self._device = contenders, device
+        self._stack = contextlib.ExitStack()
+        self._teams: dict[str, list[Connection]] = {}
+        self._ready: list[str] = []
+
+    def __enter__(self) -> Self:
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        for number, contender in enumerate(self._contenders):
+            store = folder / f"store-{number}"
+            self._teams[contender.name] = [
+                self._start(contender, rank, store) for rank in range(contender.ranks)
+            ]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def _start(self, contender: Contender, rank: int, store: Path) -> Connection:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        arguments = theirs, contender, rank, store, self._device
+        process = context.Process(target=_serve, args=arguments, daemon=True)
+        with _on_path(contender.first_on_path):
+            process.start()
+        theirs.close()
+        self._stack.callback(process.join)
+        self._stack.callback(ours.close)  # first: it ends the process
+        return ours
+
+    def build(self, cell: Any) -> dict[str, list[Any] | AbsentError]:
+        """Make the case of `cell` ready everywhere, in place of the one before.
+
+        Returns every contender's facts, rank by rank, or why it is left out; those that are left
+        out have no turns.
+        """
+        found: dict[str, list[Any] | AbsentError] = {}
+        for name in self._teams:  # one at a time: building may take all memory there is
+            answers = self._ask(name, "build", cell)
+            reasons = [answer for answer in answers if isinstance(answer, AbsentError)]
+            found[name] = reasons[0] if reasons else answers
+        self._ready = [name for name, facts in found.items() if not isinstance(facts, AbsentError)]
+        return found
+
+    def measure(self, rounds: int, turn_s: float = 0.2) -> dict[str, Sample]:
+        """Let every contender that is ready have a turn in each of so many rounds.
+
+        A turn is a step that is not counted and then as many as fill about `turn_s` seconds, one
+        at least. Who begins, and so who follows whom, changes from round to round.
+        """
+        steps = {name: self._pace(name, turn_s) for name in self._ready}
+        seconds: dict[str, list[float]] = {name: [] for name in self._ready}
+        for number in range(rounds):
+            first = number % max(1, len(self._ready))
+            for name in self._ready[first:] + self._ready[:first]:
+                seconds[name].append(max(self._ask(name, "turn", steps[name])))
+        peaks = {name: sum(self._ask(name, "peak", None)) for name in self._ready}
+        return {name: Sample(seconds[name], peaks[name]) for name in self._ready}
+
+    def _pace(self, name: str, turn_s: float) -> int:
+        """The steps of a turn, after warming up."""
+        slowest = max(self._ask(name, "turn", 1))
+        return max(1, round(turn_s / slowest))
+
+    def _ask(self, name: str, what: str, argument: Any) -> list[Any]:
+        """Let all ranks of a contender do something; their answers in the order of ranks."""
+        team = self._teams[name]
+        for connection in team:
+            connection.send((what, argument))
+        answers = []
+        for rank, connection in enumerate(team):
+            try:
+                answer = connection.recv()
+            except EOFError:
+                raise RuntimeError(f"{name}: rank {rank} died while asked to {what}") from None
+            if isinstance(answer, _Failure):
+                raise RuntimeError(f"{name}, rank {rank}, asked to {what}:\n{answer.trace}")
+            answers.append(answer)
+        return answers
+
+
+# ---- in the processes of a contender -------------------------------------------------------------
+
+
+class _Failure(NamedTuple):
+    trace: str
+
+
+def _serve(
+    connection: Connection, contender: Contender, rank: int, store: Path, kind: Device
+) -> None:
+    """Answer until the connection closes."""
+    torch.set_num_threads(max(1, _cores() // contender.ranks))
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if contender.ranks > 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, init_method=f"file://{store}", rank=rank, world_size=contender.ranks
+        )
+    case: Any = None
+    with contextlib.suppress(EOFError):
+        while True:
+            what, argument = connection.recv()
+            answer: Any
+            try:
+                if what == "build":
+                    case = None  # the one before makes room first
+                    _let_go(kind)
+                    case = contender.build(argument, device)
+                    answer = case.facts()
+                else:
+                    answer = {"turn": _turn, "peak": _peak}[what](case, argument, kind)
+            except AbsentError as reason:
+                answer = reason
+            except Exception:
+                answer = _Failure(traceback.format_exc())
+            connection.send(answer)
+
+
+def _turn(case: Case, steps: int, kind: Device) -> float:
+    """Mean seconds of `steps` steps, after one that is not counted."""
+    case.step()
+    _synchronize(kind)
+    started = time.perf_counter()
+    for _ in range(steps):
+        case.step()
+    _synchronize(kind)
+    return (time.perf_counter() - started) / steps
+
+
+def _peak(case: Case, _: None, kind: Device) -> int:
+    """The most memory that one step takes beyond what is there before."""
+    case.step()
+    _let_go(kind)
+    if kind == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        case.step()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    except OSError as error:
+        raise RuntimeError("the peak memory of a process is read from Linux's /proc") from error
+    before = _status("VmRSS")
+    case.step()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    """Bytes that Linux counts for this process under a name."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {name}")
+
+
+def _let_go(kind: Device) -> None:
+    """Give unused memory back, so that what a step takes shows."""
+    gc.collect()
+    if kind == "cuda":
+        torch.cuda.empty_cache()
+    elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # musl has none
+        trim(0)
+
+
+def _synchronize(kind: Device) -> None:
+    if kind == "cuda":
+        torch.cuda.synchronize()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+@contextlib.contextmanager
+def _on_path(folder: Path | None):
+    """What a process that is started meanwhile finds first: it is given this one's path."""
+    if folder is None:
+        yield
+        return
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+# ---- of what was measured ------------------------------------------------------------------------
+
+
+class Spread(NamedTuple):
+    """The median of some rounds, and their range."""
+
+    median: float
+    least: float
+    most: float
+
+    def show(self, form: str = ".2f") -> str:
+        """As in a table: median (least–most)."""
+        median, least, most = (format(number, form) for number in self)
+        return f"{median} ({least}–{most})"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and range."""
+    return Spread(statistics.median(values), min(values), max(values))
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
+    """The quotients of each round."""
+    return spread([a / b for a, b in zip(over, under, strict=True)])
