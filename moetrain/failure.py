@@ -29,9 +29,9 @@ LAUNCHER = "MOETRAIN_LAUNCHER"
 RESTARTS = "MOETRAIN_RESTARTS"
 """How often it has started them again."""
 
-Kind = Literal["mistake", "final", "hang", "failure", "consequence"]
-"""mistake: the user's; final: not to be tried again; hang: the watchdog's finding; consequence: of
-another rank's end."""
+Kind = Literal["mistake", "final", "hang", "failure", "unbegun", "consequence"]
+"""mistake: the user's; final: not to be tried again; hang: the watchdog's finding; unbegun: stopped
+by a signal before the first step; consequence: of another rank's end."""
 _LOST = re.compile(
     r"gloo/|connection (was )?(closed|reset)|broken pipe|wait timeout|NCCL", re.IGNORECASE
 )

@@ -33,8 +33,8 @@ def hold(folder: Path, patience_s: float = 0.0) -> Iterator[None]:
     process ends, the lock ends with it; the file stays, because removing it could part two runs
     that wait for each other.
 
-    Raises UserError, alike on every rank, where another process holds it or the folder cannot be
-    made. A file system without locks is a warning.
+    Raises UserError, alike on every rank, where another process holds it, or the folder cannot be
+    made or locked. A file system without locks is a warning.
     """
     file, error = None, None
     if dist.get_rank() == 0:
@@ -52,10 +52,11 @@ def hold(folder: Path, patience_s: float = 0.0) -> Iterator[None]:
             file.close()
 
 
-def _take(folder: Path, patience_s: float) -> IO[str]:
+def _take(folder: Path, patience_s: float) -> IO[bytes]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK_FILE).open("a+", encoding="utf-8")  # not emptied: it is not ours yet
+        # Not emptied: it is not ours yet. Unbuffered: closing it must not write.
+        file = (folder / LOCK_FILE).open("a+b", buffering=0)
     except OSError as error:
         raise UserError(
             f"out ({folder.parent}) cannot hold {folder}: {error.strerror}; set one that can"
@@ -65,25 +66,28 @@ def _take(folder: Path, patience_s: float) -> IO[str]:
     except BlockingIOError:
         with file:
             file.seek(0)
-            holder = _named(file.read())
+            holder = _named(file.read().decode(errors="replace"))
         raise UserError(
             f"{folder} is in use by {holder}; end that run first, or give this one another name"
         ) from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
-            raise
+            raise UserError(
+                f"{folder / LOCK_FILE} cannot be locked: {error.strerror}; set an out on a disk "
+                "that works"
+            ) from None
         warnings.warn(
             f"{folder / LOCK_FILE} cannot be locked ({error.strerror}): another run of this name "
             "would go unnoticed",
             stacklevel=2,
         )
-    file.truncate(0)
-    file.write(_holder())
-    file.flush()
+    with suppress(OSError):  # on a full disk it holds the lock without a name
+        file.truncate(0)
+        file.write(_holder().encode())
     return file
 
 
-def _lock(file: IO[str], deadline: float) -> None:
+def _lock(file: IO[bytes], deadline: float) -> None:
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

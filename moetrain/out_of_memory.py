@@ -81,13 +81,16 @@ _MESSAGES = re.compile(
 )
 
 
-def explain(error: BaseException) -> str | None:
+def explain(error: BaseException, place: tuple[str, str] | None = None) -> str | None:
     """One message for an allocation that failed, in torch on any device or in Python; None for any
     other error.
+
+    `place` is module and function where it happened, for an error that comes from another rank
+    and so without its traceback.
     """
     if not _is_out_of_memory(error):
         return None
-    buffer, less = _buffer(error)
+    buffer, less = _buffer([place] if place else list(_frames(error))[::-1])
     return (
         f"out of memory: {_size(str(error))} left for {buffer}; what takes less: {', '.join(less)} "
         "(moetrain check shows what each kind of memory comes to)"
@@ -116,9 +119,9 @@ def _in_units(num_bytes: float) -> str:
     return f"{num_bytes:.2f} GiB"
 
 
-def _buffer(error: BaseException) -> tuple[str, tuple[str, ...]]:
-    """The buffer with the innermost function of ours, and what makes it smaller."""
-    frames = list(_frames(error))[::-1]
+def _buffer(frames: list[tuple[str, str]]) -> tuple[str, tuple[str, ...]]:
+    """The buffer with the innermost function of ours, and what makes it smaller; frames come from
+    the innermost outwards."""
     ours = next((f"{m}, {f}" for m, f in frames if m.partition(".")[0] == "moetrain"), "")
     for module, function in frames:
         for place in PLACES:

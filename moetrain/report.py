@@ -14,7 +14,7 @@ from moetrain import metrics, settings
 from moetrain.config import Config
 from moetrain.data import Prepared
 from moetrain.evaluate import nats_per_byte
-from moetrain.mesh import Mesh
+from moetrain.mesh import Mesh, raise_alike
 from moetrain.model import Transformer
 from moetrain.objective import Means
 from moetrain.peaks import device_peak_flops
@@ -42,7 +42,10 @@ class Report:
         model: Transformer,
         start: Position,
     ):
-        """Open the sinks (rank 0); what was logged after `start` is dropped."""
+        """Open the sinks (rank 0); what was logged after `start` is dropped. A collective.
+
+        Raises UserError, alike on every rank, where the folder cannot be written.
+        """
         self._config, self._folder, self._mesh = config, folder, mesh
         self._prepared = prepared
         self._flops_per_token = train_flops_per_token(model, config.data.seq_len)
@@ -52,16 +55,33 @@ class Report:
         self._is_writer = mesh.rank == 0
         self._closing = ExitStack()
         self._wandb: WandbSink | None = None
+        error = None
+        if self._is_writer:
+            try:
+                self._save_settings()
+                self._log = MetricsLog(folder, start.step, start.owes_evaluation)
+            except OSError as problem:
+                error = (
+                    f"out ({config.out}) cannot hold {folder}: {problem}; make room, or set another"
+                )
+        raise_alike(error)
         if self._is_writer:
             self._open(model, start)
 
+    def _save_settings(self) -> None:
+        """What is needed to load the run's checkpoints elsewhere."""
+        folder = self._folder
+        folder.mkdir(parents=True, exist_ok=True)
+        settings.save(self._config, folder / "config.yaml")
+        path, new = folder / TOKENIZER_FILE, folder / f"{TOKENIZER_FILE}.new"
+        self._prepared.tokenizer.save(new)
+        if new.exists():
+            new.replace(path)
+        else:
+            path.unlink(missing_ok=True)  # an earlier run's of this name
+
     def _open(self, model: Transformer, start: Position) -> None:
         config, folder = self._config, self._folder
-        folder.mkdir(parents=True, exist_ok=True)
-        settings.save(config, folder / "config.yaml")
-        (folder / TOKENIZER_FILE).unlink(missing_ok=True)  # an earlier run's of this name
-        self._prepared.tokenizer.save(folder / TOKENIZER_FILE)
-        self._log = MetricsLog(folder, start.step, start.owes_evaluation)
         self._closing.callback(self._log.close)
         if config.log.wandb != "off":
             self._wandb = WandbSink(

@@ -10,6 +10,8 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Self, final
 
+from moetrain.failure import record
+
 STOPPED = 75
 """Exit code of a run that was stopped by a signal, and can be continued (EX_TEMPFAIL)."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -91,7 +93,9 @@ class StopSignals:
         if self._first is None:
             self._first = number, time.monotonic()
             if not self._is_deferred:
-                _end(f"stopped by {number.name} before the first step", self.code())
+                text = f"stopped by {number.name} before the first step"
+                record(text, "unbegun")  # agents end the others so when one has failed
+                _end(text, self.code())
             _say("stopping after this step; a second signal ends the run at once")
         elif number != REQUEST and time.monotonic() - self._first[1] > ECHO_S:
             _end(f"ended at once by a second signal, {number.name}", 128 + number)

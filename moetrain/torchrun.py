@@ -52,9 +52,10 @@ ASKED = {STOPPED, *(128 + number for number in SIGNALS)}
 """Exit codes of ranks that a signal stopped."""
 SAVING_S = 600
 """How long ranks that are well may take to save before they are started again on other nodes."""
-ORDER = ("mistake", "final", "hang", "failure", "killed", "consequence", "ended")
+ORDER = ("mistake", "final", "hang", "failure", "killed", "unbegun", "consequence", "ended")
 """Which kind of failure explains the others, first to last. A rank that was killed is outranked by
-one that says why it ended: the agent kills those that do not end by themselves."""
+one that says why it ended: the agent kills those that do not end by themselves. It outranks those
+that had not begun: they end so when the agent asks them to, because of it."""
 
 
 @final
@@ -162,7 +163,7 @@ class Agent(LocalElasticAgent):
         if all(-failure.exitcode in self._passed_on for failure in failures):
             for failure in failures:  # they were still starting: there was nothing to save
                 failure.exitcode = STOPPED
-        if self._passed_on or any(map(_is_final, failures)):
+        if self._passed_on or _is_final(result.failures):
             self._remaining_restarts = 0
         if self._remaining_restarts:
             _say(f"{describe(result.failures)}\nmoetrain: starting all ranks again")
@@ -172,7 +173,7 @@ class Agent(LocalElasticAgent):
         """Whether its ranks have stopped because another agent's were asked to, for a new node."""
         codes = {failure.exitcode for failure in result.failures.values()}
         handler = self._worker_group.spec.rdzv_handler
-        return codes == {STOPPED} and not self._passed_on and handler.num_nodes_waiting() > 0
+        return codes <= ASKED and not self._passed_on and handler.num_nodes_waiting() > 0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -257,8 +258,9 @@ def _kind(failure: ProcessFailure) -> str:
     return "killed" if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM else "ended"
 
 
-def _is_final(failure: ProcessFailure) -> bool:
-    return _kind(failure) in ("mistake", "final")
+def _is_final(failures: Mapping[int, ProcessFailure]) -> bool:
+    """Whether another try would go no better, or is not wanted."""
+    return _kind(failures[first(failures)]) in ("mistake", "final", "unbegun")
 
 
 def _time(failure: ProcessFailure) -> float:

@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 import uuid
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -154,10 +155,17 @@ class Watchdog:
     def _guard(self) -> None:
         while not self._ended.wait(self._interval_s):
             if time.monotonic() - self._answered > self._limit_s + self._interval_s:
-                self._end(
+                verdict = (
                     f"rank {self._rank} has had no answer from the store of the run for "
-                    f"{self._limit_s:g} s: the node that holds it, or the network, is gone"
+                    f"{self._limit_s:g} s: {_holder()} is gone or stopped, or the network is cut"
                 )
+                # Where this one stands is all that it can tell; the disk may hang, too.
+                path = self._folder / STACKS_FILE.replace(".", f"-{self._rank}.")
+                told = verdict, {self._rank: self._look()}, [self._rank]
+                writing = threading.Thread(target=_write, args=(path, *told), daemon=True)
+                writing.start()
+                writing.join(PATIENCE_S)
+                self._end(verdict)
 
     def _listen(self) -> None:
         if self._store.check(["verdict"]):
@@ -190,7 +198,7 @@ class Watchdog:
         ]
         verdict = f"{_guilty(now, silent)}; where every rank stands: {self._folder / STACKS_FILE}"
         self._tell(verdict)
-        _write(self._folder / STACKS_FILE, verdict, now, self._world)  # the disk may hang, too
+        _write(self._folder / STACKS_FILE, verdict, now, everyone)  # the disk may hang, too
         self._end(verdict)
 
     # ---- what is in the store
@@ -200,17 +208,17 @@ class Watchdog:
 
     def _sign(self, last: bool = False) -> None:
         self._number += 1
-        frame = sys._current_frames().get(self._main.ident or 0)
-        sign = Sign(
-            0 if last else self._number,
-            self._progress,
-            self._doing,
-            collectives_begun(),
-            "".join(traceback.format_stack(frame)),
-        )
+        sign = self._look()
         with self._lock:  # nothing after the last one
             if last or not self._ended.is_set():
+                sign = sign._replace(number=0) if last else sign
                 self._store.set(f"sign/{self._rank}", json.dumps(sign))
+
+    def _look(self) -> Sign:
+        """Where this rank stands."""
+        stack = traceback.format_stack(sys._current_frames().get(self._main.ident or 0))
+        begun = collectives_begun()
+        return Sign(self._number, self._progress, self._doing, begun, "".join(stack))
 
     def _signs(self, ranks: range) -> dict[int, Sign]:
         """The last sign of every rank that ever gave one."""
@@ -257,9 +265,15 @@ def _last_seen(signs: dict[int, Sign], rank: int) -> str:
     return f" (last at: {signs[rank].doing})" if rank in signs else ""
 
 
-def _write(path: Path, verdict: str, signs: dict[int, Sign], world: int) -> None:
+def _holder() -> str:
+    """Who keeps the store: the launcher's agent, or rank 0 itself where nodes come and go."""
+    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return "the node that holds it" if is_agents else "rank 0, which holds it,"
+
+
+def _write(path: Path, verdict: str, signs: dict[int, Sign], ranks: Iterable[int]) -> None:
     parts = [f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {verdict}\n"]
-    parts += [f"rank {rank}: {_standing(signs.get(rank))}" for rank in range(world)]
+    parts += [f"rank {rank}: {_standing(signs.get(rank))}" for rank in ranks]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(parts))

@@ -2,8 +2,8 @@
 
     FAULT="raise 1 5" python tests/faulty.py train CONFIG
 
-`raise`, `kill` (itself, by SIGKILL) or `loop` (for ever), the rank, and the step. Ranks that are
-started again do not.
+`raise`, `kill` (itself, by SIGKILL), `loop` (for ever) or `read` (its batches, slowly), the rank,
+and the step; 0 is before the model is built. Ranks that are started again do not.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from moetrain import cli, train
@@ -22,14 +23,29 @@ def go_wrong(fault: str) -> None:
     kind, rank, at = fault.split()
     if os.environ["RANK"] != rank or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
         return
+    if at == "0":
+        train.set_up = lambda *_: _go_wrong(kind)
+        return
     train_step = train.train_step
 
     def wrapped(run: Any, position: Any) -> Any:
         if position.step + 1 == int(at):
-            _go_wrong(kind)
+            if kind == "read":
+                run.samples.batch = _slowly(run.samples.batch)
+            else:
+                _go_wrong(kind)
         return train_step(run, position)
 
     train.train_step = wrapped
+
+
+def _slowly(batch: Callable[..., Any]) -> Callable[..., Any]:
+    def read(*arguments: Any) -> Any:
+        print("reading", flush=True)
+        time.sleep(1)
+        return batch(*arguments)
+
+    return read
 
 
 def _go_wrong(kind: str) -> None:

@@ -22,6 +22,7 @@ from checkpoints import (
 from moetrain import checkpoint
 from moetrain.checkpoint import DamagedCheckpointError
 from moetrain.checkpoint.manifest import MANIFEST, MARKER
+from moetrain.checkpoint.transfer import NoMemoryError
 from moetrain.errors import UserError
 from moetrain.testing import simulate_ranks
 
@@ -102,6 +103,26 @@ def test_resume_says_what_it_passed_over_and_why_and_what_it_took(saved_run, rec
         assert re.search(reason, said), said
     assert messages[-1] == "step-00000100 is taken, the newest that is whole"
     assert not list(saved_run.rglob("executed"))
+
+
+def test_a_lack_of_memory_is_no_damage(saved_run, monkeypatch, recwarn):
+    save(saved_run, 200, seed=2)
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.25 GiB. GPU 0")
+
+    monkeypatch.setattr("torch.load", fail)
+
+    def resume() -> str:
+        with pytest.raises(NoMemoryError) as caught:
+            checkpoint.load_latest(saved_run, make_state(2, 1, 9))
+        return str(caught.value)
+
+    first, second = simulate_ranks(2, resume)
+    assert first == second
+    assert "out of memory: no 20.25 GiB left for a checkpoint's tensors" in first
+    assert "what takes less: more ranks, " in first
+    assert not recwarn, "nothing is passed over"
 
 
 def test_above_the_limit_sizes_alone_are_verified_and_a_warning_says_so(saved, recwarn):

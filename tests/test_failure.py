@@ -107,6 +107,21 @@ def test_a_stop_is_code_75_whoever_was_ended_meanwhile(ranks: Ranks) -> None:
     assert torchrun.exit_code(ranks.failures) == 75
 
 
+def test_a_rank_lost_in_start_up_explains_those_that_are_then_ended(ranks: Ranks) -> None:
+    """They had not begun: the agent asks them to end, as a scheduler would."""
+    ranks.add(75, "stopped by SIGTERM before the first step", "unbegun")
+    ranks.add(-signal.SIGKILL)
+    assert ranks.verdict()[:2] == (1, 1)
+    assert not torchrun._is_final(ranks.failures)
+
+
+def test_a_stop_before_the_first_step_is_final_where_nothing_else_went_wrong(ranks: Ranks) -> None:
+    ranks.add(1, LOST, "consequence")
+    ranks.add(75, "stopped by SIGTERM before the first step", "unbegun")
+    assert ranks.verdict()[:2] == (1, 75)
+    assert torchrun._is_final(ranks.failures)
+
+
 def test_a_stop_without_a_save_has_the_code_of_its_signal(ranks: Ranks) -> None:
     ranks.add(128 + signal.SIGTERM)
     ranks.add(-signal.SIGTERM)

@@ -120,6 +120,11 @@ class Round:
             self._tally.kills[str(strike), strike.phase] += 1
             if trained:
                 self._tally.lost.append(max(trained) - committed)
+        if strike and strike.is_kill and code in (0, STOPPED) and committed < self._steps:
+            raise SoakError(
+                f"{strike} ended with exit code {code}, and the run is not through:\n"
+                f"{_last_words(journals)}"
+            )
         if strike and strike.stops:
             if committed != (last := max(trained, default=step)) or code not in (0, STOPPED):
                 raise SoakError(

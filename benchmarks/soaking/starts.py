@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, final
 
@@ -21,11 +20,12 @@ from moetrain.stopping import STOPPED
 from moetrain.testing.processes import PRELOADED
 
 from . import worker
+from .checks import SoakError
 
 ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
 PEERS_S = 10.0
-"""How long ranks have to stop once one of them has stopped as asked."""
+"""How long ranks have to end once one of them has stopped as asked, or their launcher is gone."""
 GRACE_S = 30.0
 """How long they have to end once they are told to, as under torchrun."""
 DEEPSPEED = "deepspeed.runtime.zero.muon.original_muon"
@@ -167,9 +167,9 @@ class Launched:
         return self._known
 
     def poll(self) -> int | None:
-        """See `Start`. Ranks whose launcher was killed would train on alone; they are killed."""
+        """See `Start`. Raises SoakError where ranks outlive their launcher."""
         if self._agent.poll() is not None:
-            self._kill_orphans()
+            self._see_ranks_end()
         return self._agent.returncode
 
     def close(self) -> None:
@@ -178,13 +178,15 @@ class Launched:
             self._known = children(self._agent.pid)
             self._agent.kill()
             self._agent.wait()
-        self._kill_orphans()
+        self._see_ranks_end()
 
-    def _kill_orphans(self) -> None:
+    def _see_ranks_end(self) -> None:
+        deadline = time.monotonic() + PEERS_S
         for pid in self._known:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
             while _state(pid) not in ("", "Z", "X"):
+                if time.monotonic() > deadline:
+                    os.kill(pid, signal.SIGKILL)
+                    raise SoakError(f"process {pid} outlived its launcher")
                 time.sleep(0.01)
         self._known = []
 

@@ -40,9 +40,14 @@ class Strike(NamedTuple):
         return f"{self.signal.name} to {self.target}"
 
     @property
+    def is_kill(self) -> bool:
+        """Whether nobody can answer it."""
+        return self.signal == SIGKILL
+
+    @property
     def stops(self) -> bool:
         """Whether the run can answer by a save: it was training, and the signal can be caught."""
-        return self.signal != SIGKILL and self.phase != "start-up"
+        return not self.is_kill and self.phase != "start-up"
 
 
 class Trial(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor
 from moetrain.checkpoint.folder import prune
 from moetrain.checkpoint.snapshot import Snapshot
 from moetrain.checkpoint.transfer import save
-from moetrain.mesh import BACKGROUND
+from moetrain.mesh import BACKGROUND, gather
 
 WRITING_LIMIT = timedelta(hours=1)
 """How long ranks wait for the slowest of them to write its share."""
@@ -79,6 +79,8 @@ class Saver:
         try:
             save(self._run_dir, step, tensors, extra, self._group)
             prune(self._run_dir, self._keep)
+            # Rank 0 alone deletes, which may take long; the others would train on and miss it.
+            gather(None, self._group)
         except Exception as failure:  # for the thread that trains to judge
             error = failure
         self._outcomes.append(Outcome(step, error))

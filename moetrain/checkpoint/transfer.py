@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
+from moetrain import out_of_memory
 from moetrain.checkpoint.checks import check_files, check_pieces, check_tensors
 from moetrain.checkpoint.disk import sync, write_synced
 from moetrain.checkpoint.folder import FOLDER, beside, delete, remove, saves
@@ -43,6 +44,10 @@ GIB = 2**30
 
 class CheckpointError(RunError):
     """Writing or reading failed on some rank (a full disk, say); raised alike on every rank."""
+
+
+class NoMemoryError(CheckpointError):
+    """A rank has no memory for what it would write or read; the checkpoint may be sound."""
 
 
 def save(
@@ -120,7 +125,7 @@ def _write_tensors(partial: Path, tensors: dict[str, Tensor], group: Group) -> M
     # Nothing is copied ahead: that asks for a CUDA stream, and a thread's device is GPU 0.
     writer = _Writer(partial, sync_files=True, overwrite=False, per_thread_copy_ahead=0)
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with _dcp_errors("writing tensors"):
+    with _dcp_errors("writing tensors", "save"):
         return dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group)
 
 
@@ -162,6 +167,8 @@ def load(
     held to their sizes alone, with a warning, and what cannot be read is found once some tensors
     have changed.
     Nothing is unpickled but by torch's weights-only loader.
+
+    Raises NoMemoryError, which says nothing of the checkpoint, where a rank runs out of memory.
     """
     path = Path(path)
     rank, world = dist.get_rank(group), dist.get_world_size(group)
@@ -182,8 +189,10 @@ def load(
     reader = ManifestReader(path, manifest)
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        with _dcp_errors(f"{path} could not be read"):
+        with _dcp_errors(f"{path} could not be read", "load"):
             dcp.load(dict(tensors), storage_reader=reader, planner=planner, process_group=group)
+    except NoMemoryError:
+        raise
     except CheckpointError as error:
         raise DamagedCheckpointError(str(error)) from error
     return manifest.extra
@@ -266,11 +275,15 @@ def _on_all(group: Group, action: Callable[[], T]) -> T:
 
 
 @contextmanager
-def _dcp_errors(what: str) -> Iterator[None]:
-    """Turn DCP's exception, which it raises alike on every rank, into CheckpointError."""
+def _dcp_errors(what: str, function: str) -> Iterator[None]:
+    """Turn the exception of DCP's `function`, which it raises alike on every rank, into
+    CheckpointError."""
     try:
         yield
     except CheckpointException as error:
+        for rank, (failure, _) in error.failures.items():
+            if text := out_of_memory.explain(failure, place=(__name__, function)):
+                raise NoMemoryError(f"rank {rank}: {text}") from error
         blames = (_blame(rank, failure) for rank, (failure, _) in error.failures.items())
         raise CheckpointError(f"{what}: " + "\n".join(blames)) from error
 

@@ -81,3 +81,17 @@ def test_a_last_save_that_finds_no_room_is_a_failure_without_traceback(
     assert "rank 1: OSError: [Errno 28] No space left on device" in ended.last_words
     assert "Traceback" not in ended.output + ended.last_words
     assert checkpoint.latest(disk / "run") is None
+
+
+def test_a_start_that_finds_no_room_is_one_message(tmp_path: Path, disk: Path) -> None:
+    config = write_config(tmp_path, parallel={"ep": 2})
+    (disk / "run").mkdir()
+    fill(disk / "ballast")
+    with job(tmp_path, 2, "train", config, "--out", disk) as running:
+        ended = running.wait()
+    assert (ended.code, ended.codes) == (2, [2, 2])
+    assert ended.last_words.startswith(
+        f"moetrain: error: out ({disk}) cannot hold {disk / 'run'}: "
+    )
+    assert "No space left on device" in ended.last_words
+    assert "Traceback" not in ended.output + ended.last_words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,27 @@ def test_a_stopped_rank_is_named_and_the_others_end(config: Path, stopped: int) 
     found = stacks(config, name)
     assert set(found) == {0, 1}
     assert all("moetrain/train.py" in stack for stack in found.values()), "also of the stopped one"
+
+
+def test_where_the_stopped_rank_holds_the_store_the_others_say_so_and_where_they_stand(
+    config: Path,
+) -> None:
+    """As it does where nodes come and go: nothing can be told through it any more."""
+    flags = (*FLAGS, "--name", "holder")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    variables = {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
+    with job(config.parent, 2, "train", config, *flags, **variables) as running:
+        running.wait_for_word("step 3/")
+        running.send(signal.SIGSTOP, 0)
+        running.wait_for(lambda: not running.is_alive(1))
+        running.send(signal.SIGKILL, 0)
+        ended = running.wait()
+    assert (ended.code, ended.codes[1]) == (1, 1)
+    assert "rank 1 has had no answer from the store of the run" in ended.last_words
+    assert "rank 0, which holds it, is gone or stopped" in ended.last_words
+    text = (config.parent / "runs" / "holder" / "stacks-1.txt").read_text()
+    assert "moetrain/train.py" in text
 
 
 def test_a_rank_that_loops_is_behind_the_others(config: Path) -> None:

@@ -65,6 +65,14 @@ def test_all_ranks_stop_after_the_same_step_and_save_it(
     assert f"stopped by a signal after step {last} of {STEPS}" in output
 
 
+def test_a_signal_while_a_batch_is_read_is_met_after_its_step(config: Path) -> None:
+    with job(config.parent, 2, "train", config, "--eval.every", 0, FAULT="read 1 4") as running:
+        running.wait_for_word("reading")
+        running.send(signal.SIGTERM, 1)
+        end(running)
+    assert position(config)["step"] == 4
+
+
 def test_an_evaluation_that_was_cut_short_is_made_up_for(config: Path) -> None:
     """The run that was stopped in it, and again later, is the one that never was, bit by bit."""
     flags = ("--train.steps", 7)
