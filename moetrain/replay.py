@@ -131,7 +131,7 @@ def replay_all(trace: Trace, wanted: Sequence[Setting]) -> list[Replay]:
     for record in trace.records():
         for number, setting in enumerate(wanted):
             ways = ways_of(record, setting)
-            steps[number].append(_replay_step(record, ways))
+            steps[number].append(replay_step(record, ways))
             shown[number] = _spelled_out(ways)
     return [Replay(*row, _summary(row[1])) for row in zip(shown, steps, strict=True)]
 
@@ -230,7 +230,8 @@ def _spelled_out(ways: Ways) -> dict[str, Any]:
 # ---------------------------------------------------------------- one step
 
 
-def _replay_step(record: Record, ways: Ways) -> StepReplay:
+def replay_step(record: Record, ways: Ways) -> StepReplay:
+    """Route one step in the ways of a setting."""
     blocks = ways.config.moe.block_indices(ways.config.model.layers)
     means, traffic = [], []
     for block, factor, layer in zip(blocks, ways.capacity_factors, record.layers, strict=True):

@@ -20,7 +20,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -108,7 +108,8 @@ class TraceLog:
             if self._had_room:
                 _log.warning("%s leaves out step %d: %s", self._folder, step, error.strerror)
             self._had_room = False
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
 
 
 def drop_later_steps(run_dir: Path, step: int) -> None:
@@ -256,7 +257,8 @@ def _rank_files(place: Path) -> list[Path]:
 def _opened(path: Path) -> Iterator[Any]:
     """The arrays of a file; UserError where it is damaged or of another format."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        # numpy leaves a file open that is no archive
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             yield arrays
     except DAMAGE as error:
         if isinstance(error, UserError):
@@ -284,6 +286,8 @@ def _read(path: Path) -> _Part:
         num_layers, tokens, _ = expert_NTX.shape
         sampled_NTK = _unpacked(arrays["sampled"], (num_layers, tokens, header["top_k"]))
         valid_NT = _unpacked(arrays["valid"], (num_layers, tokens))
+        if weight_NTX.shape != expert_NTX.shape or tokens % len(sample_S):
+            raise ValueError("its arrays do not fit together")
         if expert_NTX.max() > header["config"]["moe"]["experts"] or expert_NTX.min() < 0:
             raise ValueError("it names experts that there are not")
     if weight_NTX.dtype == torch.int16:
