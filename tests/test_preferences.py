@@ -20,7 +20,7 @@ def kept(record: Routing, num_ranked: int) -> Routing:
     return routing_of(noted, record.num_experts, noted.top_k)
 
 
-@settings(MANY, max_examples=150)
+@settings(MANY, max_examples=80)
 @given(case=cases())
 def test_it_is_planned_as_the_routing_is(case: Case) -> None:
     record = case.route(case.leaves())
@@ -32,7 +32,7 @@ def test_it_is_planned_as_the_routing_is(case: Case) -> None:
         assert torch.equal(mine, other)
 
 
-@settings(MANY, max_examples=40)
+@settings(MANY, max_examples=20)
 @given(case=cases(kind="topk"), data=st.data())
 def test_another_number_of_choices_is_what_the_gate_would_have_chosen(
     case: Case, data: st.DataObject

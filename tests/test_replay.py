@@ -140,7 +140,7 @@ def answer(case: Layer, record: Record, policy: str) -> oracle.Ledger:
 
 @pytest.mark.parametrize("kind", [kind for kind in GATES if kind != "expert_choice"])
 def test_other_settings_agree_with_the_oracle(kind: str) -> None:
-    @settings(MANY, max_examples=12)
+    @settings(MANY, max_examples=6)
     @given(case=cases(kind, policy="position"), data=st.data())
     def agree(case: Layer, data: st.DataObject) -> None:
         assume(kind != "hierarchical" or case.router.groups > 1)
@@ -167,7 +167,7 @@ def test_other_settings_agree_with_the_oracle(kind: str) -> None:
     agree()
 
 
-@settings(MANY, max_examples=30)
+@settings(MANY, max_examples=20)
 @given(case=cases(policy="position"), data=st.data())
 def test_another_number_of_choices_agrees_with_the_oracle(case: Layer, data: st.DataObject) -> None:
     assume(case.router.kind in OTHER_TOP_K and case.router.groups == 1)
@@ -183,7 +183,7 @@ def test_another_number_of_choices_agrees_with_the_oracle(case: Layer, data: st.
     assert layer["dropped"] == dropped
 
 
-@settings(MANY, max_examples=40)
+@settings(MANY, max_examples=15)
 @given(case=cases(policy="position"), policy=st.sampled_from(["position", "random"]))
 def test_drops_are_the_demand_beyond_the_slots_and_fall_with_the_factor(
     case: Layer, policy: Any

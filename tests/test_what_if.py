@@ -27,7 +27,7 @@ def moved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         checkpoint={"every": 2},
         log={"trace": True},
     )
-    run, _ = train_on(4, config, "--parallel.ep", 2)
+    run, _ = train_on(4, config, "--parallel.ep", 4)
     assert Trace.open(run).steps == [1, 2, 3]
     shutil.rmtree(run / "checkpoints" / "step-00000003")
     assert train(config, "--train.steps", 4, "--train.micro-batch", 4) == 0
