@@ -223,7 +223,7 @@ def test_tokenizer_train(calls):
 REFUSED = {
     "no command": (
         [],
-        "Expected one of {train, check, eval, generate, checkpoint, data, tokenizer}.",
+        "Expected one of {train, check, eval, generate, replay, checkpoint, data, tokenizer}.",
     ),
     "unknown command": (
         ["trian"],

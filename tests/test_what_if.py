@@ -18,7 +18,7 @@ from moetrain.trace import Trace
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps on four ranks, with two micro-batches on each, that was resumed on one
-    rank after the second step."""
+    rank after the second step; both recompute."""
     config = write_config(
         tmp_path_factory.mktemp("moved"),
         moe={"router": "gshard", "drop_policy": "probability", "group": 16},
@@ -26,11 +26,13 @@ def moved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eval={"every": 0},
         checkpoint={"every": 2},
         log={"trace": True},
+        engine={"activation_checkpointing": "full"},
     )
     run, _ = train_on(4, config, "--parallel.ep", 4)
     assert Trace.open(run).steps == [1, 2, 3]
     shutil.rmtree(run / "checkpoints" / "step-00000003")
-    assert train(config, "--train.steps", 4, "--train.micro-batch", 4) == 0
+    flags = "--train.micro-batch", 4, "--engine.activation-checkpointing", "selective"
+    assert train(config, "--train.steps", 4, *flags) == 0
     return run
 
 

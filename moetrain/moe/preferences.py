@@ -40,6 +40,8 @@ class Preferences(NamedTuple):
 def preferences(routing: Routing, num_ranked: int) -> Preferences:
     """Note the first `num_ranked` experts of every token's ranking: all K choices at least, and at
     most E. No gradient."""
+    # Recomputation repeats none of this, so autograd must not keep anything of it.
+    routing = routing._replace(gate_TK=routing.gate_TK.detach(), prob_TE=routing.prob_TE.detach())
     expert_TX, weight_TX = routing.expert_TK, routing.gate_TK
     most = min(num_ranked, routing.num_experts) - expert_TX.shape[1]
     if most > 0:
