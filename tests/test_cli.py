@@ -228,7 +228,7 @@ REFUSED = {
     "unknown command": (
         ["trian"],
         "Unrecognized options: trian\n"
-        "Available subcommands: train, check, eval, generate, checkpoint, data, tokenizer",
+        "Available subcommands: train, check, eval, generate, replay, checkpoint, data, tokenizer",
     ),
     "no config": (
         ["train"],
