@@ -38,13 +38,14 @@ every `log.every` steps and after the last; it describes that one step, not a me
 before (the speed does). An evaluation writes a line of its own. NaN and infinity are `null`.
 
 What the counts mean and where they come from: [the drop ledger](concepts.md#the-drop-ledger). The
-same figures as pictures: [running](running.md#pictures).
+same figures as pictures: [running](running.md#pictures); for other settings:
+[record and replay](replay.md).
 
 This page is written by `python docs/generate.py` from `moetrain/metrics.py`.
 """
 
 _LINES = {
-    "A training line": (metrics.TrainLine, metrics.Speed),
+    "A training line": (metrics.TrainLine, metrics.Rates, metrics.Speed),
     "Each of `layers`": (metrics.LayerLine,),
     "An evaluation line": (metrics.EvalLine,),
 }

@@ -223,12 +223,12 @@ def test_tokenizer_train(calls):
 REFUSED = {
     "no command": (
         [],
-        "Expected one of {train, check, eval, generate, checkpoint, data, tokenizer}.",
+        "Expected one of {train, check, eval, generate, replay, checkpoint, data, tokenizer}.",
     ),
     "unknown command": (
         ["trian"],
         "Unrecognized options: trian\n"
-        "Available subcommands: train, check, eval, generate, checkpoint, data, tokenizer",
+        "Available subcommands: train, check, eval, generate, replay, checkpoint, data, tokenizer",
     ),
     "no config": (
         ["train"],

@@ -420,6 +420,14 @@ IDLE = {
         Config(checkpoint=CheckpointConfig(keep=5)),
         "checkpoint.keep (5) has no effect when checkpoint.every is 0 (never)",
     ),
+    "trace of a dense model": (
+        Config(moe=MoEConfig(experts=0), log=LogConfig(trace=True)),
+        "log.trace (true) has no effect when moe.experts is 0: nothing is routed",
+    ),
+    "trace of no step": (
+        Config(log=LogConfig(every=0, trace=True)),
+        "log.trace (true) has no effect when log.every is 0 (never)",
+    ),
     "wandb_project": (
         Config(log=LogConfig(wandb_project="x")),
         "log.wandb_project (x) has no effect when log.wandb is off",
