@@ -100,6 +100,11 @@ class Report:
         if self._is_writer:
             self._progress.note(_trouble(step, result))
 
+    def moved(self, step: int, moves: str) -> None:
+        """Report that layers go on with other capacity factors."""
+        if self._is_writer:
+            self._progress.note(f"step {step}: capacity factor {moves}")
+
     def train(self, position: Position, result: StepResult, means: Means) -> None:
         """Report the optimizer step just finished; speed is the mean since the last report.
 
@@ -114,6 +119,7 @@ class Report:
             spikes=position.spikes,
             is_spike=result.is_spike,
             means=means,
+            capacity_factors=result.capacity_factors,
             grad_norm=result.outcome.grad_norm,
             lr=result.lr,
             speed=metrics.speed(
