@@ -88,6 +88,26 @@ def test_a_plan_of_another_size_is_another_graph() -> None:
         close(tuple(run(*arguments)), tuple(moe(*arguments)))
 
 
+def test_another_capacity_factor_is_another_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the autopilot changes it between steps, and back. More shapes than the limit set here."""
+    to_graphs(monkeypatch, "eager")
+    moe = build(ROUTERS["gshard"], 4, capacity_factor=0.75, watched_factors=(0.5, 0.75, 1.0))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    parallel.allow_graphs(1, num_shapes=3)
+    run, arguments, slots = (
+        parallel._where_static(moe, decides_first=False),
+        inputs(moe, "train"),
+        [],
+    )
+    for factor in (0.75, 1.0, 0.5, 0.75):
+        moe.factors["train"] = factor
+        output = run(*arguments)
+        close(tuple(output), tuple(moe(*arguments)))
+        slots.append(int(output.stats.ledger.slots))
+    assert slots == [slots[0], slots[1], slots[2], slots[0]]
+    assert slots[2] < slots[0] < slots[1]
+
+
 @pytest.mark.parametrize(("version", "refused"), [("2.12.1+cu130", True), ("2.13.0+cpu", False)])
 def test_fp64_is_refused_where_its_code_does_not_run(
     version: str, refused: bool, monkeypatch: pytest.MonkeyPatch

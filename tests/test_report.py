@@ -72,7 +72,7 @@ def done(
     """A step and what came of it. It is skipped where its norm is not finite, or above 4."""
     limits = Limits(5.0, 4.0)
     outcome = StepOutcome(loss, grad_norm, not limits.admit(loss, grad_norm))
-    result = StepResult([], COUNTS, None, outcome, limits, lr=0.25, data_s=0.0)
+    result = StepResult([], COUNTS, None, outcome, limits, 0.25, 0.0, [1.25, 4.0], [])
     return Position(step, 16 * step, 128 * step, bad_steps, spikes=spikes), result
 
 
@@ -102,6 +102,7 @@ def test_lines_by_hand(tmp_path):
     assert (first["dropped_gate_mass"], first["dead_experts"]) == (0.25, 4)
     assert (first["bad_steps"], second["bad_steps"]) == (0, 1)
     assert first["layers"][0]["effective_capacity_factor"] == 240 / 256
+    assert [layer["capacity_factor"] for layer in first["layers"]] == [1.25, 4.0]
     # The mean of 0.5 s and 1.5 s, and after a line the count starts afresh.
     assert (first["step_time_s"], second["step_time_s"]) == (1.0, 4.0)
     assert (first["tokens_per_s"], second["tokens_per_s"]) == (128, 32)
