@@ -171,7 +171,7 @@ def test_a_dropless_layer_has_no_drop_policy():
             [
                 "training: 8 slots",
                 "factor 4.0 (effective 2)",
-                "auto: training may go down to 0.5, 0.75, 1.0, 1.25, 1.5, "
+                "auto: training may go down to 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, "
                 "2.0, 3.0; all below is for 4.0",
             ],
         ),

@@ -186,7 +186,8 @@ def test_a_dense_run_has_lines_without_layers(tmp_path, capsys):
     def work():
         with opened(tmp_path, config=small_config(moe={"experts": 0})) as report:
             report.step_took(1.0, 0.0)
-            report.train(*done(1), Means(2.5, 0.0, 0.0, ()))
+            position, result = done(1)
+            report.train(position, result._replace(capacity_factors=[]), Means(2.5, 0.0, 0.0, ()))
             report.evaluation(1, Means(2.5, 0.0, 0.0, ()))
 
     alone(work)
@@ -215,6 +216,16 @@ def test_a_skipped_step_is_said_once_and_its_line_is_valid_json(tmp_path, capsys
     out = capsys.readouterr().out
     assert out.count("step 1 skipped: the gradient norm is nan") == 1
     assert out.count("1 skipped  ") == 1
+
+
+def test_a_move_of_the_autopilot_is_said_once(tmp_path, capsys):
+    def work():
+        with opened(tmp_path / str(torch.distributed.get_rank())) as report:
+            report.moved(16, "4.0 -> 3.0 in MoE layer 1")
+
+    simulate_ranks(2, work)
+    out = capsys.readouterr().out
+    assert out.count("step 16: capacity factor 4.0 -> 3.0 in MoE layer 1\n") == 1
 
 
 def test_a_spike_is_said_once_and_counted(tmp_path, capsys):

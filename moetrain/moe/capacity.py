@@ -2,7 +2,7 @@
 
 Shape suffixes: T tokens on this rank, S tokens of one routing group, G groups, K choices,
 E experts, C slots per expert and group, N = K·S assignments of a group, R rows of the expert
-buffer. An *assignment* is one (token, choice) pair; its number is t·K + k.
+buffer, F capacity factors. An *assignment* is one (token, choice) pair; its number is t·K + k.
 """
 
 from __future__ import annotations
@@ -144,14 +144,15 @@ def plan_capacity(
 
 
 def would_drop(routing: Routing, group_size: int, slots: Sequence[int]) -> Tensor:
-    """Assignments that each number of slots per expert and group would drop: int64, as many.
+    """Assignments that each of F numbers of slots per expert and group would drop: int64 (F,).
 
     An expert turns away what it is asked for beyond its slots, whoever that is: so this is exact
     for every order in which requests are served, but not where losers go on to other experts.
     """
     count_GE = occurrences(_requests(routing, group_size), routing.num_experts)
-    slots_S = torch.tensor(slots, device=count_GE.device)
-    return (count_GE.flatten() - slots_S[:, None]).clamp(min=0).sum(1)
+    # Filled on the device: a tensor made of a list would be waited for.
+    slots_F1 = torch.stack([count_GE.new_full((1,), each) for each in slots])
+    return (count_GE.flatten() - slots_F1).clamp(min=0).sum(1)
 
 
 def plan_dropless(routing: Routing) -> Plan:
