@@ -29,8 +29,8 @@ that is not small; past 4 a layer should rather be balanced than given more slot
 STEPS = 16
 """Steps that a decision looks back on."""
 MARGIN = 0.75
-"""Share of the target up to which a smaller factor may drop. What 16 steps drop varies by a tenth or
-so, even of small batches: what has been within three quarters of the target will be within it."""
+"""Share of the target up to which a smaller factor may drop. What 16 steps drop varies by a tenth
+or so, even of small batches, so what was within three quarters of the target stays within it."""
 
 
 @dataclass(frozen=True)
