@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from moetrain.autopilot import FACTORS
 from moetrain.config import Config, MoEConfig
 from moetrain.constraints import padded_vocab_size
 from moetrain.model import Attention, Block, FeedForward, SharedGate, Transformer
@@ -34,6 +35,12 @@ def routing_group_tokens(config: Config) -> int | None:
     if group == "sequence":
         return config.data.seq_len
     return None if group == "microbatch" else group
+
+
+def training_factor(moe: MoEConfig) -> float | None:
+    """The capacity factor that training begins with, which is the largest it may have; None where
+    it is dropless."""
+    return FACTORS[-1] if moe.capacity_factor == "auto" else moe.capacity_factor
 
 
 def _block(config: Config, layer: int) -> Block:
@@ -81,10 +88,11 @@ def _moe(moe: MoEConfig, layer: int, dim: int, expert_dim: int) -> MoE:
         expert_dim,
         moe.experts,
         gate(moe),
-        capacity_factor=moe.capacity_factor,
+        capacity_factor=training_factor(moe),
         eval_capacity_factor=moe.eval_capacity_factor,
         min_capacity=moe.min_capacity,
         group=moe.group,
         drop_policy=moe.drop_policy,
         spill_depth=moe.spill_depth,
+        watched_factors=FACTORS if moe.capacity_factor == "auto" else (),
     )

@@ -84,6 +84,9 @@ def _idle_moe_settings(moe: MoEConfig) -> Iterator[tuple[str, str]]:
             "moe.drop_policy",
             ("when moe.capacity_factor is null (dropless): outside training it is position"),
         )
+    if moe.capacity_factor != "auto":
+        factor = spell(moe.capacity_factor)
+        yield "moe.target_drop_rate", f"with moe.capacity_factor {factor}; only auto reads it"
     if moe.drop_policy != "spill":
         yield "moe.spill_depth", f"with moe.drop_policy {moe.drop_policy}; only spill reads it"
     elif moe.spill_depth > (most := experts_to_spill_to(moe)):

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from moetrain import engines
-from moetrain.build import build_model, routing_group_tokens
+from moetrain.autopilot import FACTORS
+from moetrain.build import build_model, routing_group_tokens, training_factor
 from moetrain.config import Config
 from moetrain.data import is_on_hub, load_tokenizer
 from moetrain.memory import memory
@@ -154,7 +155,7 @@ def _routing(config: Config) -> Iterator[str]:
         chosen = f"whose slots the {moe.experts} experts fill by themselves"
     yield f"routing    groups of {group} tokens, {chosen}"
     for name, factor in (
-        ("training", moe.capacity_factor),
+        ("training", training_factor(moe)),
         ("evaluation", moe.eval_capacity_factor),
     ):
         if factor is None:
@@ -166,6 +167,9 @@ def _routing(config: Config) -> Iterator[str]:
             f"           {name}: {slots} slots per expert and group, capacity factor {factor}"
             f" (effective {effective:.4g})"
         )
+    if moe.capacity_factor == "auto":
+        tried = ", ".join(map(str, FACTORS[:-1]))
+        yield f"           auto: training may go down to {tried}; all below is for {FACTORS[-1]}"
 
 
 def _parameters(config: Config, model: Transformer) -> Iterator[str]:

@@ -115,8 +115,11 @@ class MoEConfig(Section):
     """expert_choice only: accept that a token's experts depend on later tokens."""
     expert_ffn_dim: PositiveInt | None = None
     """Hidden width of one expert; null: as the dense feed-forward layers."""
-    capacity_factor: PositiveFloat | None = 1.25
-    """Training: slots per expert over the mean demand K·S/E; null: dropless."""
+    capacity_factor: PositiveFloat | Literal["auto"] | None = 1.25
+    """Training: slots per expert over the mean demand K·S/E; null: dropless; auto: of every layer
+    the smallest of a few that keeps its drops within target_drop_rate."""
+    target_drop_rate: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """capacity_factor auto only: share of its assignments that a layer may drop."""
     eval_capacity_factor: PositiveFloat | None = 2.0
     """The same for evaluation."""
     min_capacity: PositiveInt = 1

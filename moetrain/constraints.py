@@ -151,6 +151,7 @@ def _choice_problems(moe: MoEConfig) -> Iterator[str]:
     elif router in ROUTERS_OF_FIELD["moe.expert_groups"]:
         yield from _group_problems(moe)
     yield from _expert_choice_problems(moe)
+    yield from _autopilot_problems(moe)
     yield from _drop_policy_problems(moe)
 
 
@@ -194,6 +195,26 @@ def _expert_choice_problems(moe: MoEConfig) -> Iterator[str]:
                 f"moe.{field} (null) cannot be dropless for moe.router expert_choice, where the "
                 "capacity is how many tokens an expert takes; try 1.0"
             )
+
+
+def _autopilot_problems(moe: MoEConfig) -> Iterator[str]:
+    """Where no drops could be foretold, or there is nothing to choose by them."""
+    if moe.capacity_factor != "auto":
+        return
+    if moe.router in ("expert_choice", "dense"):
+        why = "the capacity is how many tokens an expert takes"
+        if moe.router == "dense":
+            why = "every expert is asked by every token, so that 1.0 drops nothing"
+        yield (
+            f"moe.capacity_factor (auto) has nothing to go by with moe.router {moe.router}, where "
+            f"{why}; try 1.0"
+        )
+    if moe.drop_policy == "spill":
+        yield (
+            "moe.capacity_factor (auto) goes by what each factor would have dropped, which with "
+            "moe.drop_policy spill is not known without running it; set moe.drop_policy to "
+            "position, or moe.capacity_factor to a number such as 1.25"
+        )
 
 
 def _drop_policy_problems(moe: MoEConfig) -> Iterator[str]:

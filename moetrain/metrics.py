@@ -52,6 +52,8 @@ class LayerLine(TypedDict):
     """Gate weight of the dropped assignments / that of all assignments that were sampled."""
     padding_waste: float
     """Empty slots / slots."""
+    capacity_factor: float | None
+    """The capacity factor of the step; null when dropless."""
     effective_capacity_factor: float
     """slots / assigned: the configured factor after rounding up and min_capacity. (Dropless has
     just the slots it fills, and expert_choice asks for just the slots there are.)"""
@@ -168,16 +170,20 @@ def train_line(
     spikes: int,
     is_spike: bool,
     means: Means,
+    capacity_factors: Sequence[float | None],
     grad_norm: float,
     lr: float,
     speed: Speed,
     memory_gib: float,
 ) -> TrainLine:
-    """The line of one optimizer step.
+    """The line of one optimizer step; `capacity_factors` are those of the layers.
 
     Raises AssertionError when a ledger does not conserve its assignments.
     """
-    layers = [layer_line(layer) for layer in means.layers]
+    layers = [
+        layer_line(layer, factor)
+        for layer, factor in zip(means.layers, capacity_factors, strict=True)
+    ]
     return TrainLine(
         step=step,
         tokens=tokens,
@@ -225,8 +231,8 @@ def eval_line(*, step: int, means: Means, nats_per_byte: float) -> EvalLine:
     )
 
 
-def layer_line(layer: LayerMeans) -> LayerLine:
-    """The exact counts of one MoE layer, and what follows from them.
+def layer_line(layer: LayerMeans, capacity_factor: float | None) -> LayerLine:
+    """The exact counts of one MoE layer under a capacity factor, and what follows from them.
 
     Raises AssertionError when the ledger does not conserve its assignments.
     """
@@ -249,6 +255,7 @@ def layer_line(layer: LayerMeans) -> LayerLine:
         token_drop_rate=_ratio(int(ledger.lost_tokens), int(ledger.tokens)),
         dropped_gate_mass=layer.dropped_gate_mass,
         padding_waste=_ratio(slots - outcome[KEPT] - outcome[SPILLED], slots),
+        capacity_factor=capacity_factor,
         effective_capacity_factor=_ratio(slots, assigned),
         max_vio=_ratio(max(load) * len(load) - sum(load), sum(load)),
         load_cv=_variation(load),

@@ -61,6 +61,8 @@ class Sums(NamedTuple):
     gate_mass_N2: Tensor
     """Gate weight in total, and of what was dropped."""
     ledgers: tuple[Ledger, ...]
+    would_drop: tuple[Tensor, ...]
+    """Of every layer, what each watched capacity factor would have dropped; see `LayerStats`."""
     preferences: tuple[Preferences, ...] = ()
     """Of every layer, where they were asked for."""
 
@@ -87,6 +89,7 @@ def sums(output: Output) -> Sums:
         if layers
         else nothing.view(0, 2),
         ledgers=tuple(s.ledger for s in layers),
+        would_drop=tuple(s.would_drop_F for s in layers),
         preferences=tuple(s.preferences for s in layers if s.preferences is not None),
     )
 
@@ -231,3 +234,18 @@ def loads(parts: Sequence[Sums], mesh: Mesh) -> Tensor:
     return mesh.sum(
         torch.stack([torch.stack([d.count_GE[0] for d in p.demands]) for p in parts]).sum(0)
     )
+
+
+def tally(parts: Sequence[Sums], mesh: Mesh) -> Tensor:
+    """Of every layer the assignments, and how many of them each watched capacity factor would have
+    dropped, over all micro-batches and ranks: int64 (N, 1 + factors)."""
+    rows = [
+        torch.stack(
+            [
+                torch.cat([ledger.assigned[None], dropped_F])
+                for ledger, dropped_F in zip(part.ledgers, part.would_drop, strict=True)
+            ]
+        )
+        for part in parts
+    ]
+    return mesh.sum(torch.stack(rows).sum(0))

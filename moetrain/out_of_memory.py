@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 MICRO_BATCH = "train.micro_batch (smaller)"
 SEQ_LEN = "data.seq_len (smaller)"
-CAPACITY = "moe.capacity_factor (smaller)"
+CAPACITY = "moe.capacity_factor (a smaller number)"
 RECOMPUTE = "engine.activation_checkpointing (full)"
 BF16 = "engine.precision (bf16)"
 VOCABULARY = "data.tokenizer (of a smaller vocabulary)"

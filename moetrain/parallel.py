@@ -114,7 +114,8 @@ def compile_regions(model: Transformer, recompute: Recompute) -> None:
     FSDP2's hooks cannot be traced, so they stay outside. Without a capacity, rows differ from call
     to call and their numbers are read on the host: such passes run as they are.
     """
-    allow_graphs(len(model.blocks))
+    shapes = [len(module.watched_factors) for module in model.modules() if isinstance(module, MoE)]
+    allow_graphs(len(model.blocks), max([1, *shapes]))
     for block in model.blocks:
         assert isinstance(block, Block)
         replace_method(block, "attend", _one_graph(block.attend))
@@ -125,12 +126,14 @@ def compile_regions(model: Transformer, recompute: Recompute) -> None:
             replace_method(block.feed_forward, "forward", _one_graph(block.feed_forward.forward))
 
 
-def allow_graphs(num_layers: int) -> None:
+def allow_graphs(num_layers: int, num_shapes: int = 1) -> None:
     """Let every layer have graphs of its own, since its draws are keyed by its number: of training,
-    evaluation, recomputation. torch counts them together, as graphs of one function."""
+    evaluation, recomputation, and all that for each of the capacity factors that it may have. torch
+    counts them together, as graphs of one function."""
     dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(8 * num_layers, dynamo.recompile_limit)
-    dynamo.accumulated_recompile_limit = max(8 * num_layers, dynamo.accumulated_recompile_limit)
+    most = 8 * num_layers * num_shapes
+    dynamo.recompile_limit = max(most, dynamo.recompile_limit)
+    dynamo.accumulated_recompile_limit = max(most, dynamo.accumulated_recompile_limit)
 
 
 def _one_graph(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -238,7 +238,10 @@ def replay_step(record: Record, ways: Ways) -> StepReplay:
         routed = list(_route(record, ways, block, factor, layer))
         means.append(_sum(routed, ways.world))
         traffic.append(_traffic(routed, ways))
-    layers = [layer_line(layer) for layer in means]
+    layers = [
+        layer_line(layer, factor)
+        for layer, factor in zip(means, ways.capacity_factors, strict=True)
+    ]
     together = rates(layers, [layer.ledger for layer in means])
     return StepReplay(step=record.step, rates=together, layers=layers, traffic=traffic)
 

@@ -17,7 +17,6 @@ from moetrain.data import Prepared
 from moetrain.evaluate import nats_per_byte
 from moetrain.mesh import Mesh, raise_alike
 from moetrain.model import Transformer
-from moetrain.moe import MoE
 from moetrain.objective import Means
 from moetrain.peaks import device_peak_flops
 from moetrain.plots import PLOTS_FOLDER, write_plots
@@ -72,7 +71,6 @@ class Report:
         raise_alike(error)
         if self._is_writer:
             self._open(model, start)
-        self._layers = [module for module in model.modules() if isinstance(module, MoE)]
         self._trace = TraceLog(folder, config, mesh.rank, mesh.world)
 
     def _save_settings(self) -> None:
@@ -127,6 +125,11 @@ class Report:
         if self._is_writer:
             self._progress.note(_trouble(step, result))
 
+    def moved(self, step: int, moves: str) -> None:
+        """Report that layers go on with other capacity factors."""
+        if self._is_writer:
+            self._progress.note(f"step {step}: capacity factor {moves}")
+
     def train(self, position: Position, result: StepResult, means: Means) -> None:
         """Report the optimizer step just finished; speed is the mean since the last report.
 
@@ -141,6 +144,7 @@ class Report:
             spikes=position.spikes,
             is_spike=result.is_spike,
             means=means,
+            capacity_factors=result.capacity_factors,
             grad_norm=result.outcome.grad_norm,
             lr=result.lr,
             speed=metrics.speed(
@@ -167,8 +171,7 @@ class Report:
         first = position.samples - self._config.train.global_batch
         batches = sample_indices(self._config, self._mesh.rank, self._mesh.world, first)
         samples = [index for batch in batches for index in batch]
-        factors = [layer.factors["train"] for layer in self._layers]
-        self._trace.write(position.step, samples, parts, factors)
+        self._trace.write(position.step, samples, parts, result.capacity_factors)
 
     def evaluation(self, step: int, means: Means) -> None:
         """Report an evaluation on held-out text."""

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moetrain.autopilot import OFF, Autopilot
 from moetrain.build import gate, routing_group_tokens
 from moetrain.config import Config, TrainConfig
 from moetrain.data import Batch, Prepared, Samples
 from moetrain.engines import Engine
 from moetrain.evaluate import forward, on_device
 from moetrain.mesh import Mesh
-from moetrain.moe import Draws, Ledger, Router
+from moetrain.moe import Draws, Ledger, MoE, Router
 from moetrain.moe.keyed import step_key
 from moetrain.moe.ledger import is_conserved
 from moetrain.objective import (
@@ -31,6 +32,7 @@ from moetrain.objective import (
     loads,
     objective,
     sums,
+    tally,
 )
 from moetrain.optim import StepOutcome, lr_at
 from moetrain.spikes import EMPTY, FINITE, Limits, Window
@@ -72,11 +74,15 @@ class Position:
     """Steps that were a spike, skipped or not."""
     window: Window = EMPTY
     """What spikes are told from."""
+    autopilot: Autopilot = OFF
+    """The capacity factors of the layers, where `moe.capacity_factor` is auto."""
 
     @classmethod
     def of(cls, saved: Mapping[str, Any]) -> Position:
         """From what JSON makes of its fields; an older version did not save all of them."""
-        return cls(**{**saved, "window": Window(**saved.get("window", {}))})
+        window, autopilot = saved.get("window", {}), saved.get("autopilot", {})
+        parts = {"window": Window(**window), "autopilot": Autopilot(**autopilot)}
+        return cls(**{**saved, **parts})
 
 
 class StepResult(NamedTuple):
@@ -92,6 +98,10 @@ class StepResult(NamedTuple):
     lr: float
     data_s: float
     """Seconds in which this rank read its batches."""
+    capacity_factors: list[float | None]
+    """That every MoE layer ran with; None where dropless."""
+    tally: list[list[int]]
+    """What the autopilot goes by; empty without one, and where the step was skipped."""
 
     @property
     def is_bad(self) -> bool:
@@ -109,6 +119,7 @@ def train_step(run: Run, position: Position, num_ranked: int = 0) -> StepResult:
     """One optimizer step on the next global batch, which notes `num_ranked` preferences of every
     token."""
     config, mesh = run.config, run.mesh
+    capacity_factors = _set_factors(run, position.autopilot)
     step, started = position.step + 1, time.perf_counter()
     batches = [
         on_device(run.samples.batch(indices), mesh.device)
@@ -131,9 +142,23 @@ def train_step(run: Run, position: Position, num_ranked: int = 0) -> StepResult:
     applied = FINITE if config.train.spike_response == "warn" else limits
     outcome = run.engine.step(lr, applied)
     _check_ledgers(parts)
+    counted = []
     if not outcome.was_skipped:
         _rebalance(run, parts)
-    return StepResult(parts, counts, balance, outcome, limits, lr, data_s)
+        if capacity_factors and config.moe.capacity_factor == "auto":
+            counted = tally(parts, mesh).tolist()
+    return StepResult(
+        parts, counts, balance, outcome, limits, lr, data_s, capacity_factors, counted
+    )
+
+
+def _set_factors(run: Run, autopilot: Autopilot) -> list[float | None]:
+    """Let every MoE layer run with the capacity factor that is due; returns those of all layers."""
+    layers = [module for module in run.engine.model.modules() if isinstance(module, MoE)]
+    if run.config.moe.capacity_factor == "auto":
+        for layer, factor in zip(layers, autopilot.of_layers(len(layers)), strict=True):
+            layer.factors["train"] = factor
+    return [layer.factors["train"] for layer in layers]
 
 
 def _forward(run: Run, batch: Batch, key: Tensor, num_ranked: int = 0) -> Sums:

@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from moetrain.activations import COMPUTED_IN
-from moetrain.build import routing_group_tokens
+from moetrain.autopilot import FACTORS
+from moetrain.build import routing_group_tokens, training_factor
 from moetrain.config import Config
 from moetrain.constraints import WITHOUT_WEIGHTS
 from moetrain.engines.deepspeed_config import bucket_size
@@ -56,6 +57,7 @@ def traffic(config: Config, model: Transformer, world_size: int) -> list[Traffic
 
     `model` may be on the meta device. Rows of dropless experts count as if they were evenly loaded
     and no token were padding: their number is exact, and so are the bytes of all ranks together.
+    Where `moe.capacity_factor` is auto, rows are those of the largest factor.
 
     DeepSpeed's are those of its default settings. Where a rank's weights do not fit into one of its
     buckets, the number of reductions is only about right: it cuts no weight in two.
@@ -225,10 +227,11 @@ def _hops(config: Config) -> list[tuple[Axis, int]]:
 def _rows(config: Config) -> int:
     """That one rank sends in one pass of one layer, those it keeps and empty slots included."""
     moe, tokens = config.moe, config.train.micro_batch * config.data.seq_len
-    if moe.capacity_factor is None:
+    factor = training_factor(moe)
+    if factor is None:
         return tokens * moe.top_k
     group = routing_group_tokens(config) or tokens
-    slots = capacity(group, moe.experts, moe.top_k, moe.capacity_factor, moe.min_capacity)
+    slots = capacity(group, moe.experts, moe.top_k, factor, moe.min_capacity)
     return moe.experts * tokens // group * slots
 
 
@@ -265,6 +268,9 @@ def _statistics(config: Config, model: Transformer, world_size: int) -> Iterator
     if moe.router == "sigmoid" and moe.bias_update_rate > 0 and layers:
         loads = layers * moe.experts * INT64
         yield Traffic("loads of experts", "all_reduce", "world", world_size, 1, loads)
+    if moe.capacity_factor == "auto" and layers:
+        drops = layers * (1 + len(FACTORS)) * INT64
+        yield Traffic("drops by capacity factor", "all_reduce", "world", world_size, 1, drops)
 
 
 def _balance(config: Config, layers: int) -> Iterator[tuple[str, int, int]]:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from moetrain import checkpoint, engines, lock, settings
+from moetrain.autopilot import changes
 from moetrain.build import build_model
 from moetrain.checkpoint import CheckpointError, Saver
 from moetrain.config import Config, TrainConfig
@@ -145,10 +146,12 @@ def _step(run: Run, position: Position, report: Report, saver: Saver, watch: Wat
     is_due = _due(position.step + 1, config.log.every, config.train.steps)
     ranked = num_ranked(config.moe) if config.log.trace and is_due else 0
     result = train_step(run, position, ranked)
-    position = _advance(position, config, result)
+    before, position = position, _advance(position, config, result)
     report.step_took(time.perf_counter() - started, result.data_s)
     if result.is_bad or result.is_spike:
         report.went_wrong(position.step, result)
+    if moves := changes(before.autopilot, position.autopilot):
+        report.moved(position.step, moves)
     is_over = _is_over(position, result, config.train)
     if is_over or is_due:
         means = reduce(result.parts, result.counts, run.mesh, result.batch_balance)
@@ -179,7 +182,7 @@ def _evaluate(
 
 def _advance(position: Position, config: Config, result: StepResult) -> Position:
     batch, (loss, grad_norm, was_skipped) = config.train.global_batch, result.outcome
-    window = position.window
+    window, autopilot = position.window, position.autopilot
     return Position(
         position.step + 1,
         position.samples + batch,
@@ -189,6 +192,7 @@ def _advance(position: Position, config: Config, result: StepResult) -> Position
         _due(position.step + 1, config.eval.every, config.train.steps),
         spikes=position.spikes + result.is_spike,
         window=window if was_skipped else window.after(loss, grad_norm, result.is_spike),
+        autopilot=autopilot.after(result.tally, config.moe.target_drop_rate),
     )
 
 

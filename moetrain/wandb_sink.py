@@ -33,6 +33,7 @@ _LAYER_NUMBERS = (
     "token_drop_rate",
     "dropped_gate_mass",
     "padding_waste",
+    "capacity_factor",
     "effective_capacity_factor",
     "max_vio",
     "load_cv",
@@ -174,7 +175,8 @@ def flatten(line: Mapping[str, Any]) -> dict[str, Any]:
     for index, layer in enumerate(line.get("layers", ())):
         lists = [name for name in _LAYER_LISTS if len(layer[name]) <= _MAX_BINS]
         for name in (*_LAYER_NUMBERS, *lists):
-            shown[f"{name}/layer_{index:02d}"] = layer[name]
+            if layer[name] is not None:
+                shown[f"{name}/layer_{index:02d}"] = layer[name]
     return shown
 
 

@@ -165,6 +165,16 @@ def test_a_dropless_layer_has_no_drop_policy():
         ({"group": 4}, ["groups of 4 tokens", "training: 3 slots", "(effective 1.5)"]),
         ({"group": "microbatch"}, ["groups of 16 tokens", "training: 10 slots"]),
         ({"capacity_factor": None}, ["training: dropless"]),
+        # 4.0 would be 16 slots for 8 tokens
+        (
+            {"capacity_factor": "auto"},
+            [
+                "training: 8 slots",
+                "factor 4.0 (effective 2)",
+                "auto: training may go down to 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, "
+                "2.0, 3.0; all below is for 4.0",
+            ],
+        ),
         ({"eval_capacity_factor": None}, ["evaluation: dropless"]),
     ],
 )

@@ -88,6 +88,22 @@ def test_a_plan_of_another_size_is_another_graph() -> None:
         close(tuple(run(*arguments)), tuple(moe(*arguments)))
 
 
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_another_capacity_factor_is_another_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the autopilot changes it between steps, and back. More shapes than the limit set here."""
+    to_graphs(monkeypatch, "eager")
+    moe = build(ROUTERS["gshard"], 4, capacity_factor=0.75, watched_factors=(0.5, 0.75, 1.0))
+    parallel.allow_graphs(1, num_shapes=3)
+    run, arguments = parallel._where_static(moe, decides_first=False), inputs(moe, "train")
+    slots = []
+    for factor in (0.75, 1.0, 0.5, 0.75):
+        moe.factors["train"] = factor
+        output = run(*arguments)
+        close(tuple(output), tuple(moe(*arguments)))
+        slots.append(int(output.stats.ledger.slots))
+    assert slots[2] < slots[0] == slots[3] < slots[1]
+
+
 @pytest.mark.parametrize(("version", "refused"), [("2.12.1+cu130", True), ("2.13.0+cpu", False)])
 def test_fp64_is_refused_where_its_code_does_not_run(
     version: str, refused: bool, monkeypatch: pytest.MonkeyPatch
@@ -154,6 +170,7 @@ def test_machine_code_computes_the_same() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
+@torch._dynamo.config.patch(recompile_limit=2)
 def test_every_layer_may_have_a_graph_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws are keyed by the layer's number: three are more than the limit set here."""
     to_graphs(monkeypatch, "eager")
@@ -162,7 +179,6 @@ def test_every_layer_may_have_a_graph_of_its_own(monkeypatch: pytest.MonkeyPatch
         moe = build(ROUTERS["gshard"], 4, capacity_factor=0.75, min_capacity=2)
         moe.layer = moe.router.layer = number
         layers.append(moe)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     parallel.allow_graphs(len(layers))
     for moe in layers:
         run = parallel._where_static(moe, decides_first=False)

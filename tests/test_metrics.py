@@ -62,6 +62,7 @@ def train_line(layers, loss=2.5):
         spikes=1,
         is_spike=True,
         means=Means(loss, 1.1, 0.3, tuple(layers)),
+        capacity_factors=[1.0 + n for n in range(len(layers))],
         grad_norm=0.9,
         lr=1e-3,
         speed=SPEED,
@@ -80,7 +81,7 @@ def test_a_line_has_the_documented_fields_in_order():
 
 
 def test_every_figure_of_a_crowded_layer():
-    line = metrics.layer_line(CROWDED)
+    line = metrics.layer_line(CROWDED, 1.5)
     cv = pytest.approx(math.sqrt(((5 - 2) ** 2 + (1 - 2) ** 2 + (0 - 2) ** 2) / 3) / 2)
     # shares 5/6 and 1/6 of three experts
     entropy = pytest.approx(math.exp(-(5 / 6 * math.log(5 / 6) + 1 / 6 * math.log(1 / 6))) / 3)
@@ -97,6 +98,7 @@ def test_every_figure_of_a_crowded_layer():
         "token_drop_rate": 0.5,
         "dropped_gate_mass": 0.4,
         "padding_waste": 0.5,
+        "capacity_factor": 1.5,
         "effective_capacity_factor": 1.0,
         "max_vio": 1.5,  # (5 - 2) / 2
         "load_cv": cv,  # 1.0801
@@ -115,7 +117,7 @@ def test_every_figure_of_a_crowded_layer():
 
 
 def test_every_outcome_has_its_own_count():
-    line = metrics.layer_line(MIXED)
+    line = metrics.layer_line(MIXED, 1.5)
     assert (line["kept"], line["spilled"], line["dropped"], line["not_sampled"]) == (5, 1, 1, 1)
     assert line["drop_rate"] == 1 / 8
     assert line["drop_rate_by_choice"] == [0, 1 / 4]
@@ -129,7 +131,9 @@ def test_every_outcome_has_its_own_count():
 
 
 def test_one_expert_with_everything_is_as_uneven_as_can_be():
-    line = metrics.layer_line(layer([[[6, 0, 0, 0]], [[0] * 4]], row_E=[6, 0], tokens=6, slots=12))
+    line = metrics.layer_line(
+        layer([[[6, 0, 0, 0]], [[0] * 4]], row_E=[6, 0], tokens=6, slots=12), 2.0
+    )
     assert (line["max_vio"], line["load_cv"], line["load_entropy"]) == (1, 1, 0.5)
     assert (line["dead_experts"], line["padding_waste"]) == (1, 0.5)
     assert line["effective_capacity_factor"] == 2
@@ -148,7 +152,7 @@ def test_rates_weigh_layers_by_their_counts_and_the_rest_are_means_or_sums():
     assert line["load_entropy"] == pytest.approx((0.5230642 + 1 + 1) / 3)
     assert line["dead_experts"] == 1
     assert (line["bad_steps"], line["spikes"], line["is_spike"]) == (2, 1, True)
-    assert line["layers"] == [metrics.layer_line(one) for one in layers]
+    assert line["layers"] == [metrics.layer_line(one, 1.0 + n) for n, one in enumerate(layers)]
 
 
 def test_a_dense_model_has_no_layers_and_no_drops():
@@ -160,7 +164,7 @@ def test_a_dense_model_has_no_layers_and_no_drops():
 
 
 def test_a_layer_without_a_valid_token_has_rates_of_zero():
-    line = metrics.layer_line(layer([[[0] * 4], [[0] * 4]], row_E=[0, 0], tokens=0, slots=0))
+    line = metrics.layer_line(layer([[[0] * 4], [[0] * 4]], row_E=[0, 0], tokens=0, slots=0), None)
     rates = ["drop_rate", "token_drop_rate", "padding_waste", "effective_capacity_factor"]
     assert [line[name] for name in [*rates, "max_vio", "load_cv", "load_entropy"]] == [0] * 7
     assert line["drop_rate_by_choice"] == [0]
@@ -183,7 +187,8 @@ def test_counts_beyond_the_exact_range_of_floats_stay_exact():
             tokens=big + 2,
             slots=big,
             lost_tokens=2,
-        )
+        ),
+        None,
     )
     assert (line["assigned"], line["load"], line["row_load"]) == (big + 2, [big, 2], [big, 0])
 
@@ -264,7 +269,7 @@ def test_lines_of_real_routing_agree_with_counting_by_hand(groups, experts, k, s
     book, (total, lost) = count(routing, settled, plan), gate_mass(routing, plan)
     share = float(lost / total) if total else 0.0
     outcomes = (tuple(book.outcome_EKO.sum((0, 1)).tolist()),)
-    line = metrics.layer_line(LayerMeans(book, share, outcomes))
+    line = metrics.layer_line(LayerMeans(book, share, outcomes), None)
 
     pairs = [(t, j) for t in valid_T.nonzero().flatten().tolist() for j in range(k)]
     chosen = {pair: int(routing.expert_TK[pair]) for pair in pairs}

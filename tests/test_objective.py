@@ -26,6 +26,7 @@ from moetrain.objective import (
     objective,
     reduce,
     sums,
+    tally,
 )
 from moetrain.testing import simulate_ranks
 
@@ -66,6 +67,7 @@ def part(loss: float, balance: list[float], z: list[float], first: int = 0) -> S
         demands=tuple(demand([1, 1], [1.0, 1.0], 2) for _ in layers),
         gate_mass_N2=torch.tensor([[10.0, 2.0 + 4 * n] for n in layers]).view(-1, 2),
         ledgers=tuple(ledger(first + 100 * layer) for layer in layers),
+        would_drop=tuple(torch.tensor([first + layer, 1]) for layer in layers),
     )
 
 
@@ -119,6 +121,7 @@ def test_sums_of_a_forward_pass():
             numbers(5.0 + n)[0],
             ledger(n),
             GateMass(torch.tensor(8.0), torch.tensor(float(n))),
+            torch.tensor([n, 0]),
         )
         for n in range(2)
     )
@@ -129,6 +132,7 @@ def test_sums_of_a_forward_pass():
     assert collected.ledgers == (layers[0].ledger, layers[1].ledger)
     assert collected.demands == (layers[0].demand, layers[1].demand)
     assert collected.gate_mass_N2.tolist() == [[8, 0], [8, 1]]
+    assert collected.would_drop == (layers[0].would_drop_F, layers[1].would_drop_F)
     assert collected.balance_N.requires_grad
     free = collected.detach()
     assert not any(t.requires_grad for t in free[:3])
@@ -137,7 +141,7 @@ def test_sums_of_a_forward_pass():
     dense = sums(Output(numbers(7.0)[0], None, ()))
     assert dense.balance_N.shape == dense.z_N.shape == (0,)
     assert dense.gate_mass_N2.shape == (0, 2)
-    assert dense.demands == dense.ledgers == ()
+    assert dense.demands == dense.ledgers == dense.would_drop == ()
 
 
 MINE = [
@@ -309,3 +313,16 @@ def test_loads_beyond_what_floats_hold_stay_exact():
         return loads([one], Mesh(torch.device("cpu"))).tolist()
 
     assert simulate_ranks(2, of_rank) == [[[2 * odd, 0]]] * 2
+
+
+def test_a_tally_adds_assignments_and_drops_over_ranks_and_micro_batches():
+    """Layer n of a part that begins at f has 8 + f + 100·n assignments."""
+
+    def of_rank() -> Tensor:
+        mesh = Mesh(torch.device("cpu"))
+        mine = [part(0, [0, 0], [0, 0], 10 * mesh.rank + first) for first in (0, 1)]
+        return tally(mine, mesh)
+
+    for found in simulate_ranks(2, of_rank):
+        assert found.tolist() == [[4 * 8 + 22, 22, 4], [4 * 108 + 22, 26, 4]]
+        assert found.dtype == torch.int64

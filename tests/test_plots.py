@@ -34,6 +34,7 @@ def layer(load, drop_rate=0.0, choices=2):
         "drop_rate_by_choice": [drop_rate * j for j in range(choices)],
         "dropped_gate_mass": drop_rate / 2,
         "padding_waste": 0.2,
+        "capacity_factor": 1.25,
         "effective_capacity_factor": 1.25,
         "max_vio": 0.5,
         "load_cv": 0.3,

@@ -72,7 +72,7 @@ def done(
     """A step and what came of it. It is skipped where its norm is not finite, or above 4."""
     limits = Limits(5.0, 4.0)
     outcome = StepOutcome(loss, grad_norm, not limits.admit(loss, grad_norm))
-    result = StepResult([], COUNTS, None, outcome, limits, lr=0.25, data_s=0.0)
+    result = StepResult([], COUNTS, None, outcome, limits, 0.25, 0.0, [1.25, 4.0], [])
     return Position(step, 16 * step, 128 * step, bad_steps, spikes=spikes), result
 
 
@@ -102,6 +102,7 @@ def test_lines_by_hand(tmp_path):
     assert (first["dropped_gate_mass"], first["dead_experts"]) == (0.25, 4)
     assert (first["bad_steps"], second["bad_steps"]) == (0, 1)
     assert first["layers"][0]["effective_capacity_factor"] == 240 / 256
+    assert [layer["capacity_factor"] for layer in first["layers"]] == [1.25, 4.0]
     # The mean of 0.5 s and 1.5 s, and after a line the count starts afresh.
     assert (first["step_time_s"], second["step_time_s"]) == (1.0, 4.0)
     assert (first["tokens_per_s"], second["tokens_per_s"]) == (128, 32)
@@ -185,7 +186,8 @@ def test_a_dense_run_has_lines_without_layers(tmp_path, capsys):
     def work():
         with opened(tmp_path, config=small_config(moe={"experts": 0})) as report:
             report.step_took(1.0, 0.0)
-            report.train(*done(1), Means(2.5, 0.0, 0.0, ()))
+            position, result = done(1)
+            report.train(position, result._replace(capacity_factors=[]), Means(2.5, 0.0, 0.0, ()))
             report.evaluation(1, Means(2.5, 0.0, 0.0, ()))
 
     alone(work)
@@ -214,6 +216,16 @@ def test_a_skipped_step_is_said_once_and_its_line_is_valid_json(tmp_path, capsys
     out = capsys.readouterr().out
     assert out.count("step 1 skipped: the gradient norm is nan") == 1
     assert out.count("1 skipped  ") == 1
+
+
+def test_a_move_of_the_autopilot_is_said_once(tmp_path, capsys):
+    def work():
+        with opened(tmp_path / str(torch.distributed.get_rank())) as report:
+            report.moved(16, "4.0 -> 3.0 in MoE layer 1")
+
+    simulate_ranks(2, work)
+    out = capsys.readouterr().out
+    assert out.count("step 16: capacity factor 4.0 -> 3.0 in MoE layer 1\n") == 1
 
 
 def test_a_spike_is_said_once_and_counted(tmp_path, capsys):

@@ -61,6 +61,7 @@ FLAGS = {
     "hyphen": (["--moe.capacity-factor", "1.0"], "moe", "capacity_factor", 1.0),
     "underscore": (["--moe.capacity_factor", "1.5"], "moe", "capacity_factor", 1.5),
     "equals": (["--moe.capacity_factor=2"], "moe", "capacity_factor", 2.0),
+    "word or number": (["--moe.capacity-factor", "auto"], "moe", "capacity_factor", "auto"),
     "null": (["--moe.capacity-factor", "null"], "moe", "capacity_factor", None),
     "None": (["--moe.eval-capacity-factor=None"], "moe", "eval_capacity_factor", None),
     "word of a union": (["--moe.group", "microbatch"], "moe", "group", "microbatch"),
@@ -161,7 +162,24 @@ WRONG_YAML = {
     "top_k zero": ("moe: {top_k: 0}", "moe.top_k (0) must be greater than 0; the default is 2"),
     "capacity zero": (
         "moe: {capacity_factor: 0}",
-        "moe.capacity_factor (0) must be greater than 0 or null; the default is 1.25",
+        "moe.capacity_factor (0) must be greater than 0 or 'auto' or null; the default is 1.25",
+    ),
+    "capacity of another word": (
+        "moe: {capacity_factor: automatic}",
+        "moe.capacity_factor (automatic) must be a valid number or 'auto' or null; the default is "
+        "1.25",
+    ),
+    "auto in evaluation": (
+        "moe: {eval_capacity_factor: auto}",
+        "moe.eval_capacity_factor (auto) must be a valid number or null; the default is 2.0",
+    ),
+    "no drops at all": (
+        "moe: {capacity_factor: auto, target_drop_rate: 0}",
+        "moe.target_drop_rate (0) must be greater than 0; the default is 0.01",
+    ),
+    "nothing but drops": (
+        "moe: {capacity_factor: auto, target_drop_rate: 1}",
+        "moe.target_drop_rate (1) must be less than 1; the default is 0.01",
     ),
     "capacity negative": (
         "moe: {eval_capacity_factor: -1.5}",
@@ -169,11 +187,11 @@ WRONG_YAML = {
     ),
     "capacity nan": (
         "moe: {capacity_factor: .nan}",
-        "moe.capacity_factor (nan) must be a finite number or null; the default is 1.25",
+        "moe.capacity_factor (nan) must be a finite number or 'auto' or null; the default is 1.25",
     ),
     "capacity inf": (
         "moe: {capacity_factor: .inf}",
-        "moe.capacity_factor (inf) must be a finite number or null; the default is 1.25",
+        "moe.capacity_factor (inf) must be a finite number or 'auto' or null; the default is 1.25",
     ),
     "no branch of a union": (
         "moe: {group: token}",
@@ -315,11 +333,11 @@ WRONG_FLAGS = {
     "no flag": (["stray"], "Unrecognized options: stray"),
     "out of range": (
         ["--moe.capacity-factor", "-1"],
-        "moe.capacity_factor (-1.0) must be greater than 0 or null; the default is 1.25",
+        "moe.capacity_factor (-1.0) must be greater than 0 or 'auto' or null; the default is 1.25",
     ),
     "not a number": (
         ["--moe.capacity-factor", "nan"],
-        "moe.capacity_factor (nan) must be a finite number or null; the default is 1.25",
+        "moe.capacity_factor (nan) must be a finite number or 'auto' or null; the default is 1.25",
     ),
 }
 
@@ -358,7 +376,7 @@ configs = st.fixed_dictionaries(
         "moe": st.fixed_dictionaries(
             {},
             optional={
-                "capacity_factor": st.none() | numbers,
+                "capacity_factor": st.none() | st.just("auto") | numbers,
                 "group": st.sampled_from(["sequence", "microbatch", 1, 64]),
                 "renormalize": st.booleans(),
                 "jitter": st.floats(0, 1, exclude_max=True),

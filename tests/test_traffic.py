@@ -134,6 +134,14 @@ def test_statistics_by_hand():
     assert rows["experts' weights", "edp"][1] == 6 * 2
 
 
+def test_the_autopilot_has_the_rows_of_its_largest_factor():
+    """And a sum of its own: of two layers the assignments, and what nine factors would drop."""
+    parallel = {"ep": 2}
+    auto = found(config(parallel=parallel, moe={"capacity_factor": "auto"}), 8)
+    assert auto.pop(("drops by capacity factor", "world")) == (8, 1, 2 * 10 * 8)
+    assert auto == found(config(parallel=parallel, moe={"capacity_factor": 4.0}), 8)
+
+
 def test_one_rank_is_silent():
     assert found(config(), 1) == {}
     assert "traffic" not in check.report(config(), 1)

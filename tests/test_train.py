@@ -143,6 +143,7 @@ def test_a_run_leaves_its_settings_checkpoints_and_plots(config, run):
     assert position == {
         "step": STEPS, "samples": 8 * STEPS, "tokens": STEP_TOKENS * STEPS,
         "bad_steps": 0, "bad_in_a_row": 0, "owes_evaluation": False, "spikes": 0,
+        "autopilot": {"factors": [], "steps": 0, "sums": []},
     }  # fmt: skip
     assert window.grad_norms == [line["grad_norm"] for line in read_metrics(run) if "loss" in line]
     bias_E = tensors["model.blocks.1.moe.router.bias"]

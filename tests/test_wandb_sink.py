@@ -163,7 +163,8 @@ def is_running(pid):
 
 
 FIGURES = ["drop_rate", "token_drop_rate", "dropped_gate_mass", "padding_waste"]
-FIGURES += ["effective_capacity_factor", "max_vio", "load_cv", "load_entropy", "dead_experts"]
+FIGURES += ["capacity_factor", "effective_capacity_factor", "max_vio", "load_cv"]
+FIGURES += ["load_entropy", "dead_experts"]
 
 
 def layer(value, load, by_choice):
@@ -184,6 +185,8 @@ def test_numbers_of_a_line_by_name():
         "drop_rate_by_choice/layer_01": [0.5],
     }
     assert flatten({"step": 3, "eval_loss": 2.0}) == {"step": 3, "eval_loss": 2.0}
+    dropless = layer(0, [3, 0], [0.5]) | {"capacity_factor": None}
+    assert "capacity_factor/layer_00" not in flatten({"step": 3, "layers": [dropless]})
 
 
 def test_of_times_by_rank_the_longest_over_the_median_is_shown():

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from adapters.plain import PlainEngine
 from moetrain import checkpoint as checkpoints
 from moetrain.build import gate as build_gate
+from moetrain.build import training_factor
 from moetrain.config import Config, EngineConfig, TrainConfig
 from moetrain.engines.torch import TorchEngine
 from moetrain.mesh import Mesh
@@ -218,7 +219,7 @@ class OwnLayer:
         norm: float | None,
     ) -> Pass:
         means = reduce(parts, counts, self.mesh)
-        line: Mapping[str, Any] = layer_line(means.layers[0])
+        line: Mapping[str, Any] = layer_line(means.layers[0], self.case.capacity_factor)
         outcomes = {name: line[name] for name in ("kept", "spilled", "dropped", "not_sampled")}
         return Pass(
             output_BLD,
@@ -267,7 +268,7 @@ def _moe(config: Config, layer: int) -> MoE:
         config.expert_ffn_dim,
         moe.experts,
         build_gate(moe),
-        capacity_factor=moe.capacity_factor,
+        capacity_factor=training_factor(moe),
         eval_capacity_factor=moe.eval_capacity_factor,
         drop_policy=moe.drop_policy,
     )

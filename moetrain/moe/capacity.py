@@ -2,12 +2,13 @@
 
 Shape suffixes: T tokens on this rank, S tokens of one routing group, G groups, K choices,
 E experts, C slots per expert and group, N = K·S assignments of a group, R rows of the expert
-buffer. An *assignment* is one (token, choice) pair; its number is t·K + k.
+buffer, F capacity factors. An *assignment* is one (token, choice) pair; its number is t·K + k.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -67,9 +68,7 @@ class _Queues(NamedTuple):
 def _queue(routing: Routing, group_size: int, priority_TK: Tensor | None = None) -> _Queues:
     """Line up the requests: first choices of the whole group before any second choice, unless
     there are priorities; those settle ties then."""
-    num_experts = routing.num_experts
-    asks_TK = routing.sampled_TK & routing.asks_TK
-    expert_GN = _in_order(torch.where(asks_TK, routing.expert_TK, num_experts), group_size)
+    num_experts, expert_GN = routing.num_experts, _requests(routing, group_size)
     if priority_TK is None:
         sorted_GN, order_GN = torch.sort(expert_GN, dim=1, stable=True)
     else:
@@ -79,6 +78,12 @@ def _queue(routing: Routing, group_size: int, priority_TK: Tensor | None = None)
         order_GN = served_GN.gather(1, place_GN)
     count_GE = occurrences(expert_GN, num_experts)
     return _Queues(sorted_GN, order_GN, count_GE, count_GE.cumsum(1) - count_GE)
+
+
+def _requests(routing: Routing, group_size: int) -> Tensor:
+    """The expert that each assignment of a group asks for a slot; E where it asks for none."""
+    asks_TK = routing.sampled_TK & routing.asks_TK
+    return _in_order(torch.where(asks_TK, routing.expert_TK, routing.num_experts), group_size)
 
 
 def _in_order(values_TK: Tensor, group_size: int) -> Tensor:
@@ -136,6 +141,18 @@ def plan_capacity(
         rows_per_expert=num_groups * slots,
         slots=num_experts * slots * routing.valid_T.view(-1, group_size).any(1).sum(),
     )
+
+
+def would_drop(routing: Routing, group_size: int, slots: Sequence[int]) -> Tensor:
+    """Assignments that each of F numbers of slots per expert and group would drop: int64 (F,).
+
+    An expert turns away what it is asked for beyond its slots, whoever that is: so this is exact
+    for every order in which requests are served, but not where losers go on to other experts.
+    """
+    count_GE = occurrences(_requests(routing, group_size), routing.num_experts)
+    # Filled on the device: a tensor made of a list would be waited for.
+    slots_F1 = torch.stack([count_GE.new_full((1,), each) for each in slots])
+    return (count_GE.flatten() - slots_F1).clamp(min=0).sum(1)
 
 
 def plan_dropless(routing: Routing) -> Plan:

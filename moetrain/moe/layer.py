@@ -6,7 +6,7 @@ E experts, K choices, G routing groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moetrain.moe import balance, keyed
 from moetrain.moe.balance import Demand
-from moetrain.moe.capacity import Plan, capacity, plan_capacity, plan_dropless
+from moetrain.moe.capacity import Plan, capacity, plan_capacity, plan_dropless, would_drop
 from moetrain.moe.dispatch import Dispatcher, Local
 from moetrain.moe.experts import Experts
 from moetrain.moe.keyed import Draws
@@ -40,6 +40,8 @@ class LayerStats(NamedTuple):
     """Router z-loss summed over valid tokens; differentiable, 0-d."""
     ledger: Ledger
     gate_mass: GateMass
+    would_drop_F: Tensor
+    """int64: assignments that each watched capacity factor would have dropped."""
     preferences: Preferences | None = None
     """Where they were asked for."""
 
@@ -101,6 +103,10 @@ class MoE(nn.Module):
     with one choice the two are the same). random: by a keyed draw, in training; elsewhere as
     position. spill: as position, but losers go on to the next `spill_depth` experts they rank.
 
+    What each of the `watched_factors` would have dropped is counted, too; where losers spill, that
+    is what would have been lost without. `factors["train"]` may be changed between steps, on all
+    ranks alike.
+
     The layer is single-device code: under expert parallelism `dispatcher` is replaced from outside.
     """
 
@@ -118,6 +124,7 @@ class MoE(nn.Module):
         group: GroupName | int = "sequence",
         drop_policy: DropPolicy = "position",
         spill_depth: int = 1,
+        watched_factors: Sequence[float] = (),
     ):
         super().__init__()
         self.layer, self.num_experts, self.gate = layer, num_experts, gate
@@ -125,6 +132,7 @@ class MoE(nn.Module):
         self.min_capacity, self.group = min_capacity, group
         self.drop_policy: DropPolicy = drop_policy
         self.spill_depth = spill_depth
+        self.watched_factors = tuple(watched_factors)
         self.router = Router(layer, gate, dim, num_experts)
         self.experts = Experts(num_experts, dim, hidden_dim)
         self.dispatcher: Dispatcher = Local()
@@ -209,8 +217,16 @@ class MoE(nn.Module):
             balance.z_loss(routed.record),
             ledger(routed.record, routed.settled, routed.plan),
             gate_mass(routed.record, routed.plan),
+            self._would_drop(routed),
             routed.preferences,
         )
+
+    def _would_drop(self, routed: Routed) -> Tensor:
+        if not self.watched_factors:
+            return routed.plan.row_TK.new_zeros(0)
+        size = routed.group_size
+        slots = [self._slots_at(factor, size) for factor in self.watched_factors]
+        return would_drop(routed.record, size, slots)
 
     def _group_size(self, x_BLD: Tensor, mode: Mode) -> int:
         batch, length, _ = x_BLD.shape
@@ -222,8 +238,9 @@ class MoE(nn.Module):
 
     def _slots(self, group_size: int, mode: Mode) -> int | None:
         factor = self.factors[mode]
-        if factor is None:
-            return None
+        return None if factor is None else self._slots_at(factor, group_size)
+
+    def _slots_at(self, factor: float, group_size: int) -> int:
         top_k = self.gate.top_k
         return capacity(group_size, self.num_experts, top_k, factor, self.min_capacity)
 

@@ -1,0 +1,213 @@
+"""Does `moe.capacity_factor: auto` hold its target? The quickstart with it, beside fixed factors.
+
+    python benchmarks/autopilot.py [--steps 208] [--runs FOLDER] [--only TEXT]
+
+Trains configs/quickstart.yaml on two processes with two targets and with two fixed factors, one
+after the other, all from the same seed. Runs that FOLDER holds already are not trained again, so
+they may be trained one by one. Writes autopilot.{json,md,png} into results/ once all are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import record
+
+from moetrain.autopilot import FACTORS, STEPS
+
+Windows = Sequence[Mapping[str, Any]]
+"""The steps that were decided on together, in sums."""
+RUNS: dict[str, dict[str, Any]] = {
+    "auto, target 1 %": {"capacity_factor": "auto", "target_drop_rate": 0.01},
+    "factor 1.25": {"capacity_factor": 1.25},
+    "auto, target 5 %": {"capacity_factor": "auto", "target_drop_rate": 0.05},
+    "factor 2.0": {"capacity_factor": 2.0},
+}
+WARM_UP = 6
+"""Windows in which the router is young, and the autopilot on its way down."""
+COUNTS = ("assigned", "dropped", "slots", "kept")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Does the capacity autopilot hold its target?")
+    parser.add_argument("--steps", type=int, default=13 * STEPS, help="optimizer steps of each run")
+    parser.add_argument("--runs", type=Path, help="folder that keeps the runs")
+    parser.add_argument("--only", default="", help="just the runs whose name holds this")
+    options = parser.parse_args()
+    if options.steps < (least := (WARM_UP + 1) * STEPS):
+        parser.error(f"--steps ({options.steps}) must be at least {least}")
+    with tempfile.TemporaryDirectory() as passing:
+        folder = options.runs or Path(passing)
+        chosen = [name for name in RUNS if options.only in name]
+        runs = {name: run_of(folder, name, options.steps) for name in chosen}
+    if len(runs) < len(RUNS):
+        return
+    data = {"config": "configs/quickstart.yaml", "settings": RUNS, "steps": options.steps}
+    record.write("autopilot", {**data, "runs": runs}, report(runs, options.steps))
+    draw(runs)
+    print((record.RESULTS / "autopilot.md").read_text())
+
+
+def run_of(folder: Path, name: str, steps: int) -> dict[str, Any]:
+    """The held-out loss and the windows of one run."""
+    metrics = folder / str(list(RUNS).index(name)) / "metrics.jsonl"
+    if not (metrics.exists() and "eval_loss" in metrics.read_text()):
+        train(folder, name, steps)
+    lines = [json.loads(line) for line in metrics.open()]
+    starts = range(0, steps // STEPS * STEPS, STEPS)
+    windows = [window(lines[start : start + STEPS]) for start in starts]
+    return {"nats_per_byte": lines[-1]["eval_nats_per_byte"], "windows": windows}
+
+
+def window(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Its last step, and every layer's factor and counts."""
+    layers = []
+    for of_layer in zip(*(line["layers"] for line in lines), strict=True):
+        (factor,) = {each["capacity_factor"] for each in of_layer}
+        counts = {field: sum(each[field] for each in of_layer) for field in COUNTS}
+        layers.append({"capacity_factor": factor, **counts})
+    return {"step": lines[-1]["step"], "layers": layers}
+
+
+def train(folder: Path, name: str, steps: int) -> None:
+    run = str(list(RUNS).index(name))
+    flags = {"name": run, "out": folder, "log.every": 1, "train.steps": steps}
+    flags |= {"eval.every": steps, "checkpoint.every": 0}
+    flags |= {f"moe.{field}": value for field, value in RUNS[name].items()}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    settings = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
+    command = ["-m", "moetrain", "train", str(record.ROOT / "configs" / "quickstart.yaml")]
+    subprocess.run([*launcher, *command, *settings], check=True, stdout=sys.stderr)
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+def share(windows: Windows, name: str, of: str, layer: int | None = None) -> float:
+    """Σ name / Σ of, over windows and over all layers or one."""
+    layers = [
+        each
+        for window in windows
+        for number, each in enumerate(window["layers"])
+        if layer in (None, number)
+    ]
+    return sum(each[name] for each in layers) / sum(each[of] for each in layers)
+
+
+def within(windows: Windows, target: float) -> str:
+    """How many windows of a layer dropped no more than the target."""
+    layers = [each for window in windows for each in window["layers"]]
+    good = sum(each["dropped"] <= target * each["assigned"] for each in layers)
+    return f"{good} of {len(layers)}"
+
+
+def mean_factor(windows: Windows) -> float:
+    return statistics.mean(each["capacity_factor"] for of in windows for each in of["layers"])
+
+
+def moves(windows: Windows) -> tuple[int, int]:
+    """How often a layer went down, and up."""
+    pairs = [
+        (one["capacity_factor"], other["capacity_factor"])
+        for before, after in pairwise(windows)
+        for one, other in zip(before["layers"], after["layers"], strict=True)
+    ]
+    return sum(was > now for was, now in pairs), sum(was < now for was, now in pairs)
+
+
+# ---- what is written -----------------------------------------------------------------------------
+
+
+def report(runs: Mapping[str, Mapping[str, Any]], steps: int) -> str:
+    late = {name: run["windows"][WARM_UP:] for name, run in runs.items()}
+    usual = runs["factor 1.25"]["nats_per_byte"]
+    rows = [
+        [
+            name,
+            f"{mean_factor(windows):.2f}",
+            f"{share(windows, 'dropped', 'assigned'):.2%}",
+            ", ".join(f"{share(windows, 'dropped', 'assigned', n):.2%}" for n in range(4)),
+            f"{1 - share(windows, 'kept', 'slots'):.1%}",
+            f"{runs[name]['nats_per_byte']:.4f} ({runs[name]['nats_per_byte'] - usual:+.4f})",
+        ]
+        for name, windows in late.items()
+    ]
+    header = ["run", "mean factor", "dropped", "by layer", "slots empty", "held-out"]
+    return "\n".join(
+        [
+            "# The capacity autopilot on the quickstart",
+            "",
+            f"`configs/quickstart.yaml`, {steps} steps on two processes, one seed; factor, drops "
+            f"and empty slots are of the steps after {WARM_UP * STEPS}. Held-out loss is in nats "
+            "per byte, evaluated at factor 2.0; in brackets, less that of factor 1.25. A target is "
+            "one of drops, not of loss: what a factor costs in loss it does not say. Speed was not "
+            "compared: it takes runs side by side on a machine without other work.",
+            "",
+            record.table(header, rows),
+            "",
+            f"How many windows ({STEPS} steps of one layer, what the autopilot decides by) dropped "
+            f"no more than a target; in brackets those after step {WARM_UP * STEPS}:",
+            "",
+            record.table(
+                ["run", "1 %", "5 %", "layers went down", "up"],
+                [held(name, run["windows"]) for name, run in runs.items()],
+            ),
+            "",
+            "![Capacity factor of every layer and drop rate over steps](autopilot.png)",
+        ]
+    )
+
+
+def held(name: str, windows: Windows) -> list[object]:
+    cells = [
+        f"{within(windows, target)} ({within(windows[WARM_UP:], target)})"
+        for target in (0.01, 0.05)
+    ]
+    return [name, *cells, *moves(windows)]
+
+
+def draw(runs: Mapping[str, Mapping[str, Any]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, grid = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained", sharex=True)
+    auto = [name for name in runs if "auto" in name]
+    for (top, bottom), name in zip(grid.T, auto, strict=True):
+        windows, target = runs[name]["windows"], RUNS[name]["target_drop_rate"]
+        ends = [window["step"] for window in windows]
+        for layer in range(len(windows[0]["layers"])):
+            colour = plt.get_cmap("viridis")(0.9 * layer / (len(windows[0]["layers"]) - 1))
+            factors = [window["layers"][layer]["capacity_factor"] for window in windows]
+            beside = [factor + 0.015 * layer for factor in factors]  # each other, not on top
+            top.step(ends, beside, where="pre", color=colour, label=f"MoE layer {layer}")
+            rates = [100 * share([window], "dropped", "assigned", layer) for window in windows]
+            bottom.plot(ends, rates, "o-", markersize=3, color=colour)
+        for fixed, colour in (("factor 1.25", "#d55e00"), ("factor 2.0", "#0072b2")):
+            rates = [100 * share([w], "dropped", "assigned") for w in runs[fixed]["windows"]]
+            bottom.plot(ends, rates, "--", color=colour, linewidth=1, label=fixed)
+        bottom.axhline(100 * target, color="#777777", linewidth=1)
+        bottom.annotate("target", (ends[-1], 100 * target), ha="right", va="bottom", fontsize=8)
+        top.set(title=name, yticks=FACTORS, ylim=(0.9, FACTORS[-1] + 0.2))
+        bottom.set(xlabel="optimizer step", ylim=(-0.2, 4 * 100 * target))
+    grid[0, 0].set_ylabel("capacity factor")
+    grid[1, 0].set_ylabel(f"dropped in {STEPS} steps (%)")
+    for axes in (grid[0, 1], grid[1, 1]):
+        axes.legend(frameon=False, fontsize=8)
+    for axes in grid.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(record.RESULTS / "autopilot.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()
