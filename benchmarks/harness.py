@@ -53,7 +53,8 @@ class Contender(NamedTuple):
     """Makes a case ready; at the top level of a module, since other processes call it. Raises
     `AbsentError` where it cannot be done; any other error is one of the benchmark."""
     ranks: int = 1
-    """Processes of one group (Gloo, NCCL on GPUs), which share the cores of this machine."""
+    """Processes of one group (Gloo, NCCL on GPUs), which share the cores of this machine. A single
+    one has its group, too."""
     first_on_path: Path | None = None
     """A folder of packages that go before those that are installed."""
 
@@ -176,12 +177,11 @@ def _serve(
     device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
-    if contender.ranks > 1:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        backend = "nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, init_method=f"file://{store}", rank=rank, world_size=contender.ranks
-        )
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    backend = "nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, init_method=f"file://{store}", rank=rank, world_size=contender.ranks
+    )
     case: Any = None
     with contextlib.suppress(EOFError):
         while True:
@@ -205,11 +205,11 @@ def _serve(
 def _turn(case: Case, steps: int, kind: Device) -> float:
     """Mean seconds of `steps` steps, after one that is not counted."""
     case.step()
-    _synchronize(kind)
+    synchronize(kind)
     started = time.perf_counter()
     for _ in range(steps):
         case.step()
-    _synchronize(kind)
+    synchronize(kind)
     return (time.perf_counter() - started) / steps
 
 
@@ -248,7 +248,8 @@ def _let_go(kind: Device) -> None:
         trim(0)
 
 
-def _synchronize(kind: Device) -> None:
+def synchronize(kind: str) -> None:
+    """Wait until a GPU has done all it was told."""
     if kind == "cuda":
         torch.cuda.synchronize()
 
