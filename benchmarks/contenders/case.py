@@ -26,7 +26,10 @@ class Seen(NamedTuple):
 class Layer(Protocol):
     """A layer around the weights of a cell, on one rank."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """All of its parameters."""
+        ...
 
     def forward(self, x_1LD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Output, and the sum of the auxiliary losses, where the layer has any."""

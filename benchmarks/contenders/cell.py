@@ -122,9 +122,7 @@ def tokens(cell: Cell, rank: int, device: torch.device) -> Tokens:
 def weights(cell: Cell, rank: int, device: torch.device) -> Weights:
     """The same for all contenders, of the size that they are initialised to."""
     shape, dtype = cell.shape, DTYPES[cell.dtype]
-    mine = range(shape.experts)[rank * shape.experts // cell.ranks :][
-        : shape.experts // cell.ranks
-    ]
+    mine = range(shape.experts)[rank * shape.experts // cell.ranks :][: shape.experts // cell.ranks]
     gate_up = torch.empty(len(mine), shape.dim, 2 * shape.expert_dim, dtype=dtype, device=device)
     down = torch.empty(len(mine), shape.expert_dim, shape.dim, dtype=dtype, device=device)
     for place, expert in enumerate(mine):

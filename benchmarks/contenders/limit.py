@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from harness import synchronize
 from torch import Tensor
 
-from harness import synchronize
 from contenders.case import Facts
 from contenders.cell import DTYPES, Cell, useful_flops, weights
 

@@ -6,6 +6,7 @@ Shape suffixes: L tokens of this rank as one sequence, T tokens, D model width, 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import os
@@ -16,9 +17,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from harness import AbsentError
 from torch import Tensor, nn
 
-from harness import AbsentError
 from contenders.case import LayerCase, Seen, heard
 from contenders.cell import DTYPES, Cell, Weights, weights
 from contenders.own import FACTOR
@@ -161,15 +162,17 @@ class HuggingFaceLayer:
         except ImportError as error:
             raise AbsentError(f"{error}; pip install 'moetrain[hf]'") from None
         shape = cell.shape
-        config = MixtralConfig(
-            hidden_size=shape.dim,
-            intermediate_size=shape.expert_dim,
-            num_local_experts=shape.experts,
-            num_experts_per_tok=shape.top_k,
-            experts_implementation=kind,
-        )
+        settings: dict[str, Any] = {
+            "hidden_size": shape.dim,
+            "intermediate_size": shape.expert_dim,
+            "num_local_experts": shape.experts,
+            "num_experts_per_tok": shape.top_k,
+            "experts_implementation": kind,
+        }
         with device:
-            self.module: Any = MixtralSparseMoeBlock(config).to(DTYPES[cell.dtype])
+            self.module: Any = MixtralSparseMoeBlock(MixtralConfig(**settings)).to(
+                DTYPES[cell.dtype]
+            )
         given = weights(cell, dist.get_rank(), device)
         with torch.no_grad():
             self.module.gate.weight.copy_(given.router_ED)
@@ -200,15 +203,16 @@ def hugging_face_grouped(cell: Cell, device: torch.device) -> LayerCase:
 
 
 class TitanLayer:
-    """See `contenders.case.Layer`. Softmax, renormalised; without the balancing bias it could have."""
+    """See `contenders.case.Layer`. Softmax, renormalised, without the bias that balances."""
 
     def __init__(self, cell: Cell, device: torch.device):
         if cell.dtype != "bf16":
             raise AbsentError("its experts compute in bf16, whatever the dtype of tokens")
         try:
-            from torchtitan.models.common import moe
-            from torchtitan.models.common import token_dispatcher as dispatchers
-            from torchtitan.models.common.linear import Linear
+            linear, moe, dispatchers = (
+                importlib.import_module(f"torchtitan.models.common.{name}")
+                for name in ("linear", "moe", "token_dispatcher")
+            )
         except ImportError as error:
             raise AbsentError(f"{error}; {INSTALL}") from None
         # Its fp32 region around the router is one that torch does not know on CPUs.
@@ -227,7 +231,7 @@ class TitanLayer:
             ),
             router=moe.TokenChoiceTopKRouter.Config(
                 num_experts=shape.experts,
-                gate=Linear.Config(in_features=shape.dim, out_features=shape.experts),
+                gate=linear.Linear.Config(in_features=shape.dim, out_features=shape.experts),
                 top_k=shape.top_k,
                 score_func="softmax",
                 route_norm=True,

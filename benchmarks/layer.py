@@ -1,0 +1,200 @@
+"""One MoE layer, forward and backward: moetrain, other systems, and the limit of matrix products.
+
+    python benchmarks/layer.py [--tokens 2048 8192] [--shapes e8] [--dtypes bf16] [--only moetrain]
+        [--routing balanced] [--ep 1] [--rounds 7] [--device cuda] [--add]
+
+All get the same tokens, weights and choices, and are checked against an fp64 reference before any
+timing. The limit is the experts' matrix products on sorted rows in equal groups, and nothing else.
+Without arguments the whole grid, in about half an hour on two cores. Peers are optional: see
+requirements-peers.txt. Writes layer.{json,md} into results/ (layer-cuda on a GPU).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import record
+import torch
+from contenders import limit, own, peers
+from contenders.case import Facts
+from contenders.cell import DTYPES, Cell, Routing, Shape, reference
+from contenders.report import report
+from harness import AbsentError, Contender, Field, Sample
+
+SHAPES = {
+    "e8": Shape(512, 1024, 8, 2),
+    "e64": Shape(512, 512, 64, 8),
+    "mixtral": Shape(4096, 14336, 8, 2),
+    "olmoe": Shape(2048, 1024, 64, 8),
+}
+ALWAYS = ("limit", "moetrain")
+"""What the others are compared with."""
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+"""Distance from the reference in relation to its size: outputs, and input gradients."""
+ENOUGH_S = 12.0
+"""A cell's rounds, beyond the first three."""
+
+
+class System(NamedTuple):
+    """A contender at any number of ranks."""
+
+    build: Any
+    first_on_path: Path | None = None
+    alone: str = ""
+    """Why it takes part on one rank only, if so."""
+
+
+NO_EXPERTS = "its block does not spread experts over ranks"
+SYSTEMS = {
+    "limit": System(limit.Limit),
+    "limit, given memory": System(limit.Given),
+    "moetrain": System(own.capacity),
+    "moetrain dropless": System(own.dropless),
+    "DeepSpeed": System(peers.deepspeed),
+    "DeepSpeed einsum": System(peers.deepspeed_einsum, peers.FOLDER),
+    "Mixtral eager": System(peers.hugging_face_eager, alone=NO_EXPERTS),
+    "Mixtral grouped": System(peers.hugging_face_grouped, alone=NO_EXPERTS),
+    "torchtitan": System(peers.torchtitan, peers.FOLDER),
+}
+
+
+def main() -> None:
+    options = arguments()
+    warnings.filterwarnings("ignore", "In CPU autocast")
+    found: list[dict[str, Any]] = []
+    for ranks in options.ep:
+        if options.device == "cuda" and torch.cuda.device_count() < ranks:
+            print(f"EP {ranks} is left out: {torch.cuda.device_count()} GPUs are there", flush=True)
+            continue
+        with Field(contenders(options.only, ranks), options.device) as field:
+            for shape, dtype in itertools.product(options.shapes, options.dtypes):
+                wrong = check(field, SHAPES[shape], dtype, ranks, options.device)
+                for tokens, routing in itertools.product(options.tokens, options.routing):
+                    cell = Cell(SHAPES[shape], tokens, routing, dtype, ranks)
+                    found.append(measure(field, cell, wrong, options.rounds))
+    name = "layer-cuda" if options.device == "cuda" else "layer"
+    found = join(name, found) if options.add else found
+    record.write(name, {"cells": found}, report(found))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="One MoE layer against other systems' layers.")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768])
+    shapes = "; ".join(f"{name}: {shape}" for name, shape in SHAPES.items())
+    add = parser.add_argument
+    add("--shapes", nargs="+", choices=SHAPES, default=["e8", "e64"], help=shapes)
+    add("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    add("--routing", nargs="+", choices=get_args(Routing), default=list(get_args(Routing)))
+    add("--ep", type=int, nargs="+", default=[1, 2], help="ranks that share the experts")
+    add("--rounds", type=int, default=7, help=f"at most; three where they take {ENOUGH_S:.0f} s")
+    add("--only", nargs="+", choices=SYSTEMS, help="besides the limit and moetrain")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--add", action="store_true", help="keep the results of cells that are not measured now")
+    options = parser.parse_args()
+    for shape, tokens, ranks in itertools.product(options.shapes, options.tokens, options.ep):
+        if problem := Cell(SHAPES[shape], tokens, "balanced", "bf16", ranks).problem():
+            parser.error(problem)
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: at least 1")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    return options
+
+
+def contenders(only: Sequence[str] | None, ranks: int) -> list[Contender]:
+    """Those that can take part on so many ranks."""
+    chosen = SYSTEMS if only is None else {*ALWAYS, *only}
+    return [
+        Contender(name, system.build, ranks, system.first_on_path)
+        for name, system in SYSTEMS.items()
+        if name in chosen and not (ranks > 1 and system.alone)
+    ]
+
+
+def check(field: Field, shape: Shape, dtype: str, ranks: int, device: str) -> dict[str, str]:
+    """On a small layer where nothing is dropped: those that compute something else, and how far
+    they are from an fp64 reference."""
+    small = shape._replace(dim=max(64, shape.experts), expert_dim=32)
+    cell = Cell(small, 64 * ranks, "balanced", dtype, ranks, is_checked=True)
+    y_TD, x_grad_TD = (t.cpu() for t in reference(cell, torch.device(device)))
+    wrong = {}
+    for name, answer in field.build(cell).items():
+        if isinstance(answer, AbsentError) or answer[0].y_TD is None:
+            continue
+        far = max(
+            _distance([facts.y_TD for facts in answer], y_TD),
+            _distance([facts.x_grad_TD for facts in answer], x_grad_TD),
+        )
+        if not far < TOLERANCE[dtype]:
+            wrong[name] = f"{far:.2g} away from the reference (relative, on a small layer)"
+    return wrong
+
+
+def _distance(parts: Sequence[torch.Tensor], wanted: torch.Tensor) -> float:
+    return float((torch.cat(list(parts)).double() - wanted).norm() / wanted.norm())
+
+
+def measure(field: Field, cell: Cell, wrong: dict[str, str], rounds: int) -> dict[str, Any]:
+    """Everything about a cell, as it is kept; says on the way what came of it."""
+    print(cell, flush=True)
+    answers = field.build(cell)
+    samples = field.measure(rounds, enough_s=ENOUGH_S)
+    systems: dict[str, Any] = {}
+    for name, system in SYSTEMS.items():
+        if name in answers:
+            systems[name] = _entry(answers[name], samples.get(name), wrong.get(name))
+        elif cell.ranks > 1 and system.alone:
+            systems[name] = {"absent": system.alone}
+        else:
+            continue
+        print(f"  {name:20} {_line(systems[name])}", flush=True)
+    where = record.setting()
+    kept = {key: where[key] for key in ("commit", "date")}
+    return {"cell": {**cell._asdict(), "shape": cell.shape._asdict()}, **kept, "systems": systems}
+
+
+def _entry(
+    answer: list[Facts] | AbsentError, sample: Sample | None, wrong: str | None
+) -> dict[str, Any]:
+    if isinstance(answer, AbsentError) or sample is None:
+        return {"absent": str(answer)}
+    if any(facts.is_as_wanted is False for facts in answer):
+        wrong = "chooses other experts"
+    return {
+        "seconds": sample.seconds,
+        "flops": sum(facts.flops for facts in answer),
+        "kept": sum(facts.kept for facts in answer),
+        "assigned": sum(facts.assigned for facts in answer),
+        "peak_bytes": sample.peak_bytes,
+        "remark": answer[0].remark,
+        "wrong": wrong,
+    }
+
+
+def _line(entry: dict[str, Any]) -> str:
+    if "absent" in entry:
+        return f"absent: {entry['absent']}"
+    seconds = sorted(entry["seconds"])[len(entry["seconds"]) // 2]
+    rate, peak = entry["flops"] / seconds / 1e9, entry["peak_bytes"] / 2**20
+    remark = f"  {entry['remark']}{entry['wrong'] or ''}"
+    return f"{1e3 * seconds:9.1f} ms  {rate:7.0f} useful GFLOP/s  {peak:6.0f} MiB{remark}"
+
+
+def join(name: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cells of an earlier run that were not measured again, and those of this one."""
+    path = record.RESULTS / f"{name}.json"
+    before: Iterable[dict[str, Any]] = (
+        json.loads(path.read_text())["cells"] if path.exists() else []
+    )
+    again = [entry["cell"] for entry in found]
+    return [entry for entry in before if entry["cell"] not in again] + found
+
+
+if __name__ == "__main__":
+    main()
