@@ -1,24 +1,24 @@
 """What routing costs: planning and bookkeeping beside the whole layer, and the experts alone.
 
-    python benchmarks/layer.py [--tokens 8192] [--experts 64] [--top-k 8] [--device cuda] ...
+    python benchmarks/routing.py [--tokens 8192] [--experts 64] [--top-k 8] [--device cuda] ...
 
 One layer, forward and backward, for every gate and drop policy, on one device. *Planning* is all
 before any row moves: router logits, gate, drop policy, slots. *Bookkeeping* is the ledger, its
 check and the losses. The *limit* is the experts' matrix products, forward and backward, on as many
-rows in equal groups. All are measured in turn, repeatedly, in one run; the table shows medians of
-ratios and their range. Writes layer.{json,md} into results/ (layer-cuda on a GPU).
+rows in equal groups. All are measured in turn, in
+processes of their own; the table shows medians of ratios and their range. Writes routing.{json,md}
+into results/ (routing-cuda on a GPU).
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import record
 import torch
+from harness import Contender, Field, Sample, ratio
 from torch import Tensor
 
 from moetrain.moe import Draws, Gate, MoE, keyed
@@ -41,20 +41,25 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("expert_choice", {}),
 )
 OWN_TOP_K = {"switch": 1, "gshard": 2}
+PARTS = ("planning", "bookkeeping", "layer", "limit")
 
 
 def main() -> None:
     options = arguments()
-    torch.manual_seed(0)
     rows, data = [], []
-    for name, settings in CASES:
-        case = Case(options, name, settings)
-        times = measure(case.parts(), options.repeats, options.device)
-        data.append({"gate": name, **settings, "top_k": case.moe.gate.top_k, "seconds": times})
-        rows.append(row(name, settings, case.moe.gate.top_k, times))
-        print(*rows[-1], sep="  ", flush=True)
+    contenders = [Contender(part, partial(Part, options, part)) for part in PARTS]
+    with Field(contenders, options.device) as field:
+        for name, settings in CASES:
+            field.build((name, settings))
+            samples = field.measure(options.repeats)
+            top_k = top_k_of(options, name)
+            seconds = {part: sample.seconds for part, sample in samples.items()}
+            data.append({"gate": name, **settings, "top_k": top_k, "seconds": seconds})
+            rows.append(row(name, settings, top_k, samples))
+            print(*rows[-1], sep="  ", flush=True)
     device = "-cuda" if options.device == "cuda" else ""
-    record.write(f"layer{device}", {"options": vars(options), "cases": data}, report(options, rows))
+    whole = {"options": vars(options), "cases": data}
+    record.write(f"routing{device}", whole, report(options, rows))
 
 
 def arguments() -> argparse.Namespace:
@@ -67,60 +72,65 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--expert-dim", type=int, default=512)
     parser.add_argument("--capacity-factor", type=float, default=1.25)
     parser.add_argument("--dtype", default="bfloat16", help="of activations and experts")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
     return parser.parse_args()
 
 
-class Case:
-    """A layer, its input, and the parts of its work that are measured."""
+def top_k_of(options: argparse.Namespace, name: str) -> int:
+    return OWN_TOP_K.get(name) or options.top_k
 
-    def __init__(self, options: argparse.Namespace, name: Any, settings: dict[str, Any]):
-        top_k: int = OWN_TOP_K.get(name) or options.top_k
+
+class Part:
+    """See `harness.Case`: one of `PARTS` of a layer's work, on an input of its own."""
+
+    def __init__(
+        self, options: argparse.Namespace, part: str, case: tuple[Any, Any], device: torch.device
+    ):
+        name, settings = case
+        torch.manual_seed(0)
         groups = 8 if name == "hierarchical" else 1
-        gate = Gate(name, top_k, groups=groups, top_groups=min(4, groups))
+        gate = Gate(name, top_k_of(options, name), groups=groups, top_groups=min(4, groups))
         factor = settings.get("capacity_factor", options.capacity_factor)
         policy = settings.get("drop_policy", "position")
         shape = (options.dim, options.expert_dim, options.experts)
         self.moe = MoE(
             0, *shape, gate, capacity_factor=factor, group=options.group, drop_policy=policy
-        ).to(options.device)
+        ).to(device)
         for parameter in self.moe.parameters():
             torch.nn.init.normal_(parameter, std=options.dim**-0.5)
         self.moe.experts.to(getattr(torch, options.dtype))
-        x_TD = torch.randn(options.tokens, options.dim, device=options.device)
+        x_TD = torch.randn(options.tokens, options.dim, device=device)
         self.x_BLD = x_TD.to(getattr(torch, options.dtype)).view(-1, options.group, options.dim)
-        self.valid_BL = torch.ones_like(self.x_BLD[..., 0], dtype=torch.bool)
-        self.token_BL = torch.randint(0, 50_000, self.valid_BL.shape, device=options.device)
-        ids = torch.arange(options.tokens, device=options.device)
-        self.draws = Draws(keyed.step_key(0, 1, options.device), ids)
-
-    def parts(self) -> dict[str, Callable[[], object]]:
-        arguments = (self.x_BLD, self.valid_BL, "train", self.draws, self.token_BL)
-        routed = self.moe.route(*arguments)
-
-        def planning() -> object:
-            return self.moe.route(*arguments)
-
-        def bookkeeping() -> object:
-            return bool(is_conserved(self.moe.stats(routed).ledger))
-
-        def layer() -> None:
-            x_BLD = self.x_BLD.detach().requires_grad_()
-            y_BLD, stats, *_ = self.moe(x_BLD, *arguments[1:])
-            loss = y_BLD.float().sum() + stats.balance_sum + stats.z_sum
-            loss.backward()
-            self.moe.zero_grad()
-
-        plan = routed.plan
+        valid_BL = torch.ones_like(self.x_BLD[..., 0], dtype=torch.bool)
+        token_BL = torch.randint(0, 50_000, valid_BL.shape, device=device)
+        draws = Draws(keyed.step_key(0, 1, device), torch.arange(options.tokens, device=device))
+        self.beside = (valid_BL, "train", draws, token_BL)
+        self.routed = self.moe.route(self.x_BLD, *self.beside)
+        plan = self.routed.plan
         num_rows = int(plan.count_E.sum() if plan.rows_per_expert is None else len(plan.source_R))
-        rows_ERD = self._rows(num_rows)
+        self.rows_ERD = self._rows(num_rows)
+        self.step = getattr(self, part)
 
-        def limit() -> None:
-            self.moe.experts(rows_ERD, None).float().sum().backward()
-            self.moe.zero_grad()
+    def facts(self) -> None:
+        """Nothing: the parts are measured, not compared."""
 
-        return {"planning": planning, "bookkeeping": bookkeeping, "layer": layer, "limit": limit}
+    def planning(self) -> None:
+        self.moe.route(self.x_BLD, *self.beside)
+
+    def bookkeeping(self) -> None:
+        bool(is_conserved(self.moe.stats(self.routed).ledger))
+
+    def layer(self) -> None:
+        x_BLD = self.x_BLD.detach().requires_grad_()
+        y_BLD, stats, *_ = self.moe(x_BLD, *self.beside)
+        loss = y_BLD.float().sum() + stats.balance_sum + stats.z_sum
+        loss.backward()
+        self.moe.zero_grad()
+
+    def limit(self) -> None:
+        self.moe.experts(self.rows_ERD, None).float().sum().backward()
+        self.moe.zero_grad()
 
     def _rows(self, num_rows: int) -> Tensor:
         experts, dim = self.moe.num_experts, self.x_BLD.shape[-1]
@@ -128,37 +138,14 @@ class Case:
         return rows.to(self.x_BLD.dtype).requires_grad_()
 
 
-def measure(
-    parts: dict[str, Callable[[], object]], repeats: int, device: str
-) -> dict[str, list[float]]:
-    """Seconds of every part, all parts in turn; the first round warms up and is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in parts}
-    for turn in range(repeats + 1):
-        for name, part in parts.items():
-            start = time.perf_counter()
-            part()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def row(
-    name: str, settings: dict[str, Any], top_k: int, times: dict[str, list[float]]
-) -> list[str]:
+def row(name: str, settings: dict[str, Any], top_k: int, samples: dict[str, Sample]) -> list[str]:
     factor = settings.get("capacity_factor", "capacity")
     kind = "dropless" if factor is None else settings.get("drop_policy", "position")
-    shares = [share(times[part], times["layer"], 100) for part in ("planning", "bookkeeping")]
-    return [name, str(top_k), kind, *shares, share(times["limit"], times["layer"], 1)]
-
-
-def share(part: list[float], whole: list[float], scale: int) -> str:
-    """Median of the ratios of each round, and their range."""
-    ratios = [scale * a / b for a, b in zip(part, whole, strict=True)]
-    digits, unit = (1, " %") if scale == 100 else (2, "")
-    low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
-    return f"{middle:.{digits}f}{unit} ({low:.{digits}f}–{high:.{digits}f})"
+    shares = [
+        ratio(samples[part].seconds, samples["layer"].seconds)
+        for part in ("planning", "bookkeeping", "limit")
+    ]
+    return [name, str(top_k), kind, *(s.show(".1%") for s in shares[:2]), shares[2].show()]
 
 
 def report(options: argparse.Namespace, rows: list[list[str]]) -> str:

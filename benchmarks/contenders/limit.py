@@ -53,7 +53,7 @@ class Limit:
 
     def __init__(self, cell: Cell, device: torch.device):
         self.cell = cell
-        self.products = products(cell, device)
+        self.products = products(cell, dist.get_rank(), device)
         self.name = fastest(WAYS, self.products, device)
 
     def step(self) -> None:
@@ -79,9 +79,9 @@ class Given(Limit):
             torch.bmm(*pair, out=result)
 
 
-def products(cell: Cell, device: torch.device) -> list[Pair]:
+def products(cell: Cell, rank: int, device: torch.device) -> list[Pair]:
     """Forward: gate and up together, and down. Backward: of both, for rows and for weights."""
-    _, gate_up_eDF, down_eFD = weights(cell, dist.get_rank(), device)
+    _, gate_up_eDF, down_eFD = weights(cell, rank, device)
     assigned = cell.tokens * cell.shape.top_k
     shape, dtype = cell.shape, DTYPES[cell.dtype]
 
