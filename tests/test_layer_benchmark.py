@@ -70,9 +70,10 @@ def test_ranks_hold_parts_of_the_same_experts() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"tokens": 129, "ranks": 2}, "129 tokens and 8 experts cannot go to 2 ranks"),
-        ({"tokens": 6}, "6 tokens on 1 ranks cannot be balanced"),
-        ({"shape": Shape(4, 8, 8, 2)}, "8 experts need a model width of as many, not 4"),
+        ({"ranks": 3}, "ep 3 must divide the 8 experts"),
+        ({"ranks": 0}, "ep 0 must divide the 8 experts"),
+        ({"tokens": 100, "ranks": 2}, "tokens 100 must be a multiple of 8 "),
+        ({"tokens": 0}, "tokens 0 must be a multiple of 4 "),
     ],
 )
 def test_a_cell_that_cannot_be_says_why(changes: dict[str, Any], words: str) -> None:

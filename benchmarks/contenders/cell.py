@@ -56,13 +56,12 @@ class Cell(NamedTuple):
 
     def problem(self) -> str | None:
         """Why the cell cannot be, if so."""
-        shape, ranks = self.shape, self.ranks
-        if shape.dim < shape.experts:
-            return f"{shape.experts} experts need a model width of as many, not {shape.dim}"
-        if self.tokens % ranks or shape.experts % ranks:
-            return f"{self.tokens} tokens and {shape.experts} experts cannot go to {ranks} ranks"
-        if shape.experts % shape.top_k or self.tokens // ranks * shape.top_k % shape.experts:
-            return f"{self.tokens} tokens on {ranks} ranks cannot be balanced with {shape}"
+        experts, top_k = self.shape.experts, self.shape.top_k
+        if self.ranks < 1 or experts % self.ranks:
+            return f"ep {self.ranks} must divide the {experts} experts"
+        unit = self.ranks * experts // top_k  # an order of all experts for every rank
+        if self.tokens < 1 or self.tokens % unit:
+            return f"tokens {self.tokens} must be a multiple of {unit} ({self.shape})"
         return None
 
 
