@@ -82,7 +82,7 @@ def test_the_memory_of_a_step_is_that_of_all_ranks(field: Field) -> None:
     field.build(Job(mib=64))
     samples = field.measure(1, turn_s=0)
     for name, ranks in (("a", 1), ("b", 2)):
-        assert ranks * 64 <= samples[name].peak_bytes / MIB < ranks * 66
+        assert abs(samples[name].peak_bytes / MIB / ranks - 64) < 2  # Linux counts in batches
 
 
 def test_who_cannot_take_part_is_left_out_with_a_reason(field: Field) -> None:
