@@ -92,8 +92,8 @@ def choices(cell: Cell) -> Tensor:
     """
     shape, generator = cell.shape, torch.Generator().manual_seed(1)
     if cell.routing == "balanced":
-        orders = torch.rand(cell.tokens * shape.top_k // shape.experts, shape.experts,
-                            generator=generator)  # fmt: skip
+        num_orders = cell.tokens * shape.top_k // shape.experts
+        orders = torch.rand(num_orders, shape.experts, generator=generator)
         return orders.argsort(1).view(cell.tokens, shape.top_k)
     log_popularity_E = -EXPONENT * torch.arange(1, shape.experts + 1).log()
     uniform_TE = torch.rand(cell.tokens, shape.experts, generator=generator)
@@ -121,9 +121,10 @@ def tokens(cell: Cell, rank: int, device: torch.device) -> Tokens:
 def weights(cell: Cell, rank: int, device: torch.device) -> Weights:
     """The same for all contenders, of the size that they are initialised to."""
     shape, dtype = cell.shape, DTYPES[cell.dtype]
-    mine = range(shape.experts)[rank * shape.experts // cell.ranks :][: shape.experts // cell.ranks]
-    gate_up = torch.empty(len(mine), shape.dim, 2 * shape.expert_dim, dtype=dtype, device=device)
-    down = torch.empty(len(mine), shape.expert_dim, shape.dim, dtype=dtype, device=device)
+    size = shape.experts // cell.ranks
+    mine = range(rank * size, (rank + 1) * size)
+    gate_up = torch.empty(size, shape.dim, 2 * shape.expert_dim, dtype=dtype, device=device)
+    down = torch.empty(size, shape.expert_dim, shape.dim, dtype=dtype, device=device)
     for place, expert in enumerate(mine):
         generator = torch.Generator(device).manual_seed(1000 + expert)
         for weight in (gate_up[place], down[place]):
