@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import multiprocessing
 import os
 import statistics
@@ -53,7 +54,8 @@ class Contender(NamedTuple):
     """Makes a case ready; at the top level of a module, since other processes call it. Raises
     `AbsentError` where it cannot be done; any other error is one of the benchmark."""
     ranks: int = 1
-    """Processes of one group (Gloo, NCCL on GPUs), which share the cores of this machine."""
+    """Processes of one group (Gloo, NCCL on GPUs), which share the cores of this machine. A single
+    one has its group, too."""
     first_on_path: Path | None = None
     """A folder of packages that go before those that are installed."""
 
@@ -124,15 +126,25 @@ class Field:
         self._ready = [name for name, facts in found.items() if not isinstance(facts, AbsentError)]
         return found
 
-    def measure(self, rounds: int, turn_s: float = 0.2) -> dict[str, Sample]:
+    def measure(
+        self,
+        rounds: int,
+        turn_s: float = 0.2,
+        enough_s: float = math.inf,
+        least: int = 3,
+    ) -> dict[str, Sample]:
         """Let every contender that is ready have a turn in each of so many rounds.
 
-        A turn is a step that is not counted and then as many as fill about `turn_s` seconds, one
-        at least. Who begins, and so who follows whom, changes from round to round.
+        A turn is a step that is not counted and then as many as fill about `turn_s` seconds; or one
+        step, where that takes longer. Who begins, and so who follows whom, changes from round to
+        round. After `enough_s` seconds no round begins but the first `least` ones.
         """
         steps = {name: self._pace(name, turn_s) for name in self._ready}
         seconds: dict[str, list[float]] = {name: [] for name in self._ready}
+        started = time.perf_counter()
         for number in range(rounds):
+            if number >= least and time.perf_counter() - started > enough_s:
+                break
             first = number % max(1, len(self._ready))
             for name in self._ready[first:] + self._ready[:first]:
                 seconds[name].append(max(self._ask(name, "turn", steps[name])))
@@ -140,9 +152,11 @@ class Field:
         return {name: Sample(seconds[name], peaks[name]) for name in self._ready}
 
     def _pace(self, name: str, turn_s: float) -> int:
-        """The steps of a turn, after warming up."""
-        slowest = max(self._ask(name, "turn", 1))
-        return max(1, round(turn_s / slowest))
+        """The steps of a turn, after warming up; 0 for a single one that nothing warms up."""
+        slowest = max(self._ask(name, "turn", 0))
+        if slowest < 10 * turn_s:  # the first one may have had to load and compile things
+            slowest = max(self._ask(name, "turn", 0))
+        return 0 if slowest > turn_s else max(1, round(turn_s / slowest))
 
     def _ask(self, name: str, what: str, argument: Any) -> list[Any]:
         """Let all ranks of a contender do something; their answers in the order of ranks."""
@@ -176,12 +190,11 @@ def _serve(
     device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
-    if contender.ranks > 1:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        backend = "nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, init_method=f"file://{store}", rank=rank, world_size=contender.ranks
-        )
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    backend = "nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, init_method=f"file://{store}", rank=rank, world_size=contender.ranks
+    )
     case: Any = None
     with contextlib.suppress(EOFError):
         while True:
@@ -203,19 +216,22 @@ def _serve(
 
 
 def _turn(case: Case, steps: int, kind: Device) -> float:
-    """Mean seconds of `steps` steps, after one that is not counted."""
-    case.step()
-    _synchronize(kind)
-    started = time.perf_counter()
-    for _ in range(steps):
+    """Mean seconds of `steps` steps, after one that is not counted; of that one where 0."""
+    if steps:
         case.step()
-    _synchronize(kind)
-    return (time.perf_counter() - started) / steps
+    synchronize(kind)
+    started = time.perf_counter()
+    for _ in range(max(1, steps)):
+        case.step()
+    synchronize(kind)
+    seconds = (time.perf_counter() - started) / max(1, steps)
+    if kind == "cuda":
+        torch.cuda.empty_cache()  # others are on the same GPU
+    return seconds
 
 
 def _peak(case: Case, _: None, kind: Device) -> int:
-    """The most memory that one step takes beyond what is there before."""
-    case.step()
+    """The most memory that one step takes beyond what is there before it and after another."""
     _let_go(kind)
     if kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -248,7 +264,8 @@ def _let_go(kind: Device) -> None:
         trim(0)
 
 
-def _synchronize(kind: Device) -> None:
+def synchronize(kind: str) -> None:
+    """Wait until a GPU has done all it was told."""
     if kind == "cuda":
         torch.cuda.synchronize()
 

@@ -1,187 +1,197 @@
-"""What routing costs: planning and bookkeeping beside the whole layer, and the experts alone.
+"""One MoE layer, forward and backward: moetrain, other systems, and the limit of matrix products.
 
-    python benchmarks/layer.py [--tokens 8192] [--experts 64] [--top-k 8] [--device cuda] ...
+    python benchmarks/layer.py [--tokens 2048 8192] [--shapes e8] [--dtypes bf16] [--only moetrain]
+        [--routing balanced] [--ep 1] [--rounds 7] [--device cuda] [--add]
 
-One layer, forward and backward, for every gate and drop policy, on one device. *Planning* is all
-before any row moves: router logits, gate, drop policy, slots. *Bookkeeping* is the ledger, its
-check and the losses. The *limit* is the experts' matrix products, forward and backward, on as many
-rows in equal groups. All are measured in turn, repeatedly, in one run; the table shows medians of
-ratios and their range. Writes layer.{json,md} into results/ (layer-cuda on a GPU).
+All get the same tokens, weights and choices, and are checked against an fp64 reference before any
+timing. The limit is the experts' matrix products on sorted rows in equal groups, and nothing else.
+Without arguments the whole grid, of which 32,768 tokens in fp32 take longest. Peers are optional:
+see requirements-peers.txt. Writes layer.{json,md} into results/ (layer-cuda on a GPU).
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
-from typing import Any
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
 
 import record
 import torch
-from torch import Tensor
+from contenders import limit, own, peers
+from contenders.case import Facts
+from contenders.cell import DTYPES, Cell, Routing, Shape, reference
+from contenders.report import report
+from harness import AbsentError, Contender, Field, Sample
 
-from moetrain.moe import Draws, Gate, MoE, keyed
-from moetrain.moe.ledger import is_conserved
+SHAPES = {
+    "e8": Shape(512, 1024, 8, 2),
+    "e64": Shape(512, 512, 64, 8),
+    "mixtral": Shape(4096, 14336, 8, 2),
+    "olmoe": Shape(2048, 1024, 64, 8),
+}
+ALWAYS = ("limit", "moetrain")
+"""What the others are compared with."""
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+"""Distance from the reference in relation to its size: outputs, and input gradients."""
+ENOUGH_S = 12.0
+"""A cell's rounds, beyond the first three."""
 
-CASES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("topk", {}),
-    ("topk", {"drop_policy": "probability"}),
-    ("topk", {"drop_policy": "random"}),
-    ("topk", {"drop_policy": "spill"}),
-    ("topk", {"capacity_factor": None}),
-    ("noisy_topk", {}),
-    ("sigmoid", {}),
-    ("hierarchical", {}),
-    ("hash", {}),
-    ("random", {}),
-    ("balanced", {}),
-    ("switch", {}),
-    ("gshard", {}),
-    ("expert_choice", {}),
-)
-OWN_TOP_K = {"switch": 1, "gshard": 2}
+
+class System(NamedTuple):
+    """A contender at any number of ranks."""
+
+    build: Any
+    first_on_path: Path | None = None
+    alone: str = ""
+    """Why it takes part on one rank only, if so."""
+
+
+ALONE = "its block does not spread experts over ranks"
+SYSTEMS = {
+    "limit": System(limit.Limit),
+    "limit, given memory": System(limit.Given),
+    "moetrain": System(own.capacity),
+    "moetrain dropless": System(own.dropless),
+    "DeepSpeed": System(peers.deepspeed),
+    "DeepSpeed einsum": System(peers.deepspeed_einsum, peers.FOLDER),
+    "Mixtral eager": System(peers.hugging_face_eager, alone=ALONE),
+    "Mixtral grouped": System(peers.hugging_face_grouped, alone=ALONE),
+    "torchtitan": System(peers.torchtitan, peers.FOLDER),
+}
 
 
 def main() -> None:
     options = arguments()
-    torch.manual_seed(0)
-    rows, data = [], []
-    for name, settings in CASES:
-        case = Case(options, name, settings)
-        times = measure(case.parts(), options.repeats, options.device)
-        data.append({"gate": name, **settings, "top_k": case.moe.gate.top_k, "seconds": times})
-        rows.append(row(name, settings, case.moe.gate.top_k, times))
-        print(*rows[-1], sep="  ", flush=True)
-    device = "-cuda" if options.device == "cuda" else ""
-    record.write(f"layer{device}", {"options": vars(options), "cases": data}, report(options, rows))
+    found: list[dict[str, Any]] = []
+    for ranks in options.ep:
+        if options.device == "cuda" and torch.cuda.device_count() < ranks:
+            print(f"EP {ranks} is left out: {torch.cuda.device_count()} GPUs are there", flush=True)
+            continue
+        with Field(contenders(options.only, ranks), options.device) as field:
+            for shape, dtype in itertools.product(options.shapes, options.dtypes):
+                wrong = check(field, SHAPES[shape], dtype, ranks, options.device)
+                for tokens, routing in itertools.product(options.tokens, options.routing):
+                    cell = Cell(SHAPES[shape], tokens, routing, dtype, ranks)
+                    found.append(measure(field, cell, wrong, options.rounds))
+    name = "layer-cuda" if options.device == "cuda" else "layer"
+    found = join(name, found) if options.add else found
+    record.write(name, {"cells": found}, report(found))
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="What routing costs beside a layer's experts.")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--group", type=int, default=1024, help="tokens of a routing group")
-    parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--expert-dim", type=int, default=512)
-    parser.add_argument("--capacity-factor", type=float, default=1.25)
-    parser.add_argument("--dtype", default="bfloat16", help="of activations and experts")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=7)
-    return parser.parse_args()
+    parser = argparse.ArgumentParser(description="One MoE layer against other systems' layers.")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768])
+    shapes = "; ".join(f"{name}: {shape}" for name, shape in SHAPES.items())
+    add = parser.add_argument
+    add("--shapes", nargs="+", choices=SHAPES, default=["e8", "e64"], help=shapes)
+    add("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    add("--routing", nargs="+", choices=get_args(Routing), default=list(get_args(Routing)))
+    add("--ep", type=int, nargs="+", default=[1, 2], help="ranks that share the experts")
+    add("--rounds", type=int, default=7, help=f"at most; three where they take {ENOUGH_S:.0f} s")
+    add("--only", nargs="+", choices=SYSTEMS, help="besides the limit and moetrain")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--add", action="store_true", help="keep the results of cells that are not measured now")
+    options = parser.parse_args()
+    for shape, tokens, ranks in itertools.product(options.shapes, options.tokens, options.ep):
+        if problem := Cell(SHAPES[shape], tokens, "balanced", "bf16", ranks).problem():
+            parser.error(problem)
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: at least 1")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    return options
 
 
-class Case:
-    """A layer, its input, and the parts of its work that are measured."""
-
-    def __init__(self, options: argparse.Namespace, name: Any, settings: dict[str, Any]):
-        top_k: int = OWN_TOP_K.get(name) or options.top_k
-        groups = 8 if name == "hierarchical" else 1
-        gate = Gate(name, top_k, groups=groups, top_groups=min(4, groups))
-        factor = settings.get("capacity_factor", options.capacity_factor)
-        policy = settings.get("drop_policy", "position")
-        shape = (options.dim, options.expert_dim, options.experts)
-        self.moe = MoE(
-            0, *shape, gate, capacity_factor=factor, group=options.group, drop_policy=policy
-        ).to(options.device)
-        for parameter in self.moe.parameters():
-            torch.nn.init.normal_(parameter, std=options.dim**-0.5)
-        self.moe.experts.to(getattr(torch, options.dtype))
-        x_TD = torch.randn(options.tokens, options.dim, device=options.device)
-        self.x_BLD = x_TD.to(getattr(torch, options.dtype)).view(-1, options.group, options.dim)
-        self.valid_BL = torch.ones_like(self.x_BLD[..., 0], dtype=torch.bool)
-        self.token_BL = torch.randint(0, 50_000, self.valid_BL.shape, device=options.device)
-        ids = torch.arange(options.tokens, device=options.device)
-        self.draws = Draws(keyed.step_key(0, 1, options.device), ids)
-
-    def parts(self) -> dict[str, Callable[[], object]]:
-        arguments = (self.x_BLD, self.valid_BL, "train", self.draws, self.token_BL)
-        routed = self.moe.route(*arguments)
-
-        def planning() -> object:
-            return self.moe.route(*arguments)
-
-        def bookkeeping() -> object:
-            return bool(is_conserved(self.moe.stats(routed).ledger))
-
-        def layer() -> None:
-            x_BLD = self.x_BLD.detach().requires_grad_()
-            y_BLD, stats, *_ = self.moe(x_BLD, *arguments[1:])
-            loss = y_BLD.float().sum() + stats.balance_sum + stats.z_sum
-            loss.backward()
-            self.moe.zero_grad()
-
-        plan = routed.plan
-        num_rows = int(plan.count_E.sum() if plan.rows_per_expert is None else len(plan.source_R))
-        rows_ERD = self._rows(num_rows)
-
-        def limit() -> None:
-            self.moe.experts(rows_ERD, None).float().sum().backward()
-            self.moe.zero_grad()
-
-        return {"planning": planning, "bookkeeping": bookkeeping, "layer": layer, "limit": limit}
-
-    def _rows(self, num_rows: int) -> Tensor:
-        experts, dim = self.moe.num_experts, self.x_BLD.shape[-1]
-        rows = torch.randn(experts, num_rows // experts, dim, device=self.x_BLD.device)
-        return rows.to(self.x_BLD.dtype).requires_grad_()
-
-
-def measure(
-    parts: dict[str, Callable[[], object]], repeats: int, device: str
-) -> dict[str, list[float]]:
-    """Seconds of every part, all parts in turn; the first round warms up and is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in parts}
-    for turn in range(repeats + 1):
-        for name, part in parts.items():
-            start = time.perf_counter()
-            part()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def row(
-    name: str, settings: dict[str, Any], top_k: int, times: dict[str, list[float]]
-) -> list[str]:
-    factor = settings.get("capacity_factor", "capacity")
-    kind = "dropless" if factor is None else settings.get("drop_policy", "position")
-    shares = [share(times[part], times["layer"], 100) for part in ("planning", "bookkeeping")]
-    return [name, str(top_k), kind, *shares, share(times["limit"], times["layer"], 1)]
-
-
-def share(part: list[float], whole: list[float], scale: int) -> str:
-    """Median of the ratios of each round, and their range."""
-    ratios = [scale * a / b for a, b in zip(part, whole, strict=True)]
-    digits, unit = (1, " %") if scale == 100 else (2, "")
-    low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
-    return f"{middle:.{digits}f}{unit} ({low:.{digits}f}–{high:.{digits}f})"
-
-
-def report(options: argparse.Namespace, rows: list[list[str]]) -> str:
-    header = [
-        "gate",
-        "K",
-        "drop policy",
-        "planning / layer",
-        "bookkeeping / layer",
-        "limit / layer",
+def contenders(only: Sequence[str] | None, ranks: int) -> list[Contender]:
+    """Those that can take part on so many ranks."""
+    chosen = SYSTEMS if only is None else {*ALWAYS, *only}
+    return [
+        Contender(name, system.build, ranks, system.first_on_path)
+        for name, system in SYSTEMS.items()
+        if name in chosen and not (ranks > 1 and system.alone)
     ]
-    return f"""# What routing costs
 
-{options.tokens} tokens in groups of {options.group}, {options.experts} experts, model width
-{options.dim}, expert width {options.expert_dim}, capacity factor {options.capacity_factor},
-{options.dtype} on {options.device}; forward and backward. Medians of {options.repeats} rounds
-(least–most).
 
-{record.table(header, rows)}
+def check(field: Field, shape: Shape, dtype: str, ranks: int, device: str) -> dict[str, str]:
+    """On a small layer where nothing is dropped: those that compute something else, and how far
+    they are from an fp64 reference."""
+    small = shape._replace(dim=max(64, shape.experts), expert_dim=32)
+    cell = Cell(small, 64 * ranks, "balanced", dtype, ranks, is_checked=True)
+    y_TD, x_grad_TD = (t.cpu() for t in reference(cell, torch.device(device)))
+    wrong = {}
+    for name, answer in field.build(cell).items():
+        if isinstance(answer, AbsentError) or answer[0].y_TD is None:
+            continue
+        far = max(
+            _distance([facts.y_TD for facts in answer], y_TD),
+            _distance([facts.x_grad_TD for facts in answer], x_grad_TD),
+        )
+        if not far < TOLERANCE[dtype]:
+            wrong[name] = f"{far:.2g} away from the reference (relative, on a small layer)"
+    return wrong
 
-*Planning*: router logits, gate, drop policy, slots. *Bookkeeping*: the ledger, the check that it
-adds up, and the losses, forward. *Limit*: the experts' matrix products alone, forward and backward,
-on as many rows."""
+
+def _distance(parts: Sequence[torch.Tensor], wanted: torch.Tensor) -> float:
+    return float((torch.cat(list(parts)).double() - wanted).norm() / wanted.norm())
+
+
+def measure(field: Field, cell: Cell, wrong: dict[str, str], rounds: int) -> dict[str, Any]:
+    """Everything about a cell, as it is kept; says on the way what came of it."""
+    print(cell, flush=True)
+    answers = field.build(cell)
+    samples = field.measure(rounds, enough_s=ENOUGH_S)
+    systems: dict[str, Any] = {}
+    for name, system in SYSTEMS.items():
+        if name in answers:
+            systems[name] = _entry(answers[name], samples.get(name), wrong.get(name))
+        elif cell.ranks > 1 and system.alone:
+            systems[name] = {"absent": system.alone}
+        else:
+            continue
+        print(f"  {name:20} {_line(systems[name])}", flush=True)
+    where = record.setting()
+    kept = {key: where[key] for key in ("commit", "date")}
+    return {"cell": {**cell._asdict(), "shape": cell.shape._asdict()}, **kept, "systems": systems}
+
+
+def _entry(
+    answer: list[Facts] | AbsentError, sample: Sample | None, wrong: str | None
+) -> dict[str, Any]:
+    if isinstance(answer, AbsentError) or sample is None:
+        return {"absent": str(answer)}
+    if any(facts.is_as_wanted is False for facts in answer):
+        wrong = "chooses other experts"
+    return {
+        "seconds": sample.seconds,
+        "flops": sum(facts.flops for facts in answer),
+        "kept": sum(facts.kept for facts in answer),
+        "assigned": sum(facts.assigned for facts in answer),
+        "peak_bytes": sample.peak_bytes,
+        "remark": answer[0].remark,
+        "wrong": wrong,
+    }
+
+
+def _line(entry: dict[str, Any]) -> str:
+    if "absent" in entry:
+        return f"absent: {entry['absent']}"
+    seconds = sorted(entry["seconds"])[len(entry["seconds"]) // 2]
+    rate, peak = entry["flops"] / seconds / 1e9, entry["peak_bytes"] / 2**20
+    remark = entry["wrong"] or entry["remark"]
+    return f"{1e3 * seconds:9.1f} ms  {rate:7.0f} useful GFLOP/s  {peak:6.0f} MiB  {remark}"
+
+
+def join(name: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cells of an earlier run that were not measured again, and those of this one."""
+    path = record.RESULTS / f"{name}.json"
+    before: Iterable[dict[str, Any]] = (
+        json.loads(path.read_text())["cells"] if path.exists() else []
+    )
+    again = [entry["cell"] for entry in found]
+    return [entry for entry in before if entry["cell"] not in again] + found
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""One MoE layer of every system that is compared, on the same tokens, weights and choices."""

@@ -1,0 +1,125 @@
+"""What `benchmarks/layer.py` measured, in Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import record
+from harness import Spread, ratio
+
+from contenders.cell import Cell, Shape
+
+LIMIT, OWN, DROPLESS = "limit", "moetrain", "moetrain dropless"
+NO_PEERS = ("limit", "limit, given memory", OWN, DROPLESS)
+
+
+def report(cells: list[dict[str, Any]]) -> str:
+    """A summary, and a table for every cell."""
+    return "\n".join(["# One MoE layer, forward and backward", "", *_summary(cells), *_all(cells)])
+
+
+def useful_rate(systems: dict[str, Any], name: str, over: str) -> Spread:
+    """Useful FLOP/s of one system by those of another, round by round."""
+    one, other = systems[name], systems[over]
+    quotient = ratio(other["seconds"], one["seconds"])
+    scale = one["flops"] / other["flops"]
+    return Spread(*(scale * number for number in quotient))
+
+
+def fastest_peer(systems: dict[str, Any]) -> str | None:
+    """Of those that compute what they should; by the median share of the limit."""
+    peers = [name for name in systems if _is_ranked(systems, name)]
+    shares = {name: useful_rate(systems, name, LIMIT).median for name in peers}
+    return max(peers, key=lambda name: shares[name]) if peers else None
+
+
+def leanest_peer(systems: dict[str, Any]) -> str | None:
+    """The one whose step takes least memory."""
+    peers = [name for name in systems if _is_ranked(systems, name)]
+    return min(peers, key=lambda name: systems[name]["peak_bytes"]) if peers else None
+
+
+def _is_ranked(systems: dict[str, Any], name: str) -> bool:
+    entry = systems[name]
+    return name not in NO_PEERS and "absent" not in entry and not entry["wrong"]
+
+
+def _cell(entry: dict[str, Any]) -> Cell:
+    kept = entry["cell"]
+    return Cell(**{**kept, "shape": Shape(**kept["shape"])})
+
+
+def _summary(cells: list[dict[str, Any]]) -> list[str]:
+    header = [
+        "layer", "EP", "tokens", "routing", "dtype", "moetrain: share of the limit", "dropless",
+        "fastest peer", "moetrain ÷ it", "dropless ÷ it", "leanest peer", "memory of moetrain ÷ it",
+        "dropless ÷ it",
+    ]  # fmt: skip
+    rows = [[*_place(_cell(entry)), *_standing(entry["systems"])] for entry in cells]
+    return [SUMMARY, "", record.table(header, rows), ""]
+
+
+def _place(cell: Cell) -> list[Any]:
+    return [cell.shape, cell.ranks, cell.tokens, cell.routing, cell.dtype]
+
+
+def _standing(systems: dict[str, Any]) -> list[str]:
+    fastest, leanest = fastest_peer(systems), leanest_peer(systems)
+    mine = [name for name in (OWN, DROPLESS) if name in systems]
+    shares = [useful_rate(systems, name, LIMIT).show() for name in mine]
+    row = [*shares, *["–"] * (2 - len(mine))]
+    for peer, how in ((fastest, _speed), (leanest, _memory)):
+        found = [how(systems, name, peer) for name in mine] if peer else []
+        row += [peer or "–", *found, *["–"] * (2 - len(found))]
+    return row
+
+
+def _speed(systems: dict[str, Any], name: str, peer: str) -> str:
+    return useful_rate(systems, name, peer).show()
+
+
+def _memory(systems: dict[str, Any], name: str, peer: str) -> str:
+    return f"{systems[name]['peak_bytes'] / max(1, systems[peer]['peak_bytes']):.2f}"
+
+
+def _all(cells: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for entry in cells:
+        lines += [f"## {_cell(entry)}", "", _table(entry["systems"]), ""]
+        missing = {n: e["absent"] for n, e in entry["systems"].items() if "absent" in e}
+        wrong = {n: e["wrong"] for n, e in entry["systems"].items() if e.get("wrong")}
+        for name, reason in {**missing, **wrong}.items():
+            lines += [f"- {name}: {reason}."]
+        lines += [""] if missing or wrong else []
+    return lines
+
+
+def _table(systems: dict[str, Any]) -> str:
+    header = [
+        "system", "ms", "share of the limit", "speed ÷ moetrain's", "MiB a step takes", "dropped",
+    ]  # fmt: skip
+    rows = []
+    for name, entry in systems.items():
+        if "absent" in entry:
+            continue
+        milliseconds = sorted(1e3 * second for second in entry["seconds"])
+        dropped = 1 - entry["kept"] / entry["assigned"]
+        compared = [useful_rate(systems, name, over).show() for over in (LIMIT, OWN)]
+        rows.append(
+            [
+                f"{name} ({entry['remark']})" if entry["remark"] else name,
+                f"{milliseconds[len(milliseconds) // 2]:.1f}",
+                *(["not ranked"] * 2 if entry["wrong"] else compared),
+                f"{entry['peak_bytes'] / 2**20:.0f}",
+                f"{dropped:.1%}",
+            ]
+        )
+    return record.table(header, rows)
+
+
+SUMMARY = """\
+Useful FLOP/s: those of the experts' three matrix products and their gradients on rows that are not
+dropped, over the time of everything. The *limit* is these products alone, on sorted rows in equal
+groups, by the fastest of the plain ways that torch has; a share of 1 would be a layer whose router,
+permutation, activation and combination cost nothing. The *fastest peer* is the one with the most
+useful FLOP/s, dropless or not. Medians of the ratios of each round (least–most)."""

@@ -1,0 +1,110 @@
+"""How benchmarks measure: contenders in processes of their own, which take turns."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+from harness import AbsentError, Contender, Field, ratio, spread  # noqa: E402
+
+MIB = 2**20
+
+
+class Job(NamedTuple):
+    """A cell: what all contenders but those named do is allocate, and note that they did."""
+
+    notes: str = os.devnull
+    mib: int = 1
+    absent: str = ""
+    dead: str = ""
+    broken: str = ""
+
+
+class Allocates:
+    def __init__(self, name: str, job: Job, _device: torch.device):
+        if name == job.absent:
+            raise AbsentError("not today")
+        if name == job.dead:
+            os._exit(1)
+        if name == job.broken:
+            raise ZeroDivisionError(name)
+        self.name, self.job = name, job
+
+    def step(self) -> None:
+        torch.ones(self.job.mib * MIB, dtype=torch.int8)
+        if dist.get_rank() == 0:
+            with Path(self.job.notes).open("a") as notes:
+                notes.write(self.name)
+
+    def facts(self) -> tuple[int, int]:
+        return dist.get_rank(), dist.get_world_size()
+
+
+def contender(name: str, ranks: int = 1) -> Contender:
+    return Contender(name, partial(Allocates, name), ranks)
+
+
+@pytest.fixture(scope="module")
+def field() -> Iterator[Field]:
+    with Field([contender("a"), contender("b", ranks=2)]) as field:
+        yield field
+
+
+def test_contenders_take_turns_and_another_one_begins_each_round(
+    field: Field, tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes"
+    assert field.build(Job(str(notes))) == {"a": [(0, 1)], "b": [(0, 2), (1, 2)]}
+    samples = field.measure(3, turn_s=0)
+    warming, rounds, memory = "ab", "abbaab", "ab"
+    assert notes.read_text() == warming + rounds + memory
+    assert [len(sample.seconds) for sample in samples.values()] == [3, 3]
+
+
+def test_rounds_end_when_they_have_taken_long_enough(field: Field) -> None:
+    field.build(Job())
+    samples = field.measure(9, turn_s=0, enough_s=0, least=2)
+    assert [len(sample.seconds) for sample in samples.values()] == [2, 2]
+
+
+def test_the_memory_of_a_step_is_that_of_all_ranks(field: Field) -> None:
+    field.build(Job(mib=64))
+    samples = field.measure(1, turn_s=0)
+    for name, ranks in (("a", 1), ("b", 2)):
+        assert abs(samples[name].peak_bytes / MIB / ranks - 64) < 2  # Linux counts in batches
+
+
+def test_who_cannot_take_part_is_left_out_with_a_reason(field: Field) -> None:
+    answers = field.build(Job(absent="b"))
+    assert str(answers["b"]) == "not today"
+    assert list(field.measure(1, turn_s=0)) == ["a"]
+
+
+def test_an_error_is_told_with_its_place(field: Field) -> None:
+    with pytest.raises(RuntimeError, match=r"a, rank 0, asked to build:(.|\n)*ZeroDivisionError"):
+        field.build(Job(broken="a"))
+
+
+def test_a_process_that_dies_is_named() -> None:
+    with (
+        Field([contender("a")]) as field,
+        pytest.raises(RuntimeError, match="a: rank 0 died while asked to build"),
+    ):
+        field.build(Job(dead="a"))
+
+
+def test_ratios_are_those_within_a_round() -> None:
+    assert spread([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
+    assert ratio([2.0, 8.0, 9.0], [1.0, 2.0, 3.0]) == (3.0, 2.0, 4.0)
+    assert ratio([2.0, 8.0, 9.0], [1.0, 2.0, 3.0]).show() == "3.00 (2.00–4.00)"
