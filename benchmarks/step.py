@@ -14,6 +14,7 @@ step.{json,md} into results/ (step-cuda on a GPU).
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 import harness
@@ -30,15 +31,14 @@ from moetrain.sizes import Sizes, sizes, train_flops_per_token
 
 BUILDERS = {
     "moetrain": own.capacity_step,
-    "moetrain, dropless": own.dropless_step,
-    "Mixtral, eager": mixtral.eager_step,
-    "Mixtral, grouped_mm": mixtral.grouped_step,
+    "moetrain-dropless": own.dropless_step,
+    "hf-eager": mixtral.eager_step,
+    "hf-grouped": mixtral.grouped_step,
 }
-OURS = ("moetrain", "moetrain, dropless")
 TOLERANCE = 1e-4
 """Nats per token between the losses of the same weights."""
 SHOWN = 16
-"""Operators of a profile in the report; the results hold all that take a thousandth."""
+"""Operators of a profile in the report."""
 
 
 def main() -> None:
@@ -49,10 +49,7 @@ def main() -> None:
     with Field([Contender(name, BUILDERS[name]) for name in names], options.device) as field:
         for cell in cells:
             found.append(measure(field, cell, options.rounds, torch.device(options.device)))
-    profiles = []
-    if options.profile:
-        pairs = [(cell, name) for cell in cells for name in names]
-        profiles = [profiled(*pair, torch.device(options.device)) for pair in pairs]
+    profiles = profile_all(cells, names, options.device) if options.profile else []
     suffix = "-cuda" if options.device == "cuda" else ""
     data = {"options": vars(options), "cells": found, "profiles": profiles}
     record.write(f"step{suffix}", data, report(found, profiles, options))
@@ -129,16 +126,19 @@ def mfu(seconds: list[float], flops: float, peak: float) -> Spread:
     return harness.spread([flops / of_one / peak for of_one in seconds])
 
 
-def profiled(cell: Cell, name: str, device: torch.device) -> dict[str, Any]:
-    """Where the time of a contender goes, in this process."""
-    say(f"{cell.shape}, {cell.precision}: profiling {name}")
-    try:
-        case = BUILDERS[name](cell, device)
-    except AbsentError:
-        return {**cell._asdict(), "contender": name, "operators": [], "phases": None}
-    of_phases = profile.phases(case, device) if isinstance(case, own.OwnStep) else None
-    found = [op._asdict() for op in profile.operators(case, device) if op.share >= 0.001]
-    return {**cell._asdict(), "contender": name, "operators": found, "phases": of_phases}
+def profile_all(
+    cells: list[Cell], names: list[str], device: harness.Device
+) -> list[dict[str, Any]]:
+    """Where the time of every contender goes, in every cell."""
+    contenders = [Contender(name, partial(profile.Profiled, BUILDERS[name])) for name in names]
+    found = []
+    with Field(contenders, device) as field:
+        for cell in cells:
+            say(f"{cell.shape}, {cell.precision}: profiling")
+            for name, ranks in field.build(cell).items():
+                if not isinstance(ranks, AbsentError):
+                    found.append({**cell._asdict(), "contender": name, **ranks[0]})
+    return found
 
 
 def say(text: str) -> None:
@@ -153,13 +153,13 @@ def report(
 ) -> str:
     parts = [
         "# Whole training steps",
-        f"Forward, backward and update; {options.rounds} rounds in which everyone has a turn. The "
-        "Mixtral is Hugging Face's, trained by plain PyTorch (autocast, fused AdamW, "
-        "`clip_grad_norm_`); all start from the same weights, read the same batches, and agree on "
+        f"Forward, backward and update; {options.rounds} rounds in which everyone has a turn. "
+        "`hf-` is Hugging Face's Mixtral, trained by plain PyTorch (autocast in bf16, fused AdamW, "
+        "`clip_grad_norm_`). All start from the same weights, read the same batches, and agree on "
         f"the first loss within {TOLERANCE} nats. moetrain has a capacity factor of 1.25 where it "
-        "is not dropless. *Steps per second* are over those of the fastest Mixtral of the same "
-        "round: median (least–most). *Memory* is the most that a step takes beyond weights and "
-        "moments, which are as large for all.",
+        "is not dropless. *Steps per second* are over those of the fastest `hf-` of the same round "
+        "(of the first contender where there is none): median (least–most). *Memory* is the most "
+        "that a step takes beyond weights and moments, which are as large for all.",
     ]
     for cell in cells:
         parts += [f"## {cell['shape']}, {cell['precision']}", describe(cell), results(cell)]
@@ -180,10 +180,9 @@ def describe(cell: dict[str, Any]) -> str:
 
 
 def results(cell: dict[str, Any]) -> str:
-    """The table of a cell; ratios to the fastest of the others, or to the first where there is
-    none."""
+    """The table of a cell."""
     samples: dict[str, Any] = cell["samples"]
-    others = [name for name in samples if name not in OURS] or list(samples)[:1]
+    others = [name for name in samples if name.startswith("hf-")] or list(samples)[:1]
     rounds = [min(turn) for turn in zip(*(samples[n]["seconds"] for n in others), strict=True)]
     rows = []
     for name, sample in samples.items():

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from harness import Case
@@ -15,23 +15,34 @@ from torch.profiler import ProfilerActivity
 
 from moetrain.optim import StepOutcome
 from stepping.own import OwnStep
+from stepping.shapes import Cell
 
 STEPS = 5
 WARM_UP = 2
 
 
-class Operator(NamedTuple):
-    """What an operator does in a step."""
+class Profiled:
+    """A contender whose facts are where its time goes."""
 
-    name: str
-    share: float
-    """Of the time of all operators, its own."""
-    calls: float
-    """Per step."""
+    def __init__(
+        self, build: Callable[[Cell, torch.device], Case], cell: Cell, device: torch.device
+    ):
+        self.case, self.device = build(cell, device), device
+
+    def step(self) -> None:
+        """As without a profile."""
+        self.case.step()
+
+    def facts(self) -> dict[str, Any]:
+        """Operators, the costliest first, and the phases of moetrain's step."""
+        case, device = self.case, self.device
+        found = phases(case, device) if isinstance(case, OwnStep) else None
+        return {"operators": operators(case, device), "phases": found}
 
 
-def operators(case: Case, device: torch.device) -> list[Operator]:
-    """Those that take a case's time, the costliest first."""
+def operators(case: Case, device: torch.device) -> list[dict[str, Any]]:
+    """Name, share of the time of all operators that is its own, and calls per step, of those with
+    a thousandth of the time."""
     for _ in range(WARM_UP):
         case.step()
     on_gpu = device.type == "cuda"
@@ -48,8 +59,12 @@ def operators(case: Case, device: torch.device) -> list[Operator]:
         else (lambda event: event.self_cpu_time_total)
     )
     total = sum(own(event) for event in events)
-    found = [Operator(e.key, own(e) / total, e.count / STEPS) for e in events]
-    return sorted(found, key=lambda operator: -operator.share)
+    found = [
+        {"name": event.key, "share": own(event) / total, "calls": event.count / STEPS}
+        for event in events
+        if own(event) >= 0.001 * total
+    ]
+    return sorted(found, key=lambda operator: -operator["share"])
 
 
 class _Timed:
