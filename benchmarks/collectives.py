@@ -331,8 +331,9 @@ def draw(found: list[Size], lines: dict[str, fits.Transport], name: str, on_gpu:
     copies = [bandwidth(size, COPY, scale).median for size in found]
     axes.plot(messages, copies, "--", color="black", linewidth=1, label="a plain copy")
     what = "GB/s" if on_gpu else "of a copy of the largest message"
-    axes.set(xscale="log", yscale="log", xlabel="message (bytes)", ylabel=f"bandwidth ({what})")
-    axes.set_xscale("log", base=2)
+    axes.set(xscale="log", yscale="log", xlabel="message", ylabel=f"bandwidth ({what})")
+    axes.set_xticks(messages, [show_bytes(message) for message in messages], fontsize=8)
+    axes.minorticks_off()
     axes.set_title("dotted: latency + bytes / bandwidth", fontsize=9, color="#555555")
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import harness
 import record
 import torch
 import torch.distributed as dist
-from harness import Contender, Field
+from harness import AbsentError, Contender, Field
 from stepping.own import lone_mesh
 from torch import nn
 
@@ -141,22 +142,38 @@ def layer(point: Point, device: torch.device) -> MoE:
     return moe.to(device)
 
 
-def build(point: Point, _: object, device: torch.device) -> LayerStep:
-    """For the harness, which asks for a case of nothing in particular."""
-    return LayerStep(point, device)
+def build(place: int, points: list[Point], device: torch.device) -> LayerStep:
+    """The point of a curve at a place, for the harness."""
+    if place >= len(points):
+        raise AbsentError("this curve has fewer points")
+    return LayerStep(points[place], device)
 
 
 def main() -> None:
     options = arguments()
-    every, found = curves(options.device), []
-    for name in options.curves:
-        print(f"{every[name].what}: starting", flush=True)
-        found.append(measure(every[name], options))
-        print(f"{every[name].what}: {found[-1]['exponent'].show()}", flush=True)
+    every = curves(options.device)
+    chosen = [every[name] for name in options.curves]
+    found = []
+    for ranks, together in teams(chosen):
+        contenders = [
+            Contender(str(n), partial(build, n), of_one) for n, of_one in enumerate(ranks)
+        ]
+        with Field(contenders, options.device) as field:
+            found += [measure(field, curve, options.rounds) for curve in together]
     name = "scaling-cuda" if options.device == "cuda" else "scaling"
     draw(found, name)
     record.write(name, {"options": vars(options), "curves": found}, report(found, name, options))
     print((record.RESULTS / f"{name}.md").read_text())
+
+
+def teams(chosen: list[Curve]) -> Iterator[tuple[list[int], list[Curve]]]:
+    """Curves whose points can be built by the same processes, and the ranks of each place."""
+    alone = [curve for curve in chosen if curve.field != "ranks"]
+    if alone:
+        yield [1] * max(len(curve.points) for curve in alone), alone
+    for curve in chosen:
+        if curve.field == "ranks":
+            yield [point.ranks for point in curve.points], [curve]
 
 
 def arguments() -> argparse.Namespace:
@@ -175,19 +192,18 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def measure(curve: Curve, options: argparse.Namespace) -> dict[str, Any]:
+def measure(field: Field, curve: Curve, rounds: int) -> dict[str, Any]:
     """All points of a curve in turn."""
-    contenders = [
-        Contender(str(number), partial(build, point), point.ranks)
-        for number, point in enumerate(curve.points)
-    ]
-    with Field(contenders, options.device) as field:
-        facts = list(field.build(None).values())
-        samples = list(field.measure(options.rounds).values())
+    print(f"{curve.what}: building", flush=True)
+    built = field.build(curve.points).values()
+    facts = [ranks for ranks in built if not isinstance(ranks, AbsentError)]
+    print(f"{curve.what}: measuring", flush=True)
+    samples = field.measure(rounds).values()
     sizes = [getattr(point, curve.field) for point in curve.points]
     seconds = [sample.seconds for sample in samples]
     fitted = fits.exponent(sizes, list(zip(*seconds, strict=True)))
     growth = harness.ratio(seconds[-1], seconds[0])
+    print(f"{curve.what}: exponent {fitted.show()}", flush=True)
     return {
         "what": curve.what,
         "points": [point._asdict() for point in curve.points],
