@@ -1,4 +1,4 @@
-"""Lines through made-up measurements, and the bytes that collectives are counted by."""
+"""Lines through made-up measurements, bytes of collectives, and points of growing layers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import fits  # noqa: E402
 import scaling  # noqa: E402
+from harness import AbsentError  # noqa: E402
+
+from moetrain.testing import simulate_ranks  # noqa: E402
 
 # By its path: there is a module of that name here.
 collectives = SimpleNamespace(**runpy.run_path(str(BENCHMARKS / "collectives.py")))
@@ -107,3 +111,26 @@ def test_a_promise_is_kept_or_not() -> None:
     assert experts.is_met(99, growth=1.10)
     assert not experts.is_met(0, growth=1.11)
     assert ranks.is_met(0, growth=1) is None
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_layer_takes_its_step_on_its_ranks(ranks: int) -> None:
+    point = scaling.Point(tokens=1024, experts=4, dim=16, expert_dim=16, ranks=ranks)
+
+    def one_rank() -> dict[str, int]:
+        case = scaling.build(0, [point], torch.device("cpu"))
+        case.step()
+        return case.facts()
+
+    facts = simulate_ranks(ranks, one_rank)
+    assert sum(of_one["assigned"] for of_one in facts) == 2 * 1024
+    assert 0.8 < sum(of_one["kept"] for of_one in facts) / (2 * 1024) <= 1
+    with pytest.raises(AbsentError, match="fewer points"):
+        scaling.build(1, [point], torch.device("cpu"))
+
+
+def test_ranks_have_processes_of_their_own() -> None:
+    every = scaling.curves("cpu")
+    alone, spread = scaling.teams(list(every.values()))
+    assert alone == ([1] * 5, [every[n] for n in scaling.NAMES if n != "ranks"])
+    assert spread == ([1, 2, 4], [every["ranks"]])
