@@ -1,0 +1,318 @@
+"""How the cost of an MoE layer grows: with tokens, experts, choices and ranks.
+
+    python benchmarks/scaling.py [--curves tokens experts finer choices ranks] [--device cuda]
+
+Forward and backward of the layer as training uses it: router, plan, rows to the experts and back,
+their sum, losses, ledger and its check; bf16, capacity factor 1.25 in every sequence. All points of
+a curve take turns in every round, and to every round an exponent is fitted: cost ∝ size^p. Tokens
+of the ranks curve are divided among the ranks; on a CPU they share its cores, so what it shows is
+what their transport and waiting adds. Writes scaling.{json,md,png} into results/ (scaling-cuda on
+GPUs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import fits
+import harness
+import record
+import torch
+import torch.distributed as dist
+from harness import AbsentError, Contender, Field
+from stepping.own import lone_mesh
+from torch import nn
+
+from moetrain.mesh import Mesh
+from moetrain.moe import Gate, MoE
+from moetrain.moe.ledger import is_conserved
+from moetrain.parallel import connect_experts
+
+SEQUENCE = 512
+BALANCE_COEF, Z_COEF = 0.01, 0.001
+
+
+class Point(NamedTuple):
+    """A layer, and how many tokens pass it."""
+
+    tokens: int = 8192
+    """Of all ranks."""
+    experts: int = 8
+    top_k: int = 2
+    dim: int = 512
+    expert_dim: int = 1024
+    ranks: int = 1
+
+
+class Curve(NamedTuple):
+    """What grows, and what was promised."""
+
+    what: str
+    field: str
+    """The field of a point that grows."""
+    points: list[Point]
+    ideal: float
+    """The exponent of a layer in which nothing but matrix products takes time."""
+    target: str = ""
+    most_exponent: float = math.inf
+    most_growth: float = math.inf
+    """From the first point to the last, as a ratio."""
+
+    def is_met(self, exponent: float, growth: float) -> bool | None:
+        """Whether the promise is kept, where there is one."""
+        if not self.target:
+            return None
+        return exponent <= self.most_exponent and growth <= self.most_growth
+
+
+def curves(device: harness.Device) -> dict[str, Curve]:
+    """All of them. A GPU gets layers that keep it busy."""
+    base = Point() if device == "cpu" else Point(tokens=32_768, dim=2048, expert_dim=2048)
+    tokens = [base._replace(tokens=base.tokens * 2**n // 8) for n in range(5)]
+    experts = [base._replace(experts=n) for n in (8, 16, 32, 64)]
+    finer = [
+        base._replace(experts=8 * n, top_k=base.top_k * n, expert_dim=base.expert_dim // n)
+        for n in (1, 2, 4, 8)
+    ]
+    choices = [base._replace(top_k=n) for n in (1, 2, 4, 8)]
+    ranks = [base._replace(ranks=n) for n in (1, 2, 4, 8) if n <= most_ranks(device)]
+    linear, flat = "exponent at most 1.05", "at most +10 %"
+    shared = 0.0 if device == "cpu" else -1.0
+    return {
+        "tokens": Curve("tokens", "tokens", tokens, 1.0, linear, most_exponent=1.05),
+        "experts": Curve("experts", "experts", experts, 0.0, flat, most_growth=1.10),
+        "finer": Curve("finer experts", "experts", finer, 0.0, flat, most_growth=1.10),
+        "choices": Curve("choices", "top_k", choices, 1.0),
+        "ranks": Curve("ranks", "ranks", ranks, shared),
+    }
+
+
+NAMES = ("tokens", "experts", "finer", "choices", "ranks")
+
+
+def most_ranks(device: harness.Device) -> int:
+    """On a CPU four, whatever its cores; GPUs are for one rank each."""
+    return 4 if device == "cpu" else torch.cuda.device_count()
+
+
+class LayerStep:
+    """Forward and backward of one layer on this rank's tokens."""
+
+    def __init__(self, point: Point, device: torch.device):
+        self.point, self.moe = point, layer(point, device)
+        generator = torch.Generator().manual_seed(1 + (dist.get_rank() if point.ranks > 1 else 0))
+        shape = (point.tokens // point.ranks // SEQUENCE, SEQUENCE, point.dim)
+        self.x_BLD = torch.randn(shape, generator=generator).to(device, torch.bfloat16)
+        self.valid_BL = torch.ones(shape[:2], dtype=torch.bool, device=device)
+        self.counts = point.tokens // SEQUENCE, point.tokens
+
+    def step(self) -> None:
+        """Once, with the check of the ledger that training makes."""
+        x_BLD = self.x_BLD.detach().requires_grad_()
+        y_BLD, stats, *_ = self.moe(x_BLD, self.valid_BL, "train")
+        groups, tokens = self.counts
+        balance, z = BALANCE_COEF * stats.balance_sum / groups, Z_COEF * stats.z_sum / tokens
+        torch.autograd.backward([y_BLD, balance + z], [self.x_BLD, None])
+        assert is_conserved(stats.ledger)
+        self.moe.zero_grad()
+
+    def facts(self) -> dict[str, int]:
+        """Assignments of this rank, and those that found a slot."""
+        ledger = self.moe(self.x_BLD, self.valid_BL, "train").stats.ledger
+        return {"assigned": int(ledger.assigned), "kept": int(ledger.row_E.sum())}
+
+
+def layer(point: Point, device: torch.device) -> MoE:
+    """The layer with this rank's experts, connected as a run connects it."""
+    gate = Gate("topk", point.top_k)
+    moe = MoE(0, point.dim, point.expert_dim, point.experts, gate, capacity_factor=1.25)
+    held = point.experts // point.ranks
+    for name, weight in list(moe.experts.named_parameters()):
+        mine = torch.empty(held, *weight.shape[1:], dtype=torch.bfloat16)
+        moe.experts.register_parameter(name, nn.Parameter(mine))
+    generator = torch.Generator().manual_seed(0)
+    for weight in moe.parameters():
+        nn.init.normal_(weight, std=point.dim**-0.5, generator=generator)
+    mesh = Mesh(device, point.ranks) if point.ranks > 1 else lone_mesh(device)
+    connect_experts(moe, mesh)
+    return moe.to(device)
+
+
+def build(place: int, points: list[Point], device: torch.device) -> LayerStep:
+    """The point of a curve at a place, for the harness."""
+    if place >= len(points):
+        raise AbsentError("this curve has fewer points")
+    return LayerStep(points[place], device)
+
+
+def main() -> None:
+    options = arguments()
+    every = curves(options.device)
+    chosen = [every[name] for name in options.curves]
+    found = []
+    for ranks, together in teams(chosen):
+        contenders = [
+            Contender(str(n), partial(build, n), of_one) for n, of_one in enumerate(ranks)
+        ]
+        with Field(contenders, options.device) as field:
+            found += [measure(field, curve, options.rounds) for curve in together]
+    name = "scaling-cuda" if options.device == "cuda" else "scaling"
+    draw(found, name)
+    record.write(name, {"options": vars(options), "curves": found}, report(found, name, options))
+    print((record.RESULTS / f"{name}.md").read_text())
+
+
+def teams(chosen: list[Curve]) -> Iterator[tuple[list[int], list[Curve]]]:
+    """Curves whose points can be built by the same processes, and the ranks of each place."""
+    alone = [curve for curve in chosen if curve.field != "ranks"]
+    if alone:
+        yield [1] * max(len(curve.points) for curve in alone), alone
+    for curve in chosen:
+        if curve.field == "ranks":
+            yield [point.ranks for point in curve.points], [curve]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="How the cost of an MoE layer grows.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--curves", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--rounds", type=int, default=9, help="turns of every point")
+    options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error(f"--rounds ({options.rounds}) must be at least 2, to tell a range; try 9")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, and torch sees none; try --device cpu")
+    if most_ranks(options.device) < 2 and "ranks" in options.curves:
+        options.curves = [name for name in options.curves if name != "ranks"]
+        print("ranks: left out, since there is one GPU", flush=True)
+    return options
+
+
+def measure(field: Field, curve: Curve, rounds: int) -> dict[str, Any]:
+    """All points of a curve in turn."""
+    print(f"{curve.what}: building", flush=True)
+    built = field.build(curve.points).values()
+    facts = [ranks for ranks in built if not isinstance(ranks, AbsentError)]
+    print(f"{curve.what}: measuring", flush=True)
+    samples = field.measure(rounds).values()
+    sizes = [getattr(point, curve.field) for point in curve.points]
+    seconds = [sample.seconds for sample in samples]
+    fitted = fits.exponent(sizes, list(zip(*seconds, strict=True)))
+    growth = harness.ratio(seconds[-1], seconds[0])
+    print(f"{curve.what}: exponent {fitted.show()}", flush=True)
+    return {
+        "what": curve.what,
+        "points": [point._asdict() for point in curve.points],
+        "sizes": sizes,
+        "seconds": seconds,
+        "peak_bytes": [sample.peak_bytes for sample in samples],
+        "facts": facts,
+        "exponent": fitted,
+        "growth": growth,
+        "ideal": curve.ideal,
+        "target": curve.target,
+        "is_met": curve.is_met(fitted.value, growth.median),
+    }
+
+
+# ---- report --------------------------------------------------------------------------------------
+
+
+def report(found: list[dict[str, Any]], name: str, options: argparse.Namespace) -> str:
+    rows = [
+        [
+            curve["what"],
+            f"{curve['sizes'][0]} to {curve['sizes'][-1]}",
+            curve["exponent"].show(),
+            curve["growth"].show(),
+            curve["target"],
+            {True: "yes", False: "**no**", None: ""}[curve["is_met"]],
+        ]
+        for curve in found
+    ]
+    header = ["", "range", "exponent", "last / first", "target", "met"]
+    return "\n\n".join(
+        [
+            "# How the cost of a layer grows",
+            f"Forward and backward of one MoE layer, bf16, capacity factor 1.25; {options.rounds} "
+            "rounds in which all points of a curve have a turn. The exponent p of cost ∝ size^p is "
+            "the mean of those fitted to each round, with its range of 95 % confidence; *last / "
+            "first* is the median ratio of costs (least–most).",
+            record.table(header, rows),
+            "*Experts* are all of the same width; *finer experts* are narrower the more there are, "
+            "and a token chooses more of them: both compute as much at every point. *Ranks* divide "
+            "the same tokens and experts. On a CPU they divide its cores, too: at best the cost "
+            "stays as it is, and what grows is transport and waiting; ranks beyond the cores take "
+            "turns on them. With a device for every rank the best exponent is -1. *Memory* is the "
+            "most that a step takes beyond what is there before, of all ranks; *kept* are the "
+            "assignments that found a slot.",
+            f"![Cost by size]({name}.png)",
+            *(details(curve) for curve in found),
+        ]
+    )
+
+
+def details(curve: dict[str, Any]) -> str:
+    """The points of a curve."""
+    first = curve["seconds"][0]
+    rows = [
+        [
+            *(point[field] for field in ("tokens", "experts", "top_k", "expert_dim", "ranks")),
+            harness.ratio(seconds, first).show(),
+            f"{peak / 2**20:,.0f} MiB",
+            kept(facts),
+        ]
+        for point, seconds, peak, facts in zip(
+            *(curve[key] for key in ("points", "seconds", "peak_bytes", "facts")), strict=True
+        )
+    ]
+    header = ["tokens", "experts", "K", "expert width", "ranks", "cost", "memory", "kept"]
+    return f"## {curve['what'].capitalize()}\n\n{record.table(header, rows)}"
+
+
+def kept(facts: list[dict[str, int]]) -> str:
+    """Share of all ranks' assignments that found a slot."""
+    share = sum(rank["kept"] for rank in facts) / sum(rank["assigned"] for rank in facts)
+    return f"{share:.1%}"
+
+
+def draw(found: list[dict[str, Any]], name: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, every = plt.subplots(1, len(found), figsize=(3.2 * len(found), 3.3), squeeze=False)
+    for axes, curve in zip(every[0], found, strict=True):
+        sizes, first = curve["sizes"], curve["seconds"][0]
+        costs = [harness.ratio(seconds, first) for seconds in curve["seconds"]]
+        medians, least, most = zip(*costs, strict=True)
+        axes.fill_between(sizes, least, most, color="#0072b2", alpha=0.2, linewidth=0)
+        axes.plot(sizes, medians, "o-", color="#0072b2", markersize=4)
+        shape = [(size / sizes[0]) ** curve["ideal"] for size in sizes]
+        axes.plot(sizes, shape, ":", color="#555555", label=f"exponent {curve['ideal']:g}")
+        axes.set(xscale="log", yscale="log", xlabel=curve["what"])
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=8)
+        axes.minorticks_off()
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, 0.5), max(high, 2.0))
+        axes.set_yticks(ticks := nice(axes.get_ylim()), [f"{tick:g}" for tick in ticks])
+        axes.set_title(f"exponent {curve['exponent'].show()}", fontsize=9)
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    every[0][0].set_ylabel("cost over the first point's")
+    figure.tight_layout()
+    figure.savefig(record.RESULTS / f"{name}.png", dpi=150)
+
+
+def nice(limits: tuple[float, float]) -> list[float]:
+    """Powers of two in between."""
+    return [2.0**n for n in range(-6, 12) if limits[0] <= 2.0**n <= limits[1]]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Whole training steps: moetrain's against a Hugging Face Mixtral trained by plain PyTorch.
+
+    python benchmarks/step.py [--shapes quickstart medium] [--precisions bf16 fp32] [--profile]
+    python benchmarks/step.py --device cuda
+
+All train the same model: the same shape, weights, text, batches, optimizer and precision; before
+anything is timed, their parameters are counted and their losses compared. moetrain's contender is
+the step of a run (`moetrain.step.train_step`), with all it counts. Steps per second are ratios
+within rounds in which everyone has a turn. MFU counts the FLOPs of the model, alike for all, and is
+told where the peak of the device is known. `--profile` adds where the time goes. Writes
+step.{json,md} into results/ (step-cuda on a GPU).
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import Any
+
+import harness
+import record
+import torch
+from harness import AbsentError, Contender, Field, Spread
+from stepping import mixtral, own, profile
+from stepping.shapes import SHAPES, USUAL, Cell, config_of, tokens_per_step
+
+from moetrain.build import build_model
+from moetrain.data import load_tokenizer
+from moetrain.peaks import device_peak_flops
+from moetrain.sizes import Sizes, sizes, train_flops_per_token
+
+BUILDERS = {
+    "moetrain": own.capacity_step,
+    "moetrain-dropless": own.dropless_step,
+    "hf-eager": mixtral.eager_step,
+    "hf-grouped": mixtral.grouped_step,
+}
+TOLERANCE = 1e-4
+"""Nats per token between the losses of the same weights."""
+SHOWN = 16
+"""Operators of a profile in the report."""
+
+
+def main() -> None:
+    options = arguments()
+    names = options.contenders
+    cells = [Cell(shape, kind) for shape in options.shapes for kind in options.precisions]
+    found = []
+    with Field([Contender(name, BUILDERS[name]) for name in names], options.device) as field:
+        for cell in cells:
+            found.append(measure(field, cell, options.rounds, torch.device(options.device)))
+    profiles = profile_all(cells, names, options.device) if options.profile else []
+    suffix = "-cuda" if options.device == "cuda" else ""
+    data = {"options": vars(options), "cells": found, "profiles": profiles}
+    record.write(f"step{suffix}", data, report(found, profiles, options))
+    print((record.RESULTS / f"step{suffix}.md").read_text())
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Whole training steps against a plain Mixtral's.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="models to train")
+    parser.add_argument("--precisions", nargs="+", choices=("bf16", "fp32"), default=["bf16"])
+    parser.add_argument("--contenders", nargs="+", choices=list(BUILDERS), default=list(BUILDERS))
+    parser.add_argument("--rounds", type=int, default=8, help="turns of everyone")
+    parser.add_argument("--profile", action="store_true", help="say where the time goes, too")
+    options = parser.parse_args()
+    options.shapes = options.shapes or USUAL[options.device]
+    if options.rounds < 1:
+        parser.error(f"--rounds ({options.rounds}) must be at least 1; try 8")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, and torch sees none; try --device cpu")
+    return options
+
+
+def measure(field: Field, cell: Cell, rounds: int, device: torch.device) -> dict[str, Any]:
+    """Build a cell everywhere, check that all are the same model, and let them take turns."""
+    say(f"{cell.shape}, {cell.precision}: building")
+    built = field.build(cell)
+    absent = {name: str(why) for name, why in built.items() if isinstance(why, AbsentError)}
+    facts = {name: ranks[0] for name, ranks in built.items() if not isinstance(ranks, AbsentError)}
+    counted, flops = model_sizes(cell)
+    check_alike(facts, counted.total)
+    say(f"{cell.shape}, {cell.precision}: {counted.total:,} parameters, losses alike; measuring")
+    samples = field.measure(rounds)
+    peak = device_peak_flops(device, cell.precision)
+    config = config_of(cell, None)
+    tokens = tokens_per_step(config)
+    for name, sample in samples.items():
+        say(f"  {name}: {harness.spread(sample.seconds).show('.3f')} s")
+    shares = peak and {name: mfu(s.seconds, flops * tokens, peak) for name, s in samples.items()}
+    return {
+        **cell._asdict(),
+        "model": config.model.model_dump(),
+        "moe": config.moe.model_dump(),
+        "sequences": config.train.global_batch,
+        "micro_batch": config.train.micro_batch,
+        "seq_len": config.data.seq_len,
+        "parameters": counted.total,
+        "active": counted.active,
+        "facts": facts,
+        "absent": absent,
+        "samples": {name: sample._asdict() for name, sample in samples.items()},
+        "mfu": shares,
+    }
+
+
+def model_sizes(cell: Cell) -> tuple[Sizes, int]:
+    """Parameters, and model FLOPs per token of a training step."""
+    config = config_of(cell, None)
+    model = build_model(config, load_tokenizer(config.data.tokenizer).vocab_size)
+    return sizes(model), train_flops_per_token(model, config.data.seq_len)
+
+
+def check_alike(facts: dict[str, dict[str, float]], parameters: int) -> None:
+    """Raise RuntimeError unless all contenders are the same function with as many parameters."""
+    losses = [of_one["loss"] for of_one in facts.values()]
+    if max(losses, default=0.0) - min(losses, default=0.0) > TOLERANCE:
+        raise RuntimeError(f"the losses of the same weights differ: {facts}")
+    if any(of_one["parameters"] != parameters for of_one in facts.values()):
+        raise RuntimeError(f"not all have {parameters} parameters: {facts}")
+
+
+def mfu(seconds: list[float], flops: float, peak: float) -> Spread:
+    """Model FLOPs utilization: what the model FLOPs of a step come to, of the device's peak."""
+    return harness.spread([flops / of_one / peak for of_one in seconds])
+
+
+def profile_all(
+    cells: list[Cell], names: list[str], device: harness.Device
+) -> list[dict[str, Any]]:
+    """Where the time of every contender goes, in every cell."""
+    contenders = [Contender(name, partial(profile.Profiled, BUILDERS[name])) for name in names]
+    found = []
+    with Field(contenders, device) as field:
+        for cell in cells:
+            say(f"{cell.shape}, {cell.precision}: profiling")
+            for name, ranks in field.build(cell).items():
+                if not isinstance(ranks, AbsentError):
+                    found.append({**cell._asdict(), "contender": name, **ranks[0]})
+    return found
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+# ---- report --------------------------------------------------------------------------------------
+
+
+def report(
+    cells: list[dict[str, Any]], profiles: list[dict[str, Any]], options: argparse.Namespace
+) -> str:
+    parts = [
+        "# Whole training steps",
+        f"Forward, backward and update; {options.rounds} rounds in which everyone has a turn. "
+        "`hf-` is Hugging Face's Mixtral, trained by plain PyTorch (autocast in bf16, fused AdamW, "
+        "`clip_grad_norm_`). All start from the same weights, read the same batches, and agree on "
+        f"the first loss within {TOLERANCE} nats. moetrain has a capacity factor of 1.25 where it "
+        "is not dropless. *Steps per second* are over those of the fastest `hf-` of the same round "
+        "(of the first contender where there is none): median (least–most). *Memory* is the most "
+        "that a step takes beyond weights and moments, which are as large for all.",
+    ]
+    for cell in cells:
+        parts += [f"## {cell['shape']}, {cell['precision']}", describe(cell), results(cell)]
+        parts += [f"Left out: {name}, since {why}." for name, why in cell["absent"].items()]
+    if profiles:
+        parts += ["## Where the time goes", *map(profile_table, profiles)]
+    return "\n\n".join(parts)
+
+
+def describe(cell: dict[str, Any]) -> str:
+    model, moe = cell["model"], cell["moe"]
+    return (
+        f"Width {model['dim']}, {model['layers']} layers, {moe['experts']} experts of width "
+        f"{moe['expert_ffn_dim']}, top-{moe['top_k']}; {cell['parameters']:,} parameters, "
+        f"{cell['active']:,} of them active; {cell['sequences']} sequences of {cell['seq_len']} "
+        f"tokens a step, {cell['micro_batch']} in a micro-batch."
+    )
+
+
+def results(cell: dict[str, Any]) -> str:
+    """The table of a cell."""
+    samples: dict[str, Any] = cell["samples"]
+    others = [name for name in samples if name.startswith("hf-")] or list(samples)[:1]
+    rounds = [min(turn) for turn in zip(*(samples[n]["seconds"] for n in others), strict=True)]
+    rows = []
+    for name, sample in samples.items():
+        row = [name, harness.ratio(rounds, sample["seconds"]).show()]
+        row.append(f"{sample['peak_bytes'] / 2**20:,.0f} MiB")
+        if cell["mfu"]:
+            row.append(cell["mfu"][name].show(".1%"))
+        rows.append(row)
+    header = ["", "steps per second", "memory", *(["MFU"] if cell["mfu"] else [])]
+    return record.table(header, rows)
+
+
+def profile_table(found: dict[str, Any]) -> str:
+    title = f"### {found['shape']}, {found['precision']}: {found['contender']}"
+    phases = ""
+    if found["phases"]:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in found["phases"].items())
+        phases = f"Of a step: {shares}.\n\n"
+    rows = [
+        [f"`{op['name']}`", f"{op['share']:.1%}", f"{op['calls']:.0f}"]
+        for op in found["operators"][:SHOWN]
+    ]
+    table = record.table(["operator", "own time", "calls a step"], rows)
+    return f"{title}\n\n{phases}{table}"
+
+
+if __name__ == "__main__":
+    main()

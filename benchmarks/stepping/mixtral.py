@@ -1,0 +1,161 @@
+"""Hugging Face's Mixtral, trained by plain PyTorch: the loop that one writes without a framework.
+
+fp32 weights, `torch.autocast` where the precision is bf16, fused AdamW, `clip_grad_norm_`. It reads
+the batches that moetrain's step reads, and starts from the same weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from harness import AbsentError
+from torch import Tensor, nn
+
+from moetrain.build import build_model
+from moetrain.config import Config
+from moetrain.data import Batch, Samples, prepare
+from moetrain.optim import decays
+from moetrain.parallel import initial_values
+from moetrain.step import Position
+from stepping.own import after, batches, count, first_batch, lone_mesh
+from stepping.shapes import Cell, config_of
+
+Kind = Literal["eager", "grouped_mm"]
+"""How transformers multiplies by its experts."""
+
+
+class MixtralStep:
+    """Model, optimizer and data."""
+
+    def __init__(self, cell: Cell, device: torch.device, kind: Kind):
+        self.config = config = config_of(cell, capacity_factor=None)
+        self.device, self.position = device, Position()
+        prepared = prepare(config.data)
+        self.samples = Samples(prepared, "train", config.data.seq_len, config.seed, False)
+        vocab_size = config.model.vocab_size or prepared.manifest.vocab_size
+        self.model = mixtral(config, vocab_size, kind, device)
+        self.model.load_state_dict(renamed(first_weights(config, vocab_size, device)))
+        self.optimizer = adamw(self.model, config)
+
+    def step(self) -> None:
+        """One optimizer step on the next batch."""
+        num_batches = self.config.accumulation(1)
+        for batch in batches(self.config, self.samples, self.position, self.device):
+            is_low = self.config.engine.precision == "bf16"
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=is_low):
+                loss = outputs(self.model, batch).loss
+            (loss / num_batches).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.position = after(self.position, self.config)
+
+    @torch.no_grad()
+    def facts(self) -> dict[str, float]:
+        """What `OwnStep.facts` tells."""
+        found = outputs(self.model, first_batch(self.samples, self.device))
+        balance = self.model.config.router_aux_loss_coef * found.aux_loss
+        return {"parameters": count(self.model), "loss": (found.loss - balance).item()}
+
+
+def eager_step(cell: Cell, device: torch.device) -> MixtralStep:
+    """One expert after the other."""
+    return MixtralStep(cell, device, "eager")
+
+
+def grouped_step(cell: Cell, device: torch.device) -> MixtralStep:
+    """torch's grouped matrix product."""
+    return MixtralStep(cell, device, "grouped_mm")
+
+
+def mixtral(config: Config, vocab_size: int, kind: Kind, device: torch.device) -> Any:
+    """Their model of the shape of ours, ready to be trained."""
+    try:
+        from transformers import MixtralConfig, MixtralForCausalLM
+    except ImportError as error:
+        raise AbsentError(f"transformers cannot be imported ({error})") from None
+    if not hasattr(MixtralForCausalLM, "set_experts_implementation"):
+        raise AbsentError("transformers is older than 5 and knows no experts_implementation")
+    model, moe = config.model, config.moe
+    shape = MixtralConfig(
+        vocab_size=vocab_size,
+        hidden_size=model.dim,
+        intermediate_size=config.expert_ffn_dim,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.num_kv_heads,
+        head_dim=model.attention_head_dim,
+        num_local_experts=moe.experts,
+        num_experts_per_tok=moe.top_k,
+        max_position_embeddings=config.data.seq_len,
+        rms_norm_eps=model.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        tie_word_embeddings=model.tie_embeddings,
+        output_router_logits=True,
+        # Theirs is K at perfect balance, ours 1.
+        router_aux_loss_coef=moe.balance_coef / moe.top_k,
+        use_cache=False,
+    )
+    with device:
+        built = MixtralForCausalLM._from_config(shape, attn_implementation="sdpa")
+    built.set_experts_implementation(kind)
+    return built.train()
+
+
+def outputs(model: Any, batch: Batch) -> Any:
+    """Their forward pass, to the loss of the same targets."""
+    targets = batch.targets_BL
+    return model(input_ids=batch.tokens_BL, labels=targets, shift_labels=targets)
+
+
+def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """The optimizer of a moetrain run, as one writes it by hand."""
+    train = config.train
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if decays(p)], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if not decays(p)], "weight_decay": 0.0},
+    ]
+    betas = train.beta1, train.beta2
+    return torch.optim.AdamW(groups, lr=train.lr, betas=betas, eps=train.adam_eps, fused=True)
+
+
+def first_weights(config: Config, vocab_size: int, device: torch.device) -> dict[str, Tensor]:
+    """What a moetrain run of this configuration starts from."""
+    model = build_model(config, vocab_size)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    values = initial_values(model, lone_mesh(device), config.seed)
+    return {names[id(parameter)]: value for _, parameter, value in values}
+
+
+NAMES = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "moe.router": "mlp.gate",
+    "moe.experts.w_gate_up": "mlp.experts.gate_up_proj",
+    "moe.experts.w_down": "mlp.experts.down_proj",
+}
+"""Ours and theirs, inside a layer."""
+
+
+def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights as a state of their model; their experts' matrices are ours transposed."""
+    embedding = weights["embedding.weight"]
+    theirs = {
+        "model.embed_tokens.weight": embedding,
+        "lm_head.weight": weights.get("head.weight", embedding),
+        "model.norm.weight": weights["norm.weight"],
+    }
+    for name, weight in weights.items():
+        if name.startswith("blocks."):
+            _, layer, inside = name.split(".", 2)
+            ours = inside.removesuffix(".weight")
+            suffix = inside.removeprefix(ours)
+            turned = weight.mT if ".experts." in name else weight
+            theirs[f"model.layers.{layer}.{NAMES[ours]}{suffix}"] = turned
+    return theirs
