@@ -36,6 +36,7 @@ from moetrain.moe import (
     LayerOutput,
     Local,
     MoE,
+    Packed,
     Router,
 )
 from moetrain.moe.layer import Mode
@@ -69,18 +70,33 @@ def parallelize(
 
 
 def connect_experts(
-    model: nn.Module, mesh: Mesh, dispatch: Dispatch = "all_to_all", overlap_chunks: int = 1
+    model: nn.Module,
+    mesh: Mesh,
+    dispatch: Dispatch = "all_to_all",
+    overlap_chunks: int = 1,
+    fixed_operations: bool = False,
 ) -> None:
-    """Choose how tokens reach experts that are spread over ranks, in every layer."""
-    dispatcher = _dispatcher(mesh, dispatch, overlap_chunks)
+    """Choose how tokens reach the experts, in every layer; see `local_dispatcher`."""
+    dispatcher = _dispatcher(mesh, dispatch, overlap_chunks, fixed_operations)
     for module in model.modules():
         if isinstance(module, MoE):
             module.dispatcher = dispatcher
 
 
-def _dispatcher(mesh: Mesh, dispatch: Dispatch, overlap_chunks: int) -> Dispatcher:
+def local_dispatcher(device: torch.device, fixed_operations: bool = False) -> Dispatcher:
+    """The fastest where all experts are on this rank.
+
+    `fixed_operations`: what is computed must not depend on how many tokens chose an expert, as
+    compiled graphs and selective recomputation need it.
+    """
+    return Local() if fixed_operations or device.type != "cpu" else Packed()
+
+
+def _dispatcher(
+    mesh: Mesh, dispatch: Dispatch, overlap_chunks: int, fixed_operations: bool
+) -> Dispatcher:
     if mesh.ep == 1:
-        return Local()
+        return local_dispatcher(mesh.device, fixed_operations)
     if dispatch == "all_gather":
         return AllGather(mesh.expert_parallel.get_group())
     if dispatch == "two_level":

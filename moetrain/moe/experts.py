@@ -24,8 +24,24 @@ def swiglu(hidden: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def _local(weight: Tensor) -> Tensor:
-    return weight.to_local() if isinstance(weight, DTensor) else weight
+def swiglu_forward(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """silu(gate) and its product with up, both (..., F), by hand: to go with `swiglu_backward`."""
+    gate, up = hidden.chunk(2, dim=-1)
+    silu = torch.ops.aten.silu.out(gate, out=torch.empty_like(gate))
+    return silu, silu * up
+
+
+def swiglu_backward(grad: Tensor, hidden: Tensor, silu: Tensor) -> tuple[Tensor, Tensor]:
+    """silu(gate)·up, (..., F), and the gradient by the packed (..., 2F).
+
+    `grad` is the gradient by the former, `silu` is silu(gate); both are overwritten.
+    """
+    gate, up = hidden.chunk(2, dim=-1)
+    grad_hidden = torch.empty_like(hidden)
+    grad_gate, grad_up = grad_hidden.chunk(2, dim=-1)
+    torch.mul(grad, silu, out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad_gate)
+    return silu.mul_(up), grad_hidden
 
 
 class Experts(nn.Module):
@@ -46,7 +62,13 @@ class Experts(nn.Module):
         `rows` is (e, R, D) with the same number of rows for every expert when `counts` is None,
         otherwise (R, D) sorted by expert with `counts[i]` rows for the i-th and R their sum.
         """
-        return _feed(rows, counts, _local(self.w_gate_up), _local(self.w_down))
+        return _feed(rows, counts, *self.local_weights())
+
+    def local_weights(self) -> tuple[Tensor, Tensor]:
+        """What this rank holds of the weights: (e, D, 2F) and (e, F, D)."""
+        weights = self.w_gate_up, self.w_down
+        gate_up, down = (w.to_local() if isinstance(w, DTensor) else w for w in weights)
+        return gate_up, down
 
     def split(self, num_parts: int) -> list[Feed]:
         """The experts in consecutive parts of equal size, each to be called as the whole is.
@@ -55,7 +77,7 @@ class Experts(nn.Module):
         """
         if num_parts == 1:
             return [self]
-        w_gate_up, w_down = _local(self.w_gate_up), _local(self.w_down)
+        w_gate_up, w_down = self.local_weights()
         size, rest = divmod(len(w_down), num_parts)
         if rest:
             raise ValueError(f"{len(w_down)} experts cannot be cut into {num_parts} equal parts")

@@ -32,12 +32,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor):  # type: ignore[override]
         (row_TK,) = ctx.saved_tensors
-        first_T, *other = row_TK.unbind(1)
-        wide = torch.promote_types(grad_RD.dtype, torch.float32)
-        grad_TD = _rows_at(grad_RD, first_T).to(wide)
-        for row_T in other:
-            grad_TD = grad_TD + _rows_at(grad_RD, row_T)
-        return grad_TD.to(grad_RD.dtype), None, None
+        return sum_rows(grad_RD, row_TK), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -53,12 +48,7 @@ class _Combine(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(rows_RD, gate_TK, source_R, row_TK)
-        y_TD = gate_TK[:, :1] * _rows_at(rows_RD, row_TK[:, 0])
-        for choice in range(1, row_TK.shape[1]):
-            gate_T1 = gate_TK[:, choice : choice + 1]
-            y_TD = y_TD + gate_T1 * _rows_at(rows_RD, row_TK[:, choice])
-        # torch 2.11, compiling, loses the gradient of a result that `to` has handed through.
-        return y_TD if y_TD.dtype == dtype else y_TD.to(dtype)
+        return weigh_rows(rows_RD, gate_TK, row_TK, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor):  # type: ignore[override]
@@ -74,6 +64,36 @@ class _Combine(torch.autograd.Function):
             [(grad_wide_TD * _rows_at(rows_RD, row_T)).sum(-1) for row_T in row_TK.unbind(1)], dim=1
         )
         return grad_RD.to(rows_RD.dtype), grad_gate_TK, None, None, None
+
+
+def weigh_rows(rows_RD: Tensor, gate_TK: Tensor, row_TK: Tensor, dtype: torch.dtype) -> Tensor:
+    """y[t] = Σ_k gate[t, k]·rows[row[t, k]], k in order, in the gates' precision: (T, D).
+
+    Without autograd. An assignment without a row adds 0.
+    """
+    size = _block_size(rows_RD, len(row_TK))
+    sums = []
+    for gate_nK, row_nK in zip(gate_TK.split(size), row_TK.split(size), strict=True):
+        sum_nD = gate_nK[:, :1] * _rows_at(rows_RD, row_nK[:, 0])
+        for choice in range(1, row_nK.shape[1]):
+            gate_n1 = gate_nK[:, choice : choice + 1]
+            sum_nD = sum_nD + gate_n1 * _rows_at(rows_RD, row_nK[:, choice])
+        # torch 2.11, compiling, loses the gradient of a result that `to` has handed through.
+        sums.append(sum_nD if sum_nD.dtype == dtype else sum_nD.to(dtype))
+    return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+
+def sum_rows(rows_RD: Tensor, row_TK: Tensor) -> Tensor:
+    """Σ_k rows[row[t, k]], k in order, in fp32 at least; as `weigh_rows` without gates."""
+    wide = torch.promote_types(rows_RD.dtype, torch.float32)
+    ones_TK = torch.ones_like(row_TK, dtype=wide)
+    return weigh_rows(rows_RD, ones_TK, row_TK, rows_RD.dtype)
+
+
+def _block_size(rows_RD: Tensor, num_tokens: int) -> int:
+    """Tokens to sum at a time: on a CPU so many that their sums stay in its cache."""
+    in_blocks = rows_RD.device.type == "cpu" and not torch.compiler.is_compiling()
+    return 1024 if in_blocks else max(num_tokens, 1)
 
 
 def _rows_at(rows_RD: Tensor, row_T: Tensor) -> Tensor:
