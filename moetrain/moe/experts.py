@@ -34,14 +34,14 @@ def swiglu_forward(hidden: Tensor) -> tuple[Tensor, Tensor]:
 def swiglu_backward(grad: Tensor, hidden: Tensor, silu: Tensor) -> tuple[Tensor, Tensor]:
     """silu(gate)·up, (..., F), and the gradient by the packed (..., 2F).
 
-    `grad` is the gradient by the former, `silu` is silu(gate); both are overwritten.
+    `grad` is the gradient by the former, and overwritten; `silu` is silu(gate).
     """
     gate, up = hidden.chunk(2, dim=-1)
     grad_hidden = torch.empty_like(hidden)
     grad_gate, grad_up = grad_hidden.chunk(2, dim=-1)
     torch.mul(grad, silu, out=grad_up)
     torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad_gate)
-    return silu.mul_(up), grad_hidden
+    return silu * up, grad_hidden
 
 
 class Experts(nn.Module):

@@ -80,7 +80,7 @@ class _Pass(torch.autograd.Function):
         keeps: bool,
     ) -> Tensor:
         token_R = rows.assignment_R // gate_TK.shape[1]
-        result_RD = x_TD.new_empty(len(token_R), x_TD.shape[1])
+        result_RD = _rows_and_zeros(x_TD, len(token_R))
         kept = []
         for part, gate_up_D2F, down_FD in zip(rows.parts, w_gate_up, w_down, strict=True):
             hidden_n2F = x_TD.index_select(0, token_R[part]) @ gate_up_D2F
@@ -99,12 +99,13 @@ class _Pass(torch.autograd.Function):
         rows: Rows = ctx.rows
         token_R = rows.assignment_R // gate_TK.shape[1]
         gate_R = gate_TK.flatten()[rows.assignment_R]
-        grad_gate_R, grad_x_RD = torch.empty_like(gate_R), torch.empty_like(result_RD)
+        grad_gate_R, grad_x_RD = torch.empty_like(gate_R), _rows_and_zeros(x_TD, len(token_R))
         grad_gate_up, grad_down = torch.empty_like(w_gate_up), torch.empty_like(w_down)
         for expert, part in enumerate(rows.parts):
             hidden_n2F, silu_nF = kept[2 * expert : 2 * expert + 2]
             grad_nD = grad_TD.index_select(0, token_R[part])
-            grad_gate_R[part] = (grad_nD.to(gate_R.dtype) * result_RD[part]).sum(-1)
+            # Each product is rounded, their sum is not.
+            grad_gate_R[part] = (grad_nD * result_RD[part]).sum(-1, dtype=gate_R.dtype)
             grad_nD *= gate_R[part, None]
             grad_nF = grad_nD @ w_down[expert].T
             product_nF, grad_n2F = swiglu_backward(grad_nF, hidden_n2F, silu_nF)
@@ -116,3 +117,10 @@ class _Pass(torch.autograd.Function):
         grad_gate_N[rows.assignment_R] = grad_gate_R
         grad_x_TD = sum_rows(grad_x_RD, rows.row_TK)
         return grad_x_TD, grad_gate_N.view_as(gate_TK), grad_gate_up, grad_down, None, None
+
+
+def _rows_and_zeros(x_TD: Tensor, num_rows: int) -> Tensor:
+    """Room for rows, and the row that stands for none."""
+    rows_RD = x_TD.new_empty(num_rows + 1, x_TD.shape[1])
+    rows_RD[num_rows] = 0
+    return rows_RD
