@@ -74,29 +74,23 @@ def connect_experts(
     mesh: Mesh,
     dispatch: Dispatch = "all_to_all",
     overlap_chunks: int = 1,
-    fixed_operations: bool = False,
+    compiled: bool = False,
 ) -> None:
-    """Choose how tokens reach the experts, in every layer; see `local_dispatcher`."""
-    dispatcher = _dispatcher(mesh, dispatch, overlap_chunks, fixed_operations)
+    """Choose how tokens reach the experts, in every layer."""
+    dispatcher = _dispatcher(mesh, dispatch, overlap_chunks, compiled)
     for module in model.modules():
         if isinstance(module, MoE):
             module.dispatcher = dispatcher
 
 
-def local_dispatcher(device: torch.device, fixed_operations: bool = False) -> Dispatcher:
-    """The fastest where all experts are on this rank.
-
-    `fixed_operations`: what is computed must not depend on how many tokens chose an expert, as
-    compiled graphs and selective recomputation need it.
-    """
-    return Local() if fixed_operations or device.type != "cpu" else Packed()
+def local_dispatcher(device: torch.device, compiled: bool = False) -> Dispatcher:
+    """The fastest where all experts are on this rank; a compiled graph needs equal shapes."""
+    return Local() if compiled or device.type != "cpu" else Packed()
 
 
-def _dispatcher(
-    mesh: Mesh, dispatch: Dispatch, overlap_chunks: int, fixed_operations: bool
-) -> Dispatcher:
+def _dispatcher(mesh: Mesh, dispatch: Dispatch, overlap_chunks: int, compiled: bool) -> Dispatcher:
     if mesh.ep == 1:
-        return local_dispatcher(mesh.device, fixed_operations)
+        return local_dispatcher(mesh.device, compiled)
     if dispatch == "all_gather":
         return AllGather(mesh.expert_parallel.get_group())
     if dispatch == "two_level":

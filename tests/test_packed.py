@@ -163,8 +163,8 @@ def test_in_bf16_it_is_as_near_to_the_truth_as_one_gather() -> None:
         assert errors[0] <= 1.1 * errors[1], name
 
 
-def test_it_is_for_cpus_that_may_do_as_the_routing_says() -> None:
+def test_it_is_for_cpus_and_for_passes_that_are_not_compiled() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert isinstance(local_dispatcher(cpu), Packed)
-    assert isinstance(local_dispatcher(cpu, fixed_operations=True), Local)
+    assert isinstance(local_dispatcher(cpu, compiled=True), Local)
     assert isinstance(local_dispatcher(gpu), Local)

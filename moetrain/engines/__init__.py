@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 from torch import __version__ as torch_version
 
-from moetrain.config import Config, EngineConfig
+from moetrain.config import Config
 from moetrain.engines.deepspeed import DeepSpeedEngine
 from moetrain.engines.deepspeed_config import settings
 from moetrain.engines.torch import TorchEngine
@@ -74,11 +74,6 @@ def build(config: Config, model: Transformer, mesh: Mesh) -> Engine:
         engine = DeepSpeedEngine(*common, settings(config, mesh.world))
     else:
         engine = TorchEngine(*common)
-    parallel, fixed = config.parallel, has_fixed_operations(config.engine)
-    connect_experts(model, mesh, parallel.dispatch, parallel.overlap_chunks, fixed)
+    parallel, compiled = config.parallel, config.engine.compile
+    connect_experts(model, mesh, parallel.dispatch, parallel.overlap_chunks, compiled)
     return engine
-
-
-def has_fixed_operations(engine: EngineConfig) -> bool:
-    """Whether a layer must do the same operations whatever the routing."""
-    return engine.compile or engine.activation_checkpointing == "selective"

@@ -4,12 +4,11 @@ Everything here takes tensors and process groups; nothing knows of runs, files o
 """
 
 from moetrain.moe.capacity import Plan, capacity
-from moetrain.moe.dispatch import AllGather, AllToAll, Dispatcher, Local
+from moetrain.moe.dispatch import AllGather, AllToAll, Dispatcher, Local, Packed
 from moetrain.moe.experts import Experts
 from moetrain.moe.keyed import Draws
 from moetrain.moe.layer import Decisions, LayerOutput, LayerStats, MoE
 from moetrain.moe.ledger import OUTCOMES, Ledger
-from moetrain.moe.packed import Packed
 from moetrain.moe.router import Gate, Router
 from moetrain.moe.routing import Routing
 
