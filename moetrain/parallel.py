@@ -36,6 +36,7 @@ from moetrain.moe import (
     LayerOutput,
     Local,
     MoE,
+    Packed,
     Router,
 )
 from moetrain.moe.layer import Mode
@@ -69,18 +70,27 @@ def parallelize(
 
 
 def connect_experts(
-    model: nn.Module, mesh: Mesh, dispatch: Dispatch = "all_to_all", overlap_chunks: int = 1
+    model: nn.Module,
+    mesh: Mesh,
+    dispatch: Dispatch = "all_to_all",
+    overlap_chunks: int = 1,
+    compiled: bool = False,
 ) -> None:
-    """Choose how tokens reach experts that are spread over ranks, in every layer."""
-    dispatcher = _dispatcher(mesh, dispatch, overlap_chunks)
+    """Choose how tokens reach the experts, in every layer."""
+    dispatcher = _dispatcher(mesh, dispatch, overlap_chunks, compiled)
     for module in model.modules():
         if isinstance(module, MoE):
             module.dispatcher = dispatcher
 
 
-def _dispatcher(mesh: Mesh, dispatch: Dispatch, overlap_chunks: int) -> Dispatcher:
+def local_dispatcher(device: torch.device, compiled: bool = False) -> Dispatcher:
+    """The fastest where all experts are on this rank; a compiled graph needs equal shapes."""
+    return Local() if compiled or device.type != "cpu" else Packed()
+
+
+def _dispatcher(mesh: Mesh, dispatch: Dispatch, overlap_chunks: int, compiled: bool) -> Dispatcher:
     if mesh.ep == 1:
-        return Local()
+        return local_dispatcher(mesh.device, compiled)
     if dispatch == "all_gather":
         return AllGather(mesh.expert_parallel.get_group())
     if dispatch == "two_level":

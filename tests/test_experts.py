@@ -9,8 +9,7 @@ from layers import SWITCH, build, experts_in, random_x
 from strategies import close
 from torch import Tensor
 
-from moetrain.moe import Experts
-from moetrain.moe.experts import _can_group, _grouped, _looped
+from moetrain.moe.experts import _grouped, _looped, swiglu
 
 
 @pytest.fixture
@@ -55,27 +54,28 @@ def test_the_grouped_product_takes_an_expanded_gradient() -> None:
     assert torch.equal(weight.grad[1], torch.full((8, 16), 3.0))  # type: ignore[index]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "dim", "hidden", "grouped"),
-    [
-        (torch.float32, 8, 4, True),
-        (torch.bfloat16, 8, 16, True),
-        (torch.float64, 8, 4, False),
-        (torch.float32, 6, 4, False),
-        (torch.bfloat16, 8, 12, False),
-    ],
-)
-def test_the_grouped_product_is_taken_where_it_can_be(
-    dtype: torch.dtype, dim: int, hidden: int, grouped: bool
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("counts", [[3, 0, 2], [0, 0, 0], [40, 33, 1]])
+def test_rows_of_any_number_equal_those_of_plain_operations(
+    dtype: torch.dtype, counts: list[int]
 ) -> None:
-    """Rows that are no whole 16 bytes, or of a dtype it does not know, are looped over."""
-    rows, weight = torch.ones(3, dim, dtype=dtype), torch.ones(2, dim, 2 * hidden, dtype=dtype)
-    assert _can_group(rows, weight, [3, 0]) == grouped
-    experts = Experts(2, dim, hidden).to(dtype)
-    with torch.no_grad():
-        for weights in experts.parameters():
-            weights.fill_(0.5)
-    assert experts(rows, [3, 0]).shape == rows.shape
+    """Output and every gradient, against one product after the other."""
+
+    def plain(rows: Tensor, counts: list[int]) -> Tensor:
+        hidden = swiglu(_looped(rows, experts.w_gate_up, counts))
+        return _looped(hidden, experts.w_down, counts)
+
+    results = []
+    for packed in (True, False):
+        experts = build(SWITCH, 3).experts.to(dtype)
+        rows = random_x(1, sum(counts))[0].to(dtype).requires_grad_()
+        y = (experts if packed else plain)(rows, counts)
+        results.append(
+            (y, *torch.autograd.grad(y.double().sin().sum(), (rows, *experts.parameters())))
+        )
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 3, 6])

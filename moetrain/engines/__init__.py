@@ -74,5 +74,6 @@ def build(config: Config, model: Transformer, mesh: Mesh) -> Engine:
         engine = DeepSpeedEngine(*common, settings(config, mesh.world))
     else:
         engine = TorchEngine(*common)
-    connect_experts(model, mesh, config.parallel.dispatch, config.parallel.overlap_chunks)
+    parallel, compiled = config.parallel, config.engine.compile
+    connect_experts(model, mesh, parallel.dispatch, parallel.overlap_chunks, compiled)
     return engine

@@ -4,7 +4,7 @@ Everything here takes tensors and process groups; nothing knows of runs, files o
 """
 
 from moetrain.moe.capacity import Plan, capacity
-from moetrain.moe.dispatch import AllGather, AllToAll, Dispatcher, Local
+from moetrain.moe.dispatch import AllGather, AllToAll, Dispatcher, Local, Packed
 from moetrain.moe.experts import Experts
 from moetrain.moe.keyed import Draws
 from moetrain.moe.layer import Decisions, LayerOutput, LayerStats, MoE
@@ -27,6 +27,7 @@ __all__ = [
     "Ledger",
     "Local",
     "MoE",
+    "Packed",
     "Plan",
     "Preferences",
     "Router",

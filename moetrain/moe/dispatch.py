@@ -33,6 +33,7 @@ from moetrain.moe.exchange import (
 )
 from moetrain.moe.experts import Experts
 from moetrain.moe.flights import Flight, add_up, all_gather, land
+from moetrain.moe.packed import Packing, pack, run_packed
 from moetrain.moe.rows import combine_rows, gather_rows, reorder_experts
 
 
@@ -77,6 +78,26 @@ class Local:
         """The experts, one gather and a weighted sum."""
         rows = experts(arrived.rows, arrived.counts)
         return combine_rows(rows.reshape(-1, rows.shape[-1]), gate_TK, arrived.plan)
+
+
+class Waiting(NamedTuple):
+    """Tokens, where they are, and the rows they are to be."""
+
+    x_TD: Tensor
+    packing: Packing
+
+
+@final
+class Packed:
+    """All experts are on this rank, which is a CPU: see `moetrain.moe.packed`."""
+
+    def dispatch(self, x_TD: Tensor, plan: Plan) -> Waiting:
+        """Note which rows are filled."""
+        return Waiting(x_TD, pack(plan))
+
+    def combine(self, experts: Experts, arrived: Waiting, gate_TK: Tensor) -> Tensor:
+        """Gather, multiply and sum, expert by expert."""
+        return run_packed(arrived.x_TD, gate_TK, *experts.local_weights(), arrived.packing)
 
 
 class Flights(NamedTuple):

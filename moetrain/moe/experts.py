@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moetrain.moe.packed import pack_sorted, run_packed
+
 Feed: TypeAlias = Callable[[Tensor, list[int] | None], Tensor]
 """What experts do to their rows; see `Experts.forward`."""
 
@@ -22,10 +24,6 @@ def swiglu(hidden: Tensor) -> Tensor:
     """silu(gate)·up of a packed (..., 2F) = [gate | up]: (..., F). (2002.05202)"""
     gate, up = hidden.chunk(2, dim=-1)
     return F.silu(gate) * up
-
-
-def _local(weight: Tensor) -> Tensor:
-    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 class Experts(nn.Module):
@@ -46,7 +44,13 @@ class Experts(nn.Module):
         `rows` is (e, R, D) with the same number of rows for every expert when `counts` is None,
         otherwise (R, D) sorted by expert with `counts[i]` rows for the i-th and R their sum.
         """
-        return _feed(rows, counts, _local(self.w_gate_up), _local(self.w_down))
+        return _feed(rows, counts, *self.local_weights())
+
+    def local_weights(self) -> tuple[Tensor, Tensor]:
+        """What this rank holds of the weights: (e, D, 2F) and (e, F, D)."""
+        weights = self.w_gate_up, self.w_down
+        gate_up, down = (w.to_local() if isinstance(w, DTensor) else w for w in weights)
+        return gate_up, down
 
     def split(self, num_parts: int) -> list[Feed]:
         """The experts in consecutive parts of equal size, each to be called as the whole is.
@@ -55,7 +59,7 @@ class Experts(nn.Module):
         """
         if num_parts == 1:
             return [self]
-        w_gate_up, w_down = _local(self.w_gate_up), _local(self.w_down)
+        w_gate_up, w_down = self.local_weights()
         size, rest = divmod(len(w_down), num_parts)
         if rest:
             raise ValueError(f"{len(w_down)} experts cannot be cut into {num_parts} equal parts")
@@ -67,22 +71,21 @@ class Experts(nn.Module):
 def _feed(rows: Tensor, counts: list[int] | None, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
     if counts is None:
         return torch.bmm(swiglu(torch.bmm(rows, w_gate_up)), w_down)
+    if not rows.is_cuda:
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        one_R1 = rows.new_ones(len(rows), 1, dtype=wide)
+        packing = pack_sorted(counts, torch.arange(len(rows)))
+        return run_packed(rows, one_R1, w_gate_up, w_down, packing)
     product = _grouped if _can_group(rows, w_gate_up, counts) else _looped
     return product(swiglu(product(rows, w_gate_up, counts)), w_down, counts)
 
 
 def _can_group(rows_RD: Tensor, w_gate_up: Tensor, counts: list[int]) -> bool:
-    """Whether the grouped kernel takes these rows, of whole 16 bytes.
-
-    On a GPU in bf16 alone, and with rows for every expert: the gradient of one without may come
-    back as garbage (pytorch #172439).
-    """
+    """Whether the grouped kernel takes these rows: bf16, of whole 16 bytes, and some for every
+    expert; the gradient of one without may come back as garbage (pytorch #172439)."""
     widths = rows_RD.shape[-1], w_gate_up.shape[-1] // 2
-    if any(width * rows_RD.element_size() % 16 for width in widths):
-        return False
-    if rows_RD.is_cuda:
-        return rows_RD.dtype == torch.bfloat16 and min(counts) > 0
-    return rows_RD.dtype in (torch.float32, torch.bfloat16)
+    has_widths = all(width * rows_RD.element_size() % 16 == 0 for width in widths)
+    return has_widths and rows_RD.dtype == torch.bfloat16 and min(counts) > 0
 
 
 def _looped(rows_RD: Tensor, weight_eDF: Tensor, counts: list[int]) -> Tensor:
@@ -92,12 +95,7 @@ def _looped(rows_RD: Tensor, weight_eDF: Tensor, counts: list[int]) -> Tensor:
 
 
 def _grouped(rows_RD: Tensor, weight_eDF: Tensor, counts: list[int]) -> Tensor:
-    """One grouped kernel over all experts.
-
-    On a CPU it computes the same products one by one, bitwise, but keeps the parts where they are:
-    5 to 25 % faster than the loop, the more experts the more. Padded to one size, a batched product
-    is faster in bf16 with few rows an expert, and several times slower where load is uneven.
-    """
+    """One grouped kernel over all experts."""
     ends = torch.tensor(counts, device=rows_RD.device).cumsum(0).to(torch.int32)
     product_RF = F.grouped_mm(rows_RD, weight_eDF, offs=ends)
     if product_RF.requires_grad:

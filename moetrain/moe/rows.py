@@ -32,12 +32,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor):  # type: ignore[override]
         (row_TK,) = ctx.saved_tensors
-        first_T, *other = row_TK.unbind(1)
-        wide = torch.promote_types(grad_RD.dtype, torch.float32)
-        grad_TD = _rows_at(grad_RD, first_T).to(wide)
-        for row_T in other:
-            grad_TD = grad_TD + _rows_at(grad_RD, row_T)
-        return grad_TD.to(grad_RD.dtype), None, None
+        return sum_rows(grad_RD, row_TK), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -53,12 +48,7 @@ class _Combine(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(rows_RD, gate_TK, source_R, row_TK)
-        y_TD = gate_TK[:, :1] * _rows_at(rows_RD, row_TK[:, 0])
-        for choice in range(1, row_TK.shape[1]):
-            gate_T1 = gate_TK[:, choice : choice + 1]
-            y_TD = y_TD + gate_T1 * _rows_at(rows_RD, row_TK[:, choice])
-        # torch 2.11, compiling, loses the gradient of a result that `to` has handed through.
-        return y_TD if y_TD.dtype == dtype else y_TD.to(dtype)
+        return weigh_rows(rows_RD, gate_TK, row_TK, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor):  # type: ignore[override]
@@ -74,6 +64,51 @@ class _Combine(torch.autograd.Function):
             [(grad_wide_TD * _rows_at(rows_RD, row_T)).sum(-1) for row_T in row_TK.unbind(1)], dim=1
         )
         return grad_RD.to(rows_RD.dtype), grad_gate_TK, None, None, None
+
+
+def weigh_rows(rows_RD: Tensor, gate_TK: Tensor, row_TK: Tensor, dtype: torch.dtype) -> Tensor:
+    """y[t] = Σ_k gate[t, k]·rows[row[t, k]], k in order, in the gates' precision: (T, D).
+
+    Without autograd. An assignment without a row adds 0.
+    """
+    if _has_bags(rows_RD):
+        return _weigh_bags(rows_RD.to(dtype), gate_TK, row_TK)
+    y_TD = gate_TK[:, :1] * _rows_at(rows_RD, row_TK[:, 0])
+    for choice in range(1, row_TK.shape[1]):
+        gate_T1 = gate_TK[:, choice : choice + 1]
+        y_TD = y_TD + gate_T1 * _rows_at(rows_RD, row_TK[:, choice])
+    # torch 2.11, compiling, loses the gradient of a result that `to` has handed through.
+    return y_TD if y_TD.dtype == dtype else y_TD.to(dtype)
+
+
+def sum_rows(rows_RD: Tensor, row_TK: Tensor) -> Tensor:
+    """Σ_k rows[row[t, k]], k in order, in fp32 at least; as `weigh_rows` without gates."""
+    if _has_bags(rows_RD):
+        return F.embedding_bag(row_TK, _with_absent(rows_RD, row_TK), mode="sum")
+    wide = torch.promote_types(rows_RD.dtype, torch.float32)
+    ones_TK = torch.ones_like(row_TK, dtype=wide)
+    return weigh_rows(rows_RD, ones_TK, row_TK, rows_RD.dtype)
+
+
+def _has_bags(rows_RD: Tensor) -> bool:
+    """Whether rows are summed by the kernel of embedding bags: one pass over the rows, in fp32 and
+    in order. On a CPU it takes a tenth of the time that gathers and sums take."""
+    return rows_RD.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _weigh_bags(rows_RD: Tensor, gate_TK: Tensor, row_TK: Tensor) -> Tensor:
+    rows_RD = _with_absent(rows_RD, row_TK)
+    weight_TK = gate_TK.to(rows_RD.dtype)
+    if rows_RD.dtype == torch.bfloat16:  # weights must be of the rows' type: in two parts, then
+        rest_TK = (gate_TK - weight_TK).to(rows_RD.dtype)
+        weight_TK, row_TK = torch.cat([weight_TK, rest_TK], 1), torch.cat([row_TK, row_TK], 1)
+    return F.embedding_bag(row_TK, rows_RD, per_sample_weights=weight_TK, mode="sum")
+
+
+def _with_absent(rows_RD: Tensor, row_TK: Tensor) -> Tensor:
+    """The rows, and zeros for those of `row_TK` that do not exist."""
+    missing = int(row_TK.max()) + 1 - len(rows_RD) if row_TK.numel() else 0
+    return F.pad(rows_RD, (0, 0, 0, missing)) if missing > 0 else rows_RD
 
 
 def _rows_at(rows_RD: Tensor, row_T: Tensor) -> Tensor:
