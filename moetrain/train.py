@@ -142,7 +142,7 @@ def _step(run: Run, position: Position, report: Report, saver: Saver, watch: Wat
     watch.mark(f"step {position.step + 1}")
     config, started = run.config, time.perf_counter()
     result = train_step(run, position)
-    position = _advance(position, config, result)
+    position = advance(position, config, result)
     report.step_took(time.perf_counter() - started, result.data_s)
     if result.is_bad or result.is_spike:
         report.went_wrong(position.step, result)
@@ -174,7 +174,8 @@ def _evaluate(
     return replace(position, owes_evaluation=False)
 
 
-def _advance(position: Position, config: Config, result: StepResult) -> Position:
+def advance(position: Position, config: Config, result: StepResult) -> Position:
+    """Where a run stands after one more step."""
     batch, (loss, grad_norm, was_skipped) = config.train.global_batch, result.outcome
     window = position.window
     return Position(
