@@ -21,8 +21,8 @@ from typing import Annotated, Any
 import tyro
 from sweeping import live, plan
 from sweeping.advice import advise
-from sweeping.table import live_rows
-from sweeping.writing import Sweep, write
+from sweeping.table import Sweep, live_rows
+from sweeping.writing import write
 
 from moetrain import cli, settings
 from moetrain.config import Config
@@ -105,9 +105,9 @@ def run(options: Options) -> int:
         mesh = Mesh(device, parallel.ep, parallel.dp_replicate, parallel.nodes_apart)
         seen = live.sweep(able, base, length, options.repeats, mesh, folder, say)
         if rank == 0:
-            rows = live_rows(able, seen, plan.own(able, base))
-            told = described(base, length, options.repeats, world)
-            sweep = Sweep(base.name, *told, rows, refused, settings.redacted(base))
+            own = plan.own(able, base)
+            rows, told = live_rows(able, seen, own), described(base, length, options.repeats, world)
+            sweep = Sweep(base.name, *told, rows, own.label, refused, settings.redacted(base))
             for path in write(sweep, folder):
                 say(str(path))
             print(advise(rows).headline)

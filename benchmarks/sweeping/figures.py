@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sweeping.look import look
-from sweeping.table import Curve, Row, front
+from sweeping.table import Curve, Losses, Row, front
 
 HEIGHT = 430
 
@@ -35,7 +34,7 @@ def trade(rows: Sequence[Row]) -> go.Figure:
                 legendgroup=row.label,
                 showlegend=column == 1,
                 mode="markers",
-                marker={"color": style.colour, "size": 13, "symbol": symbol, "line": {"width": 2}},
+                marker={"color": style.colour, "size": 12, "symbol": symbol},
             )
             figure.add_trace(dot, row=1, col=column)
     names = {"drops": "assignments dropped (%)", "speed": "tokens per second"}
@@ -72,25 +71,20 @@ def padding(rows: Sequence[Row]) -> go.Figure:
     return _finished(figure)
 
 
-def loss_by_step(rows: Sequence[Row]) -> go.Figure:
+def loss_by_step(rows: Sequence[Row], found: Losses) -> go.Figure:
     """Held-out loss at equal steps."""
-    curves = [row.loss_over_time for row in rows]
-    name = "held-out loss (nats per token)"
-    return _lines(rows, curves, "optimizer step", name, marked=True)
+    return _lines(rows, found.by_step, "optimizer step", _above(found), marked=True)
 
 
-def loss_by_time(rows: Sequence[Row]) -> go.Figure:
-    """Held-out loss over the time that training took, and where the fastest was done."""
-    curves = []
-    for row in rows:
-        first, time_s = row.loss_over_time[0][0], row.step_time_s or 0.0
-        curves.append([((x - first) * time_s, y) for x, y in row.loss_over_time])
-    name = "held-out loss (nats per token)"
-    figure = _lines(rows, curves, "seconds of training since the start", name, marked=True)
-    ends = [curve[-1][0] for curve in curves if math.isfinite(curve[-1][1])]
-    if ends:
-        figure.add_vline(x=min(ends), line={"dash": "dot", "color": "#8c8c8c"})
-    return figure
+def loss_by_time(rows: Sequence[Row], found: Losses) -> go.Figure:
+    """Held-out loss at equal time, and where the first was done."""
+    x = "seconds of training since the start"
+    figure = _lines(rows, found.by_time, x, _above(found), marked=True)
+    return figure.add_vline(x=found.budget_s, line={"dash": "dot", "color": "#8c8c8c"})
+
+
+def _above(found: Losses) -> str:
+    return f"held-out loss above that of {found.of} (nats per token)"
 
 
 def replayed(rows: Sequence[Row]) -> go.Figure:

@@ -110,7 +110,8 @@ def sweep(
     models = {}
     for variant in variants:
         if variant.shape not in models:
-            say(f"warm start of {', '.join(map(str, variant.shape))}: {length.warm_start} steps")
+            router, top_k, experts = variant.shape
+            say(f"{length.warm_start} steps as a start: {router}, K {top_k}, E {experts}")
             models[variant.shape] = _Model(_at_home(variant.config, base), length, mesh, folder)
     facts = [models[variant.shape].facts(variant.config) for variant in variants]
     trails = [[Trail() for _ in range(repeats)] for _ in variants]

@@ -10,9 +10,8 @@ from plotly.offline import get_plotlyjs
 
 from sweeping import figures
 from sweeping.advice import Advice
-from sweeping.plan import Refused
 from sweeping.published import Table
-from sweeping.table import Row
+from sweeping.table import Row, Sweep, losses
 
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; "
@@ -38,7 +37,8 @@ th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align:
 td { white-space: nowrap; } th { max-width: 8rem; }
 th:first-child, td:first-child { text-align: left; } th button { all: unset; cursor: pointer; }
 th button:focus-visible { outline: 2px solid #0072b2; } tr.pick td { background: var(--mark); }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 1rem; }
+section { min-width: 0; }
+.pair { display: grid; grid-template-columns: repeat(auto-fill, minmax(480px, 1fr)); gap: 1rem; }
 """
 
 SCRIPT = """
@@ -73,30 +73,21 @@ function sort(button) {
 """
 
 
-def page(
-    name: str,
-    what: str,
-    rows: Sequence[Row],
-    advice: Advice,
-    tables: Sequence[Table],
-    refused: Sequence[Refused],
-) -> str:
-    """The whole file. The first of `tables` is our own."""
-    ours, *known = tables
+def page(sweep: Sweep, advice: Advice, ours: Sequence[Table], known: Sequence[Table]) -> str:
+    """The whole file: tables of our own results, and published ones."""
     body = [
-        f"<h1>Choosing a capacity factor for {escape(name)}</h1>",
+        f"<h1>Choosing a capacity factor for {escape(sweep.name)}</h1>",
         _advice(advice),
-        f"<p>{escape(what)}</p>",
-        _table(ours, pick=advice.pick),
-        *_pictures(rows),
+        f"<p>{escape(sweep.what)}</p>",
+        *(_table(table, pick=advice.pick) for table in ours),
+        *_pictures(sweep.rows, sweep.own),
     ]
-    if known:
-        body.append("<h1>Beside what was published</h1>")
-        body += [_table(table) for table in known]
-    if refused:
-        lines = "".join(f"<li>{escape(one.label)}: {escape(one.reason)}</li>" for one in refused)
-        body.append(f"<h2>Combinations that cannot run</h2><ul>{lines}</ul>")
-    title = f"Capacity factor: {escape(name)}"
+    body.append("<h1>Beside what was published</h1>")
+    body += [_table(table) for table in known]
+    if sweep.refused:
+        lines = [f"<li>{escape(one.label)}: {escape(one.reason)}</li>" for one in sweep.refused]
+        body.append(f"<h2>Combinations that cannot run</h2><ul>{''.join(lines)}</ul>")
+    title = f"Capacity factor: {escape(sweep.name)}"
     head = (
         f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -139,7 +130,7 @@ def _emphasised(text: str) -> str:
     return "".join(f"<i>{part}</i>" if n % 2 else part for n, part in enumerate(parts))
 
 
-def _pictures(rows: Sequence[Row]) -> Iterator[str]:
+def _pictures(rows: Sequence[Row], own: str) -> Iterator[str]:
     is_live = rows[0].loss is not None
     if is_live:
         yield _picture(
@@ -153,10 +144,10 @@ def _pictures(rows: Sequence[Row]) -> Iterator[str]:
         ("Drops against empty slots", "", figures.padding(rows)),
     ]
     if is_live:
-        fastest = "Dotted: where the fastest was done; losses at equal time are read off there."
+        found, fastest = losses(rows, own), "Dotted: where the fastest was done."
         pairs += [
-            ("Loss at equal steps", "", figures.loss_by_step(rows)),
-            ("Loss at equal time", fastest, figures.loss_by_time(rows)),
+            ("Loss at equal steps", "Below zero is better.", figures.loss_by_step(rows, found)),
+            ("Loss at equal time", fastest, figures.loss_by_time(rows, found)),
         ]
     if any(row.replayed_drop_rate is not None for row in rows):
         told = "Above the line, training with those drops has made the routing less even."
@@ -165,7 +156,7 @@ def _pictures(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _picture(title: str, told: str, figure: go.Figure) -> str:
-    config = {"displaylogo": False, "responsive": True}
+    config = {"displayModeBar": False, "responsive": True}
     drawn = figure.to_html(full_html=False, include_plotlyjs=False, config=config)
     faint = f'<p class="faint">{escape(told)}</p>' if told else ""
     return f"<section><h2>{escape(title)}</h2>{faint}{drawn}</section>"

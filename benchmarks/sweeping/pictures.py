@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from moetrain.plots.panels import STYLE
 from sweeping.look import look
-from sweeping.table import Curve, Row, front
+from sweeping.table import Curve, Row, front, losses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,8 +23,11 @@ NAMES = {
 }
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """The front above; drops over time and by layer, and the loss, below. In one PNG."""
+def draw(rows: Sequence[Row], own: str, path: Path) -> None:
+    """The front above; drops over time and by layer, and the loss, below. In one PNG.
+
+    Losses below are compared with that of the variant `own`.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -41,8 +44,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         drops = [[(n, 100 * y) for n, y in enumerate(row.drop_rate_by_layer)] for row in rows]
         _lines(grid[1][1], rows, drops, "MoE layer", NAMES["drops"], marked=True)
         if is_live:
-            losses = [row.loss_over_time for row in rows]
-            _lines(grid[1][2], rows, losses, "optimizer step", NAMES["loss"], marked=True)
+            above, name = losses(rows, own).by_step, f"held-out loss above that of {own} (nats)"
+            _lines(grid[1][2], rows, above, "optimizer step", name, marked=True)
         for axes in grid.flat:
             axes.set_visible(axes.has_data())
         handles, labels = grid[1][1].get_legend_handles_labels()
@@ -72,6 +75,7 @@ def _trade(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:
             markeredgewidth=2,
         )
     axes.set(xlabel=NAMES[x], ylabel=NAMES[y])
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.margins(0.12)
 
 

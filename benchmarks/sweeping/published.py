@@ -105,7 +105,7 @@ def _quality(ours: Ours, scale: str) -> Table:
     header = [
         "factor",
         *(f"Switch Table 1, {name}" for name in SWITCH_1),
-        *(f"{name}: hours to 1.50" for name in SWITCH_1),
+        *(f"Switch Table 1, {name}: hours to 1.50" for name in SWITCH_1),
         *(f"ST-MoE Table 8, {name}" for name in ST_MOE_8),
         "here, equal steps",
         "here, equal time",

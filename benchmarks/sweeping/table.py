@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from harness import Spread, spread
 
-from moetrain.constraints import spell
 from sweeping.live import Live, Step, Trail
-from sweeping.plan import AXES, Variant
+from sweeping.plan import AXES, Refused, Variant
 from sweeping.rates import Rates, drop_rate_by_layer, drop_rate_of_step, flops, late, rates
 
 Curve = Sequence[tuple[float, float]]
@@ -74,6 +71,22 @@ class Row:
     def loss(self) -> float | None:
         """Held-out loss at equal steps, mean of the repeats; NaN where one diverged."""
         return statistics.fmean(self.losses) if self.losses else None
+
+
+class Sweep(NamedTuple):
+    """All that is told of a sweep."""
+
+    name: str
+    """Of the run that was swept."""
+    what: str
+    """What was done, in sentences."""
+    scale: str
+    """How large and how long, in a few words."""
+    rows: list[Row]
+    own: str
+    """The variant that others are compared with: the config's own setting, or the first."""
+    refused: list[Refused]
+    config: dict[str, Any]
 
 
 def live_rows(variants: Sequence[Variant], seen: Sequence[Live], own: Variant) -> list[Row]:
@@ -158,6 +171,37 @@ def at(curve: Curve, x: float) -> float:
     return curve[-1][1]
 
 
+class Losses(NamedTuple):
+    """Curves that can be told apart: held-out loss above that of one variant."""
+
+    of: str
+    """The variant that they are compared with."""
+    by_step: Sequence[Curve]
+    """At equal steps."""
+    by_time: Sequence[Curve]
+    """At equal seconds of training since the start."""
+    budget_s: float
+    """When the first is done."""
+
+
+def losses(rows: Sequence[Row], own: str) -> Losses:
+    """Of every variant, at each of its evaluations."""
+    start = rows[0].loss_over_time[0][0]
+    clocked = [
+        [((x - start) * (row.step_time_s or 0.0), y) for x, y in row.loss_over_time] for row in rows
+    ]
+    base = [row.label for row in rows].index(own)
+    budget_s = min(curve[-1][0] for curve in clocked)
+    by_time = [
+        [(x, y - at(clocked[base], x)) for x, y in curve if x <= clocked[base][-1][0]]
+        for curve in clocked
+    ]
+    by_step = [
+        [(x, y - at(rows[base].loss_over_time, x)) for x, y in row.loss_over_time] for row in rows
+    ]
+    return Losses(own, by_step, by_time, budget_s)
+
+
 def noise(rows: Sequence[Row]) -> float | None:
     """Standard error of the difference between two variants' losses; None of a single repeat.
 
@@ -199,40 +243,3 @@ def _score(row: Row) -> tuple[float, ...]:
 
 def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
     return one != other and all(a <= b for a, b in zip(one, other, strict=True))
-
-
-def as_dict(row: Row) -> dict[str, Any]:
-    """A row as JSON holds it: NaN as null, curves to six digits."""
-    return {"loss": _plain(row.loss), **{key: _plain(value) for key, value in asdict(row).items()}}
-
-
-def as_csv(rows: Sequence[Row]) -> str:
-    """One line per variant, without curves; lists are numbers with blanks between."""
-    flat = [_flat(row) for row in rows]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(flat[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return text.getvalue()
-
-
-def _flat(row: Row) -> dict[str, Any]:
-    values = as_dict(row)
-    for curve in ("drop_rate_over_time", "loss_over_time", "training_loss"):
-        del values[curve]
-    values |= zip(Rates._fields, values.pop("rates"), strict=True)
-    least = ("time_ratio", "time_ratio_least", "time_ratio_most")
-    values |= zip(least, values.pop("time_ratio") or [None] * 3, strict=True)
-    values["capacity_factor"] = spell(row.capacity_factor)
-    return {
-        key: " ".join(map(str, value)) if isinstance(value, list) else value
-        for key, value in values.items()
-    }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return value
