@@ -77,10 +77,9 @@ def loss_by_step(rows: Sequence[Row], found: Losses) -> go.Figure:
 
 
 def loss_by_time(rows: Sequence[Row], found: Losses) -> go.Figure:
-    """Held-out loss at equal time, and where the first was done."""
+    """Held-out loss at equal time."""
     x = "seconds of training since the start"
-    figure = _lines(rows, found.by_time, x, _above(found), marked=True)
-    return figure.add_vline(x=found.budget_s, line={"dash": "dot", "color": "#8c8c8c"})
+    return _lines(rows, found.by_time, x, _above(found), marked=True)
 
 
 def _above(found: Losses) -> str:

@@ -144,10 +144,11 @@ def _pictures(rows: Sequence[Row], own: str) -> Iterator[str]:
         ("Drops against empty slots", "", figures.padding(rows)),
     ]
     if is_live:
-        found, fastest = losses(rows, own), "Dotted: where the fastest was done."
+        found, told = losses(rows, own), "Below zero is better."
+        until = f"{told} Until the fastest was done."
         pairs += [
-            ("Loss at equal steps", "Below zero is better.", figures.loss_by_step(rows, found)),
-            ("Loss at equal time", fastest, figures.loss_by_time(rows, found)),
+            ("Loss at equal steps", told, figures.loss_by_step(rows, found)),
+            ("Loss at equal time", until, figures.loss_by_time(rows, found)),
         ]
     if any(row.replayed_drop_rate is not None for row in rows):
         told = "Above the line, training with those drops has made the routing less even."

@@ -179,27 +179,28 @@ class Losses(NamedTuple):
     by_step: Sequence[Curve]
     """At equal steps."""
     by_time: Sequence[Curve]
-    """At equal seconds of training since the start."""
-    budget_s: float
-    """When the first is done."""
+    """At equal seconds of training since the start, until the first is done."""
 
 
 def losses(rows: Sequence[Row], own: str) -> Losses:
     """Of every variant, at each of its evaluations."""
-    start = rows[0].loss_over_time[0][0]
-    clocked = [
-        [((x - start) * (row.step_time_s or 0.0), y) for x, y in row.loss_over_time] for row in rows
-    ]
     base = [row.label for row in rows].index(own)
-    budget_s = min(curve[-1][0] for curve in clocked)
+    by_step = [row.loss_over_time for row in rows]
+    start = by_step[base][0][0]
     by_time = [
-        [(x, y - at(clocked[base], x)) for x, y in curve if x <= clocked[base][-1][0]]
-        for curve in clocked
+        [((x - start) * (row.step_time_s or 0.0), y) for x, y in curve]
+        for row, curve in zip(rows, by_step, strict=True)
     ]
-    by_step = [
-        [(x, y - at(rows[base].loss_over_time, x)) for x, y in row.loss_over_time] for row in rows
+    end_s = min(curve[-1][0] for curve in by_time)
+    by_time = [
+        [*(point for point in curve if point[0] < end_s), (end_s, at(curve, end_s))]
+        for curve in by_time
     ]
-    return Losses(own, by_step, by_time, budget_s)
+    return Losses(own, _above(by_step, base), _above(by_time, base))
+
+
+def _above(curves: Sequence[Curve], base: int) -> Sequence[Curve]:
+    return [[(x, y - at(curves[base], x)) for x, y in curve] for curve in curves]
 
 
 def noise(rows: Sequence[Row]) -> float | None:

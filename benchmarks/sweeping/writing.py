@@ -73,13 +73,13 @@ def results(rows: Sequence[Row], advice: Advice) -> list[Table]:
     ]
     if rows[0].time_ratio is not None:
         remarks.append(
-            "*step over own*: step time over that of the config's own setting, turn by turn: median "
-            "(range). *loss at equal time*: when the fastest was done."
+            "*step over own*: step time over that of the config's own setting, turn by turn; "
+            "median and range. *loss at equal time*: when the fastest was done."
         )
     costs = [_costs(row) for row in rows]
     on_costs = [
-        "*useful* and *executed*: floating-point operations of the experts' products in a step over "
-        "all ranks, forward and backward: of filled rows, and of all that are multiplied.",
+        "*useful* and *executed*: floating-point operations of the experts' products in a step, "
+        "forward and backward, over all ranks: of filled rows, and of all that are multiplied.",
         "*step memory*: what a step takes at most beyond what is there before it, on the rank that "
         "takes most.",
     ]
