@@ -44,7 +44,7 @@ This page is written by `python docs/generate.py` from `moetrain/metrics.py`.
 """
 
 _LINES = {
-    "A training line": (metrics.TrainLine, metrics.Speed),
+    "A training line": (metrics.TrainLine, metrics.Rates, metrics.Speed),
     "Each of `layers`": (metrics.LayerLine,),
     "An evaluation line": (metrics.EvalLine,),
 }

@@ -37,6 +37,7 @@ def cautions(config: Config) -> list[str]:
 def _idle_settings(config: Config) -> Iterator[tuple[str, str]]:
     moe, source = config.moe, config.data.source
     if moe.experts == 0:
+        yield "log.trace", "when moe.experts is 0: nothing is routed"
         idle = set(type(moe).model_fields) - {"experts"}
         yield from ((f"moe.{field}", "when moe.experts is 0") for field in sorted(idle))
     else:
@@ -56,6 +57,8 @@ def _idle_settings(config: Config) -> Iterator[tuple[str, str]]:
         yield "train.decay_fraction", f"with train.schedule {config.train.schedule}"
     if config.checkpoint.every == 0:
         yield "checkpoint.keep", "when checkpoint.every is 0 (never)"
+    if config.log.every == 0:
+        yield "log.trace", "when log.every is 0 (never)"
     if config.log.wandb == "off":
         yield "log.wandb_project", "when log.wandb is off"
 

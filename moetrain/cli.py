@@ -38,6 +38,7 @@ Flags = Annotated[dict[str, Any], arg(constructor=settings.flags_of(Config), nam
 CorpusFlags = Annotated[
     dict[str, Any], arg(constructor=settings.flags_of(DataConfig, without="source"), name="data")
 ]
+DropPolicy = Literal["position", "probability", "random", "spill"]
 ConfigPath = Positional[Annotated[Path, arg(metavar="CONFIG")]]
 RunPath = Positional[Annotated[Path, arg(metavar="RUN_OR_CHECKPOINT")]]
 
@@ -173,6 +174,51 @@ class Generate:
                 "--greedy does not sample, so --temperature, --top-k, --top-p and --seed have no "
                 "effect; drop them or --greedy"
             )
+
+
+@app.command(name="replay")
+@dataclass(frozen=True)
+class Replay:
+    """Ask a routing trace what other settings would have dropped and sent; exit code 1 if its
+    replay as recorded is not what metrics.jsonl says. Several values make a row each."""
+
+    path: Positional[Annotated[Path, arg(metavar="RUN_OR_TRACE")]]
+    """Folder of a run that was trained with log.trace, or of its trace."""
+    capacity_factor: tuple[float | None, ...] = ()
+    """Slots per expert over the mean demand; null: dropless."""
+    drop_policy: tuple[DropPolicy, ...] = ()
+    """Who keeps a slot of a full expert."""
+    group: tuple[Literal["sequence", "microbatch"] | int, ...] = ()
+    """Tokens among which capacity is enforced."""
+    spill_depth: tuple[int, ...] = ()
+    """How many further experts a losing choice may ask, with drop policy spill."""
+    top_k: tuple[int, ...] = ()
+    """Experts per token."""
+    ep: tuple[int, ...] = ()
+    """Ranks that share one set of experts."""
+    world_size: tuple[int, ...] = ()
+    """Ranks; where it is not given, as recorded, or as many as ep."""
+    out: Path | None = None
+    """JSON file for all figures by step and layer."""
+
+    def run(self) -> int:
+        """Print the table."""
+        for flag in ("spill_depth", "top_k", "ep", "world_size"):
+            for value in getattr(self, flag):
+                _require(value > 0, flag.replace("_", "-"), value, "1 or more")
+        from moetrain.replay import settings_of
+        from moetrain.what_if import run
+
+        wanted = settings_of(
+            capacity_factor=self.capacity_factor,
+            drop_policy=self.drop_policy,
+            group=self.group,
+            spill_depth=self.spill_depth,
+            top_k=self.top_k,
+            ep=self.ep,
+            world=self.world_size,
+        )
+        return run(self.path, wanted, self.out)
 
 
 @checkpoint_app.command(name="list")

@@ -297,6 +297,9 @@ class LogConfig(Section):
 
     every: NonNegativeInt = 10
     """Steps between training lines of metrics.jsonl; the last step has one too. 0: never."""
+    trace: Bool = False
+    """Record in these steps which experts every token chose and ranked next, for moetrain
+    replay."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases, from rank 0."""
     wandb_project: str = "moetrain"

@@ -28,7 +28,9 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(*(None if part is None else part.to(device) for part in batch))  # type: ignore[arg-type]
 
 
-def forward(model: nn.Module, batch: Batch, mode: Mode, draws: Draws | None = None) -> Output:
+def forward(
+    model: nn.Module, batch: Batch, mode: Mode, draws: Draws | None = None, num_ranked: int = 0
+) -> Output:
     """Run the model on a batch that has targets."""
     return model(
         batch.tokens_BL,
@@ -37,6 +39,7 @@ def forward(model: nn.Module, batch: Batch, mode: Mode, draws: Draws | None = No
         document_BL=batch.document_BL,
         mode=mode,
         draws=draws,
+        num_ranked=num_ranked,
     )
 
 

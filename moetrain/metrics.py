@@ -94,23 +94,9 @@ class Speed(TypedDict):
     where devices are alike and undisturbed. Empty on a single rank."""
 
 
-class TrainLine(Speed):
-    """One optimizer step, over all ranks."""
+class Rates(TypedDict):
+    """All MoE layers of one optimizer step together."""
 
-    step: int
-    """The step just finished, counted from 1."""
-    tokens: int
-    """Tokens trained on so far."""
-    loss: float
-    """Mean cross-entropy over the global batch in nats per token, without auxiliary losses."""
-    balance_loss: float
-    """Mean over the MoE layers of the balance loss, without its coefficient: 1 when balanced."""
-    z_loss: float
-    """Mean over the MoE layers of the router z-loss, without its coefficient."""
-    grad_norm: float
-    """Global norm of the gradient before clipping; null where loss or gradient was not finite."""
-    lr: float
-    """Learning rate of the step."""
     drop_rate: float
     """Σ dropped / Σ assigned over the MoE layers."""
     token_drop_rate: float
@@ -129,6 +115,25 @@ class TrainLine(Speed):
     """Mean over the MoE layers."""
     dead_experts: int
     """Σ over the MoE layers."""
+
+
+class TrainLine(Rates, Speed):
+    """One optimizer step, over all ranks."""
+
+    step: int
+    """The step just finished, counted from 1."""
+    tokens: int
+    """Tokens trained on so far."""
+    loss: float
+    """Mean cross-entropy over the global batch in nats per token, without auxiliary losses."""
+    balance_loss: float
+    """Mean over the MoE layers of the balance loss, without its coefficient: 1 when balanced."""
+    z_loss: float
+    """Mean over the MoE layers of the router z-loss, without its coefficient."""
+    grad_norm: float
+    """Global norm of the gradient before clipping; null where loss or gradient was not finite."""
+    lr: float
+    """Learning rate of the step."""
     bad_steps: int
     """Steps skipped so far because loss or gradient was not finite."""
     spikes: int
@@ -173,10 +178,6 @@ def train_line(
     Raises AssertionError when a ledger does not conserve its assignments.
     """
     layers = [layer_line(layer) for layer in means.layers]
-
-    def mean(field: str) -> float:
-        return _mean([layer[field] for layer in layers])
-
     return TrainLine(
         step=step,
         tokens=tokens,
@@ -185,8 +186,25 @@ def train_line(
         z_loss=means.z_loss,
         grad_norm=grad_norm,
         lr=lr,
-        drop_rate=drop_rate(means.ledgers),
-        token_drop_rate=token_drop_rate(means.ledgers),
+        **rates(layers, means.ledgers),
+        bad_steps=bad_steps,
+        spikes=spikes,
+        is_spike=is_spike,
+        **speed,
+        memory_gib=memory_gib,
+        layers=layers,
+    )
+
+
+def rates(layers: Sequence[LayerLine], ledgers: Sequence[Ledger]) -> Rates:
+    """What all layers of a step come to, given as lines and as ledgers; 0 without layers."""
+
+    def mean(field: str) -> float:
+        return _mean([layer[field] for layer in layers])
+
+    return Rates(
+        drop_rate=drop_rate(ledgers),
+        token_drop_rate=token_drop_rate(ledgers),
         dropped_gate_mass=mean("dropped_gate_mass"),
         padding_waste=mean("padding_waste"),
         effective_capacity_factor=mean("effective_capacity_factor"),
@@ -194,12 +212,6 @@ def train_line(
         load_cv=mean("load_cv"),
         load_entropy=mean("load_entropy"),
         dead_experts=sum(layer["dead_experts"] for layer in layers),
-        bad_steps=bad_steps,
-        spikes=spikes,
-        is_spike=is_spike,
-        **speed,
-        memory_gib=memory_gib,
-        layers=layers,
     )
 
 

@@ -30,6 +30,8 @@ class Tokens(NamedTuple):
     token_BL: Tensor
     start: int
     """Position of the first token."""
+    num_ranked: int = 0
+    """Preferences to note of every token."""
 
 
 class Output(NamedTuple):
@@ -266,17 +268,20 @@ class Transformer(nn.Module):
         mode: Mode = "eval",
         draws: Draws | None = None,
         cache: KVCache | None = None,
+        num_ranked: int = 0,
     ) -> Output:
         """Logits, or the summed loss when `targets_BL` (int64, IGNORED for no loss) is given.
 
         `valid_BL` (bool) is False for padding, which must be on the right. `document_BL` (int64)
         keeps attention inside documents of equal number. `cache` continues earlier tokens.
+        `num_ranked` is for `MoE.forward`.
         """
         if valid_BL is None:
             valid_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
         mask = _attention_mask(tokens_BL, document_BL, cache)
         x_BLD = self.embedding(tokens_BL)
-        tokens = Tokens(valid_BL, mode, draws, tokens_BL, cache.length if cache else 0)
+        start = cache.length if cache else 0
+        tokens = Tokens(valid_BL, mode, draws, tokens_BL, start, num_ranked)
         layers = []
         for block in self.blocks:
             x_BLD, stats = block(x_BLD, tokens, mask, cache)

@@ -21,7 +21,7 @@ from moetrain.data import Batch
 from moetrain.loss import IGNORED
 from moetrain.mesh import Mesh
 from moetrain.model import Output
-from moetrain.moe import OUTCOMES, Gate, Ledger
+from moetrain.moe import OUTCOMES, Gate, Ledger, Preferences
 from moetrain.moe.balance import Demand, join, mass_gradient
 
 
@@ -61,6 +61,8 @@ class Sums(NamedTuple):
     gate_mass_N2: Tensor
     """Gate weight in total, and of what was dropped."""
     ledgers: tuple[Ledger, ...]
+    preferences: tuple[Preferences, ...] = ()
+    """Of every layer, where they were asked for."""
 
     def detach(self) -> Sums:
         """The same numbers, free of the graph."""
@@ -85,6 +87,7 @@ def sums(output: Output) -> Sums:
         if layers
         else nothing.view(0, 2),
         ledgers=tuple(s.ledger for s in layers),
+        preferences=tuple(s.preferences for s in layers if s.preferences is not None),
     )
 
 

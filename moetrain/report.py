@@ -1,6 +1,7 @@
-"""What a run tells while it goes and leaves behind: metrics, live progress, wandb, plots.
+"""What a run tells while it goes and leaves behind: metrics, live progress, wandb, plots, traces.
 
-Rank 0 does the writing; the methods are called on every rank.
+Rank 0 does the writing, but for the trace, of which every rank writes its part; the methods are
+called on every rank.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from moetrain.data import Prepared
 from moetrain.evaluate import nats_per_byte
 from moetrain.mesh import Mesh
 from moetrain.model import Transformer
+from moetrain.moe import MoE
 from moetrain.objective import Means
 from moetrain.peaks import device_peak_flops
 from moetrain.plots import PLOTS_FOLDER, write_plots
@@ -25,8 +27,9 @@ from moetrain.restore import TOKENIZER_FILE
 from moetrain.sinks import MetricsLog
 from moetrain.sizes import sizes, train_flops_per_token
 from moetrain.spikes import describe
-from moetrain.step import Position, StepResult
+from moetrain.step import Position, StepResult, sample_indices
 from moetrain.stragglers import RankClock, Streaks, slow_ranks
+from moetrain.trace import TraceLog, drop_later_steps
 from moetrain.wandb_sink import WandbSink
 
 
@@ -54,6 +57,8 @@ class Report:
         self._wandb: WandbSink | None = None
         if self._is_writer:
             self._open(model, start)
+        self._layers = [module for module in model.modules() if isinstance(module, MoE)]
+        self._trace = TraceLog(folder, config, mesh.rank, mesh.world)
 
     def _open(self, model: Transformer, start: Position) -> None:
         config, folder = self._config, self._folder
@@ -61,6 +66,8 @@ class Report:
         settings.save(config, folder / "config.yaml")
         (folder / TOKENIZER_FILE).unlink(missing_ok=True)  # an earlier run's of this name
         self._prepared.tokenizer.save(folder / TOKENIZER_FILE)
+        # No rank writes before: the first step waits for rank 0.
+        drop_later_steps(folder, start.step)
         self._log = MetricsLog(folder, start.step, start.owes_evaluation)
         self._closing.callback(self._log.close)
         if config.log.wandb != "off":
@@ -128,9 +135,20 @@ class Report:
         )
         self._steps, self._seconds, self._data_s = 0, 0.0, 0.0
         self._write(line)
+        self._record(position, result)
         if self._is_writer:
             for note in self._streaks.notes(slow_ranks(rank_times, step_time_s)):
                 self._progress.note(note)
+
+    def _record(self, position: Position, result: StepResult) -> None:
+        parts = [part.preferences for part in result.parts]
+        if not any(parts):
+            return
+        first = position.samples - self._config.train.global_batch
+        batches = sample_indices(self._config, self._mesh.rank, self._mesh.world, first)
+        samples = [index for batch in batches for index in batch]
+        factors = [layer.factors["train"] for layer in self._layers]
+        self._trace.write(position.step, samples, parts, factors)
 
     def evaluation(self, step: int, means: Means) -> None:
         """Report an evaluation on held-out text."""

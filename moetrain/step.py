@@ -105,8 +105,9 @@ class StepResult(NamedTuple):
         return not self.is_bad and not self.limits.admit(loss, grad_norm)
 
 
-def train_step(run: Run, position: Position) -> StepResult:
-    """One optimizer step on the next global batch."""
+def train_step(run: Run, position: Position, num_ranked: int = 0) -> StepResult:
+    """One optimizer step on the next global batch, which notes `num_ranked` preferences of every
+    token."""
     config, mesh = run.config, run.mesh
     step, started = position.step + 1, time.perf_counter()
     batches = [
@@ -119,7 +120,7 @@ def train_step(run: Run, position: Position) -> StepResult:
     key = step_key(config.seed, step, mesh.device)
     parts, balance = [], _survey(run, batches, key)
     for number, batch in enumerate(batches, start=1):
-        part = _forward(run, batch, key)
+        part = _forward(run, batch, key, num_ranked)
         if balance is None and config.balances_batch:
             balance = batch_balance(gate(config.moe), [part.demands], mesh)
         coefs = config.moe.balance_coef, config.moe.z_loss_coef
@@ -135,9 +136,9 @@ def train_step(run: Run, position: Position) -> StepResult:
     return StepResult(parts, counts, balance, outcome, limits, lr, data_s)
 
 
-def _forward(run: Run, batch: Batch, key: Tensor) -> Sums:
+def _forward(run: Run, batch: Batch, key: Tensor, num_ranked: int = 0) -> Sums:
     draws = Draws(key, batch.token_id_BL.flatten())
-    return sums(forward(run.engine.model, batch, "train", draws))
+    return sums(forward(run.engine.model, batch, "train", draws, num_ranked))
 
 
 @torch.no_grad()

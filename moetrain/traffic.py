@@ -70,6 +70,16 @@ def traffic(config: Config, model: Transformer, world_size: int) -> list[Traffic
     return [row for row in found if row.ranks > 1 and row.count]
 
 
+def row_bytes(config: Config) -> int:
+    """Of one token's vector on its way to an expert."""
+    return config.model.dim * COMPUTED_IN[config.engine.precision].itemsize
+
+
+def row_trips(config: Config, world_size: int) -> int:
+    """How often the rows of a micro-batch travel in one layer: there and back in every pass."""
+    return 2 * sum(_times(config, world_size)) // config.accumulation(world_size)
+
+
 def _times(config: Config, world_size: int) -> _Times:
     batches = config.accumulation(world_size)
     # The balance of the whole batch is wanted before the first of several backward passes.
@@ -192,8 +202,7 @@ def _transport(config: Config, model: Transformer, times: _Times) -> Iterator[Tr
 def _all_to_all(config: Config, times: _Times) -> Iterator[Traffic]:
     """One layer's. There and back, every part on every hop, in either pass; dropless, counts first,
     of which there is no gradient."""
-    parallel, compute = config.parallel, COMPUTED_IN[config.engine.precision].itemsize
-    num_bytes = _rows(config) * config.model.dim * compute
+    parallel, num_bytes = config.parallel, _rows(config) * row_bytes(config)
     passes, forward = sum(times), times.forward + times.recompute
     for axis, ranks in _hops(config):
         count = 2 * parallel.overlap_chunks * passes

@@ -35,6 +35,7 @@ from moetrain.resume import begin, beside_tensors, is_restart
 from moetrain.spikes import describe
 from moetrain.step import Position, Run, StepResult, train_step
 from moetrain.stopping import StopSignals
+from moetrain.trace import num_ranked
 from moetrain.watchdog import UNWATCHED, Watch, Watchdog
 
 LINGERING_S = 90.0
@@ -141,13 +142,15 @@ def _step(run: Run, position: Position, report: Report, saver: Saver, watch: Wat
     """One optimizer step and its metrics; where the run then stands."""
     watch.mark(f"step {position.step + 1}")
     config, started = run.config, time.perf_counter()
-    result = train_step(run, position)
+    is_due = _due(position.step + 1, config.log.every, config.train.steps)
+    ranked = num_ranked(config.moe) if config.log.trace and is_due else 0
+    result = train_step(run, position, ranked)
     position = advance(position, config, result)
     report.step_took(time.perf_counter() - started, result.data_s)
     if result.is_bad or result.is_spike:
         report.went_wrong(position.step, result)
     is_over = _is_over(position, result, config.train)
-    if is_over or _due(position.step, config.log.every, config.train.steps):
+    if is_over or is_due:
         means = reduce(result.parts, result.counts, run.mesh, result.batch_balance)
         report.train(position, result, means)
     if is_over:

@@ -17,8 +17,8 @@ from moetrain.checkpoint.checks import piece_problems
 from moetrain.checkpoint.diff import compare
 from moetrain.checkpoint.inspect import parts
 from moetrain.checkpoint.manifest import MANIFEST, MARKER, Manifest, Piece, TensorEntry
-from moetrain.checkpoint.tables import print_table, spell_bytes
 from moetrain.config import Config
+from moetrain.tables import print_table, spell_bytes
 from moetrain.testing import simulate_ranks
 
 

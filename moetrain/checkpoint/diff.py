@@ -12,8 +12,8 @@ from torch import Tensor
 from moetrain.checkpoint.checks import flat
 from moetrain.checkpoint.folder import resolve
 from moetrain.checkpoint.reading import open_checkpoint, position_of, read_tensor
-from moetrain.checkpoint.tables import print_table
 from moetrain.constraints import spell
+from moetrain.tables import print_table
 
 DIFFERENT = 1
 """The exit code, as of diff(1)."""

@@ -13,9 +13,9 @@ from moetrain.checkpoint.checks import flat, is_model
 from moetrain.checkpoint.folder import every, folder_of, resolve
 from moetrain.checkpoint.manifest import MARKER, Manifest, TensorEntry, read_manifest, save_number
 from moetrain.checkpoint.reading import dtype_of, open_checkpoint, position_of
-from moetrain.checkpoint.tables import print_table, spell_bytes
 from moetrain.constraints import spell
 from moetrain.errors import UserError
+from moetrain.tables import print_table, spell_bytes
 
 DAMAGED = 2
 FEW = 10

@@ -9,6 +9,7 @@ from moetrain.moe.experts import Experts
 from moetrain.moe.keyed import Draws
 from moetrain.moe.layer import Decisions, LayerOutput, LayerStats, MoE
 from moetrain.moe.ledger import OUTCOMES, Ledger
+from moetrain.moe.preferences import Preferences
 from moetrain.moe.router import Gate, Router
 from moetrain.moe.routing import Routing
 
@@ -27,6 +28,7 @@ __all__ = [
     "Local",
     "MoE",
     "Plan",
+    "Preferences",
     "Router",
     "Routing",
     "capacity",

@@ -19,6 +19,7 @@ from moetrain.moe.dispatch import Dispatcher, Local
 from moetrain.moe.experts import Experts
 from moetrain.moe.keyed import Draws
 from moetrain.moe.ledger import GateMass, Ledger, gate_mass, ledger
+from moetrain.moe.preferences import Preferences, preferences
 from moetrain.moe.router import Gate, Inputs, Router
 from moetrain.moe.routing import Routing, comparable
 from moetrain.moe.spill import settle, spill
@@ -39,6 +40,8 @@ class LayerStats(NamedTuple):
     """Router z-loss summed over valid tokens; differentiable, 0-d."""
     ledger: Ledger
     gate_mass: GateMass
+    preferences: Preferences | None = None
+    """Where they were asked for."""
 
 
 class Decisions(NamedTuple):
@@ -49,6 +52,7 @@ class Decisions(NamedTuple):
     settled_TK: Tensor
     """The experts that are asked in the end; see `Routed.settled`."""
     plan: Plan
+    preferences: Preferences | None
 
 
 class Routed(NamedTuple):
@@ -61,12 +65,18 @@ class Routed(NamedTuple):
     plan: Plan
     group_size: int
     """Tokens of a routing group."""
+    preferences: Preferences | None = None
 
     @property
     def decisions(self) -> Decisions:
         """What recomputation must repeat."""
-        record, settled = self.record, self.settled
-        return Decisions(record.expert_TK, record.sampled_TK, settled.expert_TK, self.plan)
+        return Decisions(
+            self.record.expert_TK,
+            self.record.sampled_TK,
+            self.settled.expert_TK,
+            self.plan,
+            self.preferences,
+        )
 
 
 class LayerOutput(NamedTuple):
@@ -127,6 +137,7 @@ class MoE(nn.Module):
         draws: Draws | None = None,
         token_BL: Tensor | None = None,
         start: int = 0,
+        num_ranked: int = 0,
         meanwhile: Callable[[], Tensor] | None = None,
         decided: Decisions | None = None,
     ) -> LayerOutput:
@@ -135,12 +146,13 @@ class MoE(nn.Module):
         `valid_BL` (bool) is False for padding: its output is zero, and whatever it holds reaches
         nothing. `draws` are used in mode "train" alone. `token_BL` (int64) are vocabulary ids,
         which the gates `hash` and `random` look at, and `start` is the position of the first.
+        With `num_ranked` the statistics hold so many preferences of every token; 0 notes none.
         `meanwhile` is called while tokens travel to their experts; its result is handed through.
         `decided` repeats an earlier pass: weights are computed anew, nothing is decided anew.
 
         Raises ValueError where a gate or drop policy lacks the draws or ids it needs.
         """
-        routed = self.route(x_BLD, valid_BL, mode, draws, token_BL, start, decided)
+        routed = self.route(x_BLD, valid_BL, mode, draws, token_BL, start, num_ranked, decided)
         plan, gate_TK = routed.plan, routed.settled.gate_TK
         arrived = self.dispatcher.dispatch(x_BLD.flatten(0, 1), plan)
         beside = None if meanwhile is None else meanwhile()
@@ -157,6 +169,7 @@ class MoE(nn.Module):
         draws: Draws | None = None,
         token_BL: Tensor | None = None,
         start: int = 0,
+        num_ranked: int = 0,
         decided: Decisions | None = None,
     ) -> Routed:
         """All that happens before any row moves; takes and raises what `forward` does."""
@@ -175,16 +188,17 @@ class MoE(nn.Module):
             None if decided is None else decided.chosen_TK,
         )
         record = self.router(inputs)
-        spills = self.drop_policy == "spill" and slots is not None
         if decided is not None:
             record = record._replace(sampled_TK=decided.sampled_TK)
+            spills = self.drop_policy == "spill" and slots is not None
             settled = settle(record, decided.settled_TK) if spills else record
-            return Routed(record, settled, decided.plan, group_size)
-        if slots is None:
-            return Routed(record, record, plan_dropless(record), group_size)
-        settled = spill(record, group_size, slots, self.spill_depth) if spills else record
-        plan = plan_capacity(settled, group_size, slots, self._priority(settled, draws))
-        return Routed(record, settled, plan, group_size)
+            return Routed(record, settled, decided.plan, group_size, decided.preferences)
+        routed = place(
+            record, group_size, slots, self.drop_policy, self.spill_depth, self.layer, draws
+        )
+        if num_ranked:
+            routed = routed._replace(preferences=preferences(record, num_ranked))
+        return routed
 
     def stats(self, routed: Routed) -> LayerStats:
         """Losses and counts of a routing."""
@@ -195,6 +209,7 @@ class MoE(nn.Module):
             balance.z_loss(routed.record),
             ledger(routed.record, routed.settled, routed.plan),
             gate_mass(routed.record, routed.plan),
+            routed.preferences,
         )
 
     def _group_size(self, x_BLD: Tensor, mode: Mode) -> int:
@@ -222,10 +237,28 @@ class MoE(nn.Module):
             raise ValueError(f"{what} draws at random in training and needs `draws`")
         return draws
 
-    def _priority(self, record: Routing, draws: Draws | None) -> Tensor | None:
-        """Who is served first, where it is not by position."""
-        if self.drop_policy == "probability":
-            return comparable(record.gate_TK)
-        if self.drop_policy == "random" and draws is not None:
-            return keyed.uniform(draws, self.layer, "drop", record.expert_TK.shape[1])
-        return None
+
+def place(
+    record: Routing,
+    group_size: int,
+    slots: int | None,
+    policy: DropPolicy,
+    spill_depth: int,
+    layer: int,
+    draws: Draws | None,
+) -> Routed:
+    """Give every assignment its row, or none, once a gate has chosen; dropless without `slots`.
+
+    `layer` and `draws` key what the policy `random` draws; without draws it is `position`.
+    """
+    if slots is None:
+        return Routed(record, record, plan_dropless(record), group_size)
+    settled = spill(record, group_size, slots, spill_depth) if policy == "spill" else record
+    priority_TK = None
+    if policy == "probability":
+        priority_TK = comparable(settled.gate_TK)
+    elif policy == "random" and draws is not None:
+        priority_TK = keyed.uniform(draws, layer, "drop", settled.expert_TK.shape[1])
+    return Routed(
+        record, settled, plan_capacity(settled, group_size, slots, priority_TK), group_size
+    )

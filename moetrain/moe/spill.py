@@ -28,7 +28,7 @@ def spill(routing: Routing, group_size: int, slots: int, depth: int) -> Routing:
     asks_TK = routing.sampled_TK & routing.asks_TK
     lost_TK = asks_TK & (plan.row_TK == plan.source_R.numel())
     expert_TK = routing.expert_TK.masked_fill(lost_TK, num_experts)
-    ranking_TX = _ranking_beyond_choices(routing, most=k * depth)
+    ranking_TX = ranking_beyond_choices(routing, most=k * depth)
     next_T1 = torch.zeros_like(expert_TK[:, :1])
     free_GE = slots - _taken(expert_TK.masked_fill(~asks_TK, num_experts), group_size, num_experts)
     for choice in range(k):
@@ -50,7 +50,7 @@ def settle(routing: Routing, expert_TK: Tensor) -> Routing:
     return routing._replace(expert_TK=expert_TK, gate_TK=_settled_gates(routing, expert_TK))
 
 
-def _ranking_beyond_choices(routing: Routing, most: int) -> Tensor:
+def ranking_beyond_choices(routing: Routing, most: int) -> Tensor:
     """The experts next in every token's ranking, (T, X + 1) with E at the end and where none is
     open; X is at most `most`."""
     num_experts = routing.num_experts
