@@ -4,22 +4,28 @@
         [--top-ks ...] [--experts ...] [--drop-policies ...] [--groups ...] [--warm-start 60]
         [--steps 60] [--repeats 2] [--out FOLDER] [--section.field value ...]
     python -m moetrain.torchrun --nproc-per-node 2 benchmarks/capacity.py CONFIG --parallel.ep 2 ...
+    python benchmarks/capacity.py RUN [--parallel.ep 8] ...
 
 Every combination of the values given is a variant. Those of one gate, K and number of experts train
 on from one shared start, all in turn, so that losses and speeds can be compared. CONFIG and the
-flags of its settings are those of `moetrain train`. Writes capacity.{html,md,json,csv,png}.
+flags of its settings are those of `moetrain train`. Given the folder of a run that has a routing
+trace (log.trace true), it trains nothing and tells what the variants would have dropped of what was
+recorded. Writes capacity.{html,md,json,csv,png}.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch.distributed as dist
 import tyro
-from sweeping import live, plan
+from sweeping import live, plan, replayed
 from sweeping.advice import advise
 from sweeping.table import Sweep, live_rows
 from sweeping.writing import write
@@ -29,7 +35,8 @@ from moetrain.config import Config
 from moetrain.constraints import spell
 from moetrain.errors import UserError
 from moetrain.failure import end_with_launcher
-from moetrain.mesh import Mesh, process_group, rank_and_world
+from moetrain.mesh import Mesh, gather, process_group, rank_and_world
+from moetrain.trace import Trace
 
 Flags = Annotated[
     dict[str, Any],
@@ -42,7 +49,7 @@ class Options:
     """Sweep capacity factors, and what they interact with, over a config."""
 
     config: cli.ConfigPath
-    """YAML file of settings; flags lie over it."""
+    """YAML file of settings, which flags lie over; or folder of a run with a routing trace."""
     flags: Flags
     capacity_factors: list[float | None] = field(
         default_factory=lambda: [0.75, 1.0, 1.25, 1.5, 2.0, None]
@@ -92,26 +99,75 @@ def parse(args: Sequence[str]) -> Options:
 def run(options: Options) -> int:
     """Sweep, write the report, and say what it recommends."""
     end_with_launcher()
+    sweep = on_trace(options) if options.config.is_dir() else trained(options)
+    if sweep is not None:
+        home = Path(sweep.config["out"]) / f"{sweep.name}-capacity"
+        for path in write(sweep, options.out or home):
+            say(str(path))
+        print(advise(sweep.rows).headline)
+    return 0
+
+
+def trained(options: Options) -> Sweep | None:
+    """Train the variants of a config; None on ranks that have nothing to tell."""
     base = settings.resolve(options.config, options.flags)
-    length = plan.Length(options.warm_start, options.steps)
-    rank, world = rank_and_world()
+    length, world = plan.Length(options.warm_start, options.steps), rank_and_world()[1]
     able, refused = plan.variants(base, values(options), length.total, world)
-    folder = options.out or base.out / f"{base.name}-capacity"
-    say = (lambda text: print(f"capacity: {text}", file=sys.stderr)) if rank == 0 else _silent
+    leave_out(refused)
+    own, parallel = plan.own(able, base), base.parallel
+    with process_group() as device, recording() as folder:
+        mesh = Mesh(device, parallel.ep, parallel.dp_replicate, parallel.nodes_apart)
+        seen = live.sweep(able, own, base, length, options.repeats, mesh, folder, say)
+        if mesh.rank:
+            return None
+        rows = replayed.beside(live_rows(able, seen, own), able, own, folder)
+    told = described(base, length, options.repeats, world)
+    return Sweep(base.name, *told, rows, own.label, refused, settings.redacted(base))
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Path]:
+    """A folder for a trace, the same on all ranks of this node, until all are done with it."""
+    with tempfile.TemporaryDirectory() as own:
+        yield Path(gather(own)[0])
+        dist.barrier()
+
+
+def on_trace(options: Options) -> Sweep:
+    """Replay the variants on the routing of a run."""
+    trace = Trace.open(options.config)
+    ep = options.flags.get("parallel", {}).get("ep")
+    if options.flags not in ({}, {"parallel": {"ep": ep}}):
+        raise UserError(
+            f"{options.config} is a run: of the settings only --parallel.ep can be another one on "
+            "its trace; drop the other flags, or name a CONFIG to train"
+        )
+    able, refused = replayed.variants(trace, values(options), ep)
+    leave_out(refused)
+    base, steps = trace.settings, trace.steps
+    what = (
+        f"{len(steps)} recorded steps, {steps[0]} to {steps[-1]}, of {trace.world} "
+        f"rank{'s' * (trace.world > 1)}; all-to-all and stragglers at expert parallelism "
+        f"{ep or base.parallel.ep}. Nothing was trained: a router that had trained under another "
+        "setting would by and by have chosen otherwise."
+    )
+    tokens = steps[-1] * base.train.global_batch * base.data.seq_len
+    scale = f"{size(base)} at steps {steps[0]} to {steps[-1]} ({tokens:,} tokens)"
+    own = plan.own(able, base).label
+    rows = replayed.rows(trace, able, ep)
+    return Sweep(base.name, what, scale, rows, own, refused, settings.redacted(base))
+
+
+def leave_out(refused: Sequence[plan.Refused]) -> None:
+    """Say what cannot run."""
     for one in refused:
         say(f"left out: {one.label}: {one.reason}")
-    with process_group() as device:
-        parallel = base.parallel
-        mesh = Mesh(device, parallel.ep, parallel.dp_replicate, parallel.nodes_apart)
-        seen = live.sweep(able, base, length, options.repeats, mesh, folder, say)
-        if rank == 0:
-            own = plan.own(able, base)
-            rows, told = live_rows(able, seen, own), described(base, length, options.repeats, world)
-            sweep = Sweep(base.name, *told, rows, own.label, refused, settings.redacted(base))
-            for path in write(sweep, folder):
-                say(str(path))
-            print(advise(rows).headline)
-    return 0
+
+
+def say(text: str) -> None:
+    """Tell how far it is, once for all ranks."""
+    if rank_and_world()[0] == 0:
+        print(f"capacity: {text}", file=sys.stderr)
 
 
 def values(options: Options) -> dict[str, list[Any]]:
@@ -128,7 +184,7 @@ def values(options: Options) -> dict[str, list[Any]]:
 
 def described(base: Config, length: plan.Length, repeats: int, world: int) -> tuple[str, str]:
     """What was done, and how large and long it was."""
-    model, train = base.model, base.train
+    train = base.train
     tokens = train.global_batch * base.data.seq_len
     what = (
         f"{length.warm_start} steps at the config's own setting, then {length.steps} of every "
@@ -137,15 +193,13 @@ def described(base: Config, length: plan.Length, repeats: int, world: int) -> tu
         f"{base.parallel.ep}, in {base.engine.precision}. Held-out loss is in nats per token, at "
         f"an evaluation factor of {spell(base.moe.eval_capacity_factor)} for all."
     )
-    scale = (
-        f"{model.layers} layers of width {model.dim} after {length.total} steps "
-        f"({length.total * tokens:,} tokens)"
-    )
+    scale = f"{size(base)} after {length.total} steps ({length.total * tokens:,} tokens)"
     return what, scale
 
 
-def _silent(_: str) -> None:
-    pass
+def size(config: Config) -> str:
+    """Of a model, in a few words."""
+    return f"{config.model.layers} layers of width {config.model.dim}"
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ def swept(path: Path, world: int, repeats: int, **values: Any) -> tuple[list[Var
 
     def of_rank() -> list[live.Live]:
         mesh = Mesh(torch.device("cpu"), world)
-        return live.sweep(able, base, LENGTH, repeats, mesh, path.parent, silent)
+        own = plan.own(able, base)
+        return live.sweep(able, own, base, LENGTH, repeats, mesh, path.parent / "swept", silent)
 
     return able, simulate_ranks(world, of_rank)[0]
 

@@ -100,7 +100,7 @@ def replayed(rows: Sequence[Row]) -> go.Figure:
     ends = [0, 100 * most]
     line = {"dash": "dot", "color": "#8c8c8c"}
     figure.add_trace(go.Scatter(x=ends, y=ends, mode="lines", line=line, name="equal"))
-    figure.update_xaxes(title="dropped on the recorded routing (%)")
+    figure.update_xaxes(title="dropped of recorded choices (%)")
     figure.update_yaxes(title="dropped in training (%)")
     return _finished(figure)
 

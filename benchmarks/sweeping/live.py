@@ -30,7 +30,8 @@ from moetrain.mesh import Mesh, gather
 from moetrain.metrics import LayerLine, drop_rate, layer_line
 from moetrain.moe import MoE
 from moetrain.objective import Means, reduce
-from moetrain.step import Position, Run, train_step
+from moetrain.step import Position, Run, sample_indices, train_step
+from moetrain.trace import TraceLog, num_ranked
 from moetrain.train import advance, set_up
 from sweeping.plan import Length, Variant, with_moe
 from sweeping.rates import all_to_all_bytes, multiplies_empty_slots
@@ -99,6 +100,7 @@ class Live(NamedTuple):
 
 def sweep(
     variants: Sequence[Variant],
+    own: Variant,
     base: Config,
     length: Length,
     repeats: int,
@@ -106,13 +108,13 @@ def sweep(
     folder: Path,
     say: Say,
 ) -> list[Live]:
-    """Train all variants; a collective. Rank 0 may say how far it is."""
+    """Train all variants, and record the routing of `own` in FOLDER/trace; a collective."""
     models = {}
     for variant in variants:
         if variant.shape not in models:
             router, top_k, experts = variant.shape
             say(f"{length.warm_start} steps as a start: {router}, K {top_k}, E {experts}")
-            models[variant.shape] = _Model(_at_home(variant.config, base), length, mesh, folder)
+            models[variant.shape] = Model(_at_home(variant.config, base), length, mesh, folder)
     facts = [models[variant.shape].facts(variant.config) for variant in variants]
     trails = [[Trail() for _ in range(repeats)] for _ in variants]
     for repeat in range(repeats):
@@ -127,6 +129,8 @@ def sweep(
             say(f"repeat {repeat + 1} of {repeats}: {done} of {length.steps} steps of each variant")
         for contender in contenders:
             contender.finish()
+    say(f"{length.steps} steps of {own.label} once more, to record its routing")
+    record(models[own.shape], own.config, length.steps, folder)
     return [Live(*pair) for pair in zip(facts, trails, strict=True)]
 
 
@@ -144,7 +148,7 @@ def _rotated(contenders: list[_Contender], by: int) -> Iterator[_Contender]:
     yield from contenders[:first]
 
 
-class _Model:
+class Model:
     """A model that stands for one variant after the other."""
 
     def __init__(self, config: Config, length: Length, mesh: Mesh, folder: Path):
@@ -176,7 +180,7 @@ class _Model:
 class _Contender:
     """One variant in one repeat."""
 
-    def __init__(self, model: _Model, config: Config, trail: Trail, skipped_steps: int):
+    def __init__(self, model: Model, config: Config, trail: Trail, skipped_steps: int):
         """`skipped_steps`: whose text earlier repeats have read."""
         self.model, self.config, self.trail = model, config, trail
         skipped = skipped_steps * config.train.global_batch
@@ -217,6 +221,25 @@ class _Contender:
         assert means is not None, "nothing interrupts it"
         loss = math.nan if self._has_diverged() else means.loss
         return HeldOut(self.position.step, loss, drop_rate(means.ledgers))
+
+
+def record(model: Model, config: Config, steps: int, folder: Path) -> None:
+    """Train a variant once more and record the second half, in FOLDER/trace; a collective.
+
+    It does again what it did in the first repeat, bit by bit, but not while time is taken.
+    """
+    run, position = model.wear(config, model.start), model.position
+    mesh = run.mesh
+    log = TraceLog(folder, config, mesh.rank, mesh.world)
+    factors = [layer.factors["train"] for layer in _layers(run.engine.model)]
+    for number in range(steps):
+        batches = sample_indices(config, mesh.rank, mesh.world, position.samples)
+        ranked = num_ranked(config.moe) if number >= steps // 2 else 0
+        result = train_step(run, position, ranked)
+        position = advance(position, config, result)
+        if ranked:
+            samples = [index for batch in batches for index in batch]
+            log.write(position.step, samples, [part.preferences for part in result.parts], factors)
 
 
 def step(run: Run, position: Position) -> tuple[Position, Step]:

@@ -151,8 +151,8 @@ def _pictures(rows: Sequence[Row], own: str) -> Iterator[str]:
             ("Loss at equal time", until, figures.loss_by_time(rows, found)),
         ]
     if any(row.replayed_drop_rate is not None for row in rows):
-        told = "Above the line, training with those drops has made the routing less even."
-        pairs.append(("Drops in training and on recorded routing", told, figures.replayed(rows)))
+        told = f"What a setting drops in its training, and of what {own} chose in its own."
+        pairs.append(("Drops live and replayed", told, figures.replayed(rows)))
     yield f'<div class="pair">{"".join(_picture(*pair) for pair in pairs)}</div>'
 
 

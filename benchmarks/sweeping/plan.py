@@ -108,7 +108,7 @@ def _config(base: Config, chosen: dict[str, Any], total_steps: int, world: int) 
             "moe": chosen,
             "train": {"steps": total_steps},
             "checkpoint": {"every": 0, "resume": "never"},
-            "log": {"wandb": "off"},
+            "log": {"wandb": "off", "trace": False},
         },
     )
     check_world(config, world, settings.ranks_of_node())

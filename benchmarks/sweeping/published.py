@@ -77,7 +77,7 @@ def _on_drops(ours: Ours, scale: str) -> Iterator[str]:
     shared = sorted(f for f in ours if f is not None and f in ST_MOE_5["without"])
     more = [f for f in shared if 100 * ours[f].rates.drop_rate > ST_MOE_5["without"][f]]
     if more:
-        named = " and ".join(f"{f:g}" for f in more)
+        named = ", ".join(f"{f:g}" for f in more)
         yield (
             f"At {named} more is dropped here than there even without a balance loss: a young "
             "router is uneven, and a routing group of one sequence holds fewer tokens to even out."

@@ -65,7 +65,7 @@ class Row:
     bad_steps: int = 0
     """Steps whose loss or gradient was not finite, all repeats together."""
     replayed_drop_rate: float | None = None
-    """Of the setting on the recorded routing of the start."""
+    """On the routing that the own setting had in the second half of the first repeat."""
 
     @property
     def loss(self) -> float | None:
@@ -114,7 +114,7 @@ def _live_row(variant: Variant, live: Live, ratio: Spread, time_s: float, budget
     own = [trail.own.loss for trail in trails if trail.own is not None]
     return Row(
         label=variant.label,
-        **_setting(variant),
+        **setting_of(variant),
         rates=rates(counted),
         drop_rate_by_layer=drop_rate_by_layer(counted),
         drop_rate_over_time=_step_curve(trails, lambda step: drop_rate_of_step(step.layers)),
@@ -135,7 +135,8 @@ def _live_row(variant: Variant, live: Live, ratio: Spread, time_s: float, budget
     )
 
 
-def _setting(variant: Variant) -> dict[str, Any]:
+def setting_of(variant: Variant) -> dict[str, Any]:
+    """What a row says of a variant's setting."""
     return {field: getattr(variant.config.moe, field) for field in AXES}
 
 

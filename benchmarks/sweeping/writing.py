@@ -80,16 +80,20 @@ def results(rows: Sequence[Row], advice: Advice) -> list[Table]:
     on_costs = [
         "*useful* and *executed*: floating-point operations of the experts' products in a step, "
         "forward and backward, over all ranks: of filled rows, and of all that are multiplied.",
+        "*dropped of own choices*: what this setting would have dropped of the choices that the "
+        "config's own setting made, in the second half of its first repeat.",
         "*step memory*: what a step takes at most beyond what is there before it, on the rank that "
         "takes most.",
     ]
-    known = _table("Results", gains, remarks), _table("Tokens, slots and cost", costs, on_costs)
-    return list(known)
+    return [_table("Results", gains, remarks), _table("Tokens, slots and cost", costs, on_costs)]
 
 
 def _table(title: str, lines: Sequence[dict[str, str]], remarks: list[str]) -> Table:
     header = [name for name in lines[0] if any(line[name] for line in lines)]
-    return Table(title, header, [[line[name] for name in header] for line in lines], remarks)
+    told = [
+        remark for remark in remarks if any(f"*{name}*" in remark for name in (*header, "front"))
+    ]
+    return Table(title, header, [[line[name] for name in header] for line in lines], told)
 
 
 def _gains(row: Row, is_unbeaten: bool, is_pick: bool) -> dict[str, str]:
@@ -119,7 +123,7 @@ def _costs(row: Row) -> dict[str, str]:
         "spilled": percent(found.spill_rate) if found.spill_rate else "",
         "not sampled": percent(found.not_sampled_rate) if found.not_sampled_rate else "",
         "dropped in evaluation": _show(row.eval_drop_rate, "%"),
-        "dropped on the trace": _show(row.replayed_drop_rate, "%"),
+        "dropped of own choices": _show(row.replayed_drop_rate, "%"),
         "effective factor": f"{found.effective_capacity_factor:.3f}",
         "useful GFLOP": _show(row.useful_flops / 1e9, ",.2f"),
         "executed GFLOP": _show(row.executed_flops / 1e9, ",.2f"),
