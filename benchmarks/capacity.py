@@ -120,7 +120,11 @@ def trained(options: Options) -> Sweep | None:
         seen = live.sweep(able, own, base, length, options.repeats, mesh, folder, say)
         if mesh.rank:
             return None
-        rows = replayed.beside(live_rows(able, seen, own), able, own, folder)
+        rows = live_rows(able, seen, own)
+        try:
+            rows = replayed.beside(rows, able, own, folder)
+        except UserError as error:  # nodes without a folder in common, say
+            say(f"nothing is replayed: {error}")
     told = described(base, length, options.repeats, world)
     return Sweep(base.name, *told, rows, own.label, refused, settings.redacted(base))
 
@@ -135,6 +139,8 @@ def recording() -> Iterator[Path]:
 
 def on_trace(options: Options) -> Sweep:
     """Replay the variants on the routing of a run."""
+    if rank_and_world()[1] > 1:
+        raise UserError(f"{options.config} is a run: one process replays its trace; start one")
     trace = Trace.open(options.config)
     ep = options.flags.get("parallel", {}).get("ep")
     if options.flags not in ({}, {"parallel": {"ep": ep}}):

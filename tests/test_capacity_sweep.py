@@ -20,10 +20,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import capacity  # noqa: E402
-from sweeping import live, plan  # noqa: E402
+from sweeping import live, plan, rates, replayed, table  # noqa: E402
 from sweeping.plan import Length, Variant  # noqa: E402
 
-LENGTH = Length(warm_start=3, steps=5)
+LENGTH = Length(warm_start=2, steps=4)
 FACTORS = [0.5, 1.0, None]
 
 
@@ -31,8 +31,10 @@ def silent(_: str) -> None:
     pass
 
 
-def swept(path: Path, world: int, repeats: int, **values: Any) -> tuple[list[Variant], list[Any]]:
-    """Sweep a config as it is spread over so many ranks."""
+def swept(
+    path: Path, folder: Path, world: int, repeats: int, **values: Any
+) -> tuple[list[Variant], list[live.Live]]:
+    """Sweep a config as it is spread over so many ranks; the trace goes into a folder."""
     base = settings.load(path, ["--parallel.ep", str(world)])
     able, refused = plan.variants(base, values, LENGTH.total, world)
     assert not refused
@@ -40,7 +42,7 @@ def swept(path: Path, world: int, repeats: int, **values: Any) -> tuple[list[Var
     def of_rank() -> list[live.Live]:
         mesh = Mesh(torch.device("cpu"), world)
         own = plan.own(able, base)
-        return live.sweep(able, own, base, LENGTH, repeats, mesh, path.parent / "swept", silent)
+        return live.sweep(able, own, base, LENGTH, repeats, mesh, folder, silent)
 
     return able, simulate_ranks(world, of_rank)[0]
 
@@ -57,16 +59,29 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_config(
         tmp_path_factory.mktemp("sweep"),
         moe={"eval_capacity_factor": 0.75},
-        train={"steps": LENGTH.total},
+        train={"steps": LENGTH.total, "global_batch": 4},
+        eval={"sequences": 2},
     )
 
 
 @pytest.fixture(scope="module")
-def alone(config: Path) -> list[live.Live]:
-    """Of each factor, two repeats in one process, with turns of two steps."""
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the sweep in one process, with its trace."""
+    return tmp_path_factory.mktemp("recorded")
+
+
+@pytest.fixture(scope="module")
+def both(config: Path, recorded: Path) -> tuple[list[Variant], list[live.Live]]:
+    """The variants, and two repeats of each in one process, with turns of two steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(live, "TURN", 2)
-        return swept(config, 1, repeats=2, capacity_factor=FACTORS)[1]
+        return swept(config, recorded, 1, repeats=2, capacity_factor=FACTORS)
+
+
+@pytest.fixture(scope="module")
+def alone(both: tuple[list[Variant], list[live.Live]]) -> list[live.Live]:
+    """What was seen of each factor."""
+    return both[1]
 
 
 def test_the_own_setting_trains_as_if_it_were_alone(
@@ -89,7 +104,7 @@ def test_variants_part_at_the_start_and_drop_by_their_factor(alone: list[live.Li
     for repeat in range(2):
         tight, own, dropless = (one.trails[repeat] for one in alone)
         assert tight.held_out[0] == own.held_out[0] == dropless.held_out[0]
-        assert [one.step for one in own.held_out] == [3, 5, 7, 8]
+        assert [one.step for one in own.held_out] == [2, 4, 6]
         dropped = [sum(dropped for _, dropped, _ in counts(t)) for t in (tight, own, dropless)]
         assert dropped[0] > dropped[1] > dropped[2] == 0
         # The first step routes alike; what was dropped tells from then on.
@@ -97,7 +112,7 @@ def test_variants_part_at_the_start_and_drop_by_their_factor(alone: list[live.Li
         assert len({trail.held_out[-1].loss for trail in (tight, own, dropless)}) == 3
         assert dropless.own is not None
         assert dropless.own.drop_rate == 0 < dropless.held_out[-1].drop_rate
-        assert all(len(trail.turns) == 3 for trail in (tight, own, dropless))
+        assert all(len(trail.turns) == 2 for trail in (tight, own, dropless))
 
 
 def test_facts_of_a_variant(alone: list[live.Live]) -> None:
@@ -107,22 +122,22 @@ def test_facts_of_a_variant(alone: list[live.Live]) -> None:
 
 
 def test_ranks_with_experts_of_their_own_sweep_to_the_same(
-    config: Path, alone: list[live.Live]
+    config: Path, alone: list[live.Live], tmp_path: Path
 ) -> None:
-    able, spread = swept(config, 2, repeats=1, capacity_factor=FACTORS[:2])
+    able, spread = swept(config, tmp_path, 2, repeats=1, capacity_factor=FACTORS[:2])
     for one, other in zip(alone, spread, strict=False):
         ours, theirs = one.trails[0], other.trails[0]
         assert counts(theirs) == counts(ours)
         losses = [step.loss for step in theirs.steps]
         assert losses == pytest.approx([step.loss for step in ours.steps], rel=1e-5)
-    # There and back, forward and backward: 2 micro-batches of 2 sequences of 32, 16 wide in fp32,
+    # There and back, forward and backward: one micro-batch of 2 sequences of 32, 16 wide in fp32,
     # half of K·T slots.
     assert able[0].label == "0.5"
-    assert spread[0].facts.all_to_all_bytes == 4 * 2 * 64 * 2 // 2 * 16 * 4
+    assert spread[0].facts.all_to_all_bytes == 4 * 64 * 2 // 2 * 16 * 4
 
 
-def test_other_shapes_have_starts_of_their_own(config: Path) -> None:
-    able, seen = swept(config, 1, repeats=1, experts=[4, 8], group=["sequence", 16])
+def test_other_shapes_have_starts_of_their_own(config: Path, tmp_path: Path) -> None:
+    able, seen = swept(config, tmp_path, 1, repeats=1, experts=[4, 8], group=["sequence", 16])
     assert [variant.label[:3] for variant in able] == ["E 4", "E 4", "E 8", "E 8"]
     four, also_four, eight, _ = (one.trails[0] for one in seen)
     assert four.held_out[0] == also_four.held_out[0] != eight.held_out[0]
@@ -130,10 +145,58 @@ def test_other_shapes_have_starts_of_their_own(config: Path) -> None:
     assert four.steps[0].layers[0]["slots"] == also_four.steps[0].layers[0]["slots"]
 
 
+def test_recorded_routing_replays_to_what_the_own_setting_dropped(
+    both: tuple[list[Variant], list[live.Live]], recorded: Path
+) -> None:
+    variants, seen = both
+    own = variants[FACTORS.index(1.0)]
+    rows = replayed.beside(table.live_rows(variants, seen, own), variants, own, recorded)
+    layers = [step.layers for step in seen[FACTORS.index(1.0)].trails[0].steps]
+    tight, as_live, dropless = (row.replayed_drop_rate for row in rows)
+    assert as_live == rates.rates(rates.late(layers)).drop_rate > 0
+    assert tight is not None
+    assert tight > as_live
+    assert dropless == 0
+
+
+def test_a_run_with_a_trace_is_replayed_on_as_many_ranks_as_one_likes(
+    recorded: Path, alone: list[live.Live], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--capacity-factors 0.5 1.0 --drop-policies position spill --parallel.ep 4 --out"
+    assert capacity.main([str(recorded), *words.split(), str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("spill, 1.0: ")
+    rows = json.loads((tmp_path / "capacity.json").read_text())["variants"]
+    assert [row["label"] for row in rows] == [
+        *("position, 0.5", "position, 1.0", "spill, 0.5", "spill, 1.0")
+    ]
+    assert rows[3]["rates"][0] < rows[1]["rates"][0] < rows[0]["rates"][0]
+    assert all(row["all_to_all_bytes"] > 0 and row["straggler_factor"] >= 1 for row in rows)
+    assert {row["loss"] for row in rows} == {row["tokens_per_s"] for row in rows} == {None}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--routers switch", "--routers needs trainings"),
+        ("--train.lr 1", "of the settings only --parallel.ep"),
+        ("--parallel.ep 3", "parallel.ep (3)"),
+    ],
+)
+def test_what_a_trace_cannot_tell_is_refused(
+    recorded: Path,
+    alone: list[live.Live],
+    flags: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert capacity.main([str(recorded), *flags.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_one_command_writes_the_report(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = "--capacity-factors 1.0 null --routers topk switch --warm-start 1 --steps 2 --repeats 1"
+    words = "--capacity-factors 1.0 null --routers topk switch --warm-start 0 --steps 2 --repeats 1"
     args = [str(config), *words.split(), "--out", str(tmp_path), "--name", "small"]
     assert capacity.main(args) == 0
     said = capsys.readouterr()

@@ -90,9 +90,8 @@ def results(rows: Sequence[Row], advice: Advice) -> list[Table]:
 
 def _table(title: str, lines: Sequence[dict[str, str]], remarks: list[str]) -> Table:
     header = [name for name in lines[0] if any(line[name] for line in lines)]
-    told = [
-        remark for remark in remarks if any(f"*{name}*" in remark for name in (*header, "front"))
-    ]
+    named = [f"*{name}*" for name in (*header, "front", "useful")]
+    told = [remark for remark in remarks if any(name in remark for name in named)]
     return Table(title, header, [[line[name] for name in header] for line in lines], told)
 
 
