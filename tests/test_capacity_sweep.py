@@ -12,9 +12,11 @@ import torch
 from runs import train, write_config
 
 from moetrain import settings
+from moetrain.build import build_model
 from moetrain.mesh import Mesh
 from moetrain.sinks import read_metrics
 from moetrain.testing import simulate_ranks
+from moetrain.train import set_up
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -137,12 +139,25 @@ def test_ranks_with_experts_of_their_own_sweep_to_the_same(
 
 
 def test_other_shapes_have_starts_of_their_own(config: Path, tmp_path: Path) -> None:
-    able, seen = swept(config, tmp_path, 1, repeats=1, experts=[4, 8], group=["sequence", 16])
-    assert [variant.label[:3] for variant in able] == ["E 4", "E 4", "E 8", "E 8"]
-    four, also_four, eight, _ = (one.trails[0] for one in seen)
-    assert four.held_out[0] == also_four.held_out[0] != eight.held_out[0]
-    assert len(eight.steps[0].layers[0]["load"]) == 8
-    assert four.steps[0].layers[0]["slots"] == also_four.steps[0].layers[0]["slots"]
+    able, seen = swept(config, tmp_path, 1, repeats=1, experts=[4, 8])
+    assert [variant.label for variant in able] == ["E 4, 1.0", "E 8, 1.0"]
+    four, eight = (one.trails[0] for one in seen)
+    assert four.held_out[0].loss != eight.held_out[0].loss
+    assert [len(trail.steps[0].layers[0]["load"]) for trail in (four, eight)] == [4, 8]
+
+
+def test_a_setting_reaches_the_layers(config: Path) -> None:
+    """All that may differ between variants of one shape."""
+    base = settings.load(config)
+    moe = {"capacity_factor": 0.5, "drop_policy": "spill", "spill_depth": 2, "group": 16}
+    with process_group() as device:
+        run = set_up(base, config.parent, Mesh(device))
+        live.with_setting(run, plan.with_moe(base, min_capacity=3, **moe))
+        wanted = build_model(plan.with_moe(base, min_capacity=3, **moe), 257)
+        for layer, other in zip(live._layers(run.engine.model), live._layers(wanted), strict=True):
+            plain = {name: value for name, value in vars(layer).items() if name[0] != "_"}
+            for name in plain.keys() - {"dispatcher", "training"}:
+                assert plain[name] == getattr(other, name), name
 
 
 def test_recorded_routing_replays_to_what_the_own_setting_dropped(
