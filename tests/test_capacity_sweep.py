@@ -13,7 +13,7 @@ from runs import train, write_config
 
 from moetrain import settings
 from moetrain.build import build_model
-from moetrain.mesh import Mesh
+from moetrain.mesh import Mesh, process_group
 from moetrain.sinks import read_metrics
 from moetrain.testing import simulate_ranks
 from moetrain.train import set_up
@@ -154,7 +154,9 @@ def test_a_setting_reaches_the_layers(config: Path) -> None:
         run = set_up(base, config.parent, Mesh(device))
         live.with_setting(run, plan.with_moe(base, min_capacity=3, **moe))
         wanted = build_model(plan.with_moe(base, min_capacity=3, **moe), 257)
-        for layer, other in zip(live._layers(run.engine.model), live._layers(wanted), strict=True):
+        for layer, other in zip(
+            live.layers_of(run.engine.model), live.layers_of(wanted), strict=True
+        ):
             plain = {name: value for name, value in vars(layer).items() if name[0] != "_"}
             for name in plain.keys() - {"dispatcher", "training"}:
                 assert plain[name] == getattr(other, name), name

@@ -231,7 +231,7 @@ def record(model: Model, config: Config, steps: int, folder: Path) -> None:
     run, position = model.wear(config, model.start), model.position
     mesh = run.mesh
     log = TraceLog(folder, config, mesh.rank, mesh.world)
-    factors = [layer.factors["train"] for layer in _layers(run.engine.model)]
+    factors = [layer.factors["train"] for layer in layers_of(run.engine.model)]
     for number in range(steps):
         batches = sample_indices(config, mesh.rank, mesh.world, position.samples)
         ranked = num_ranked(config.moe) if number >= steps // 2 else 0
@@ -258,7 +258,7 @@ def step(run: Run, position: Position) -> tuple[Position, Step]:
 def with_setting(run: Run, config: Config) -> Run:
     """The same model under what a config says of capacity; its shape must be the same."""
     wanted = build_model(config, run.prepared.manifest.vocab_size)
-    for layer, other in zip(_layers(run.engine.model), _layers(wanted), strict=True):
+    for layer, other in zip(layers_of(run.engine.model), layers_of(wanted), strict=True):
         layer.factors, layer.min_capacity = other.factors, other.min_capacity
         layer.group, layer.drop_policy = other.group, other.drop_policy
         layer.spill_depth = other.spill_depth
@@ -286,7 +286,8 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _layers(model: torch.nn.Module) -> list[MoE]:
+def layers_of(model: torch.nn.Module) -> list[MoE]:
+    """The layers of experts, first to last."""
     return [module for module in model.modules() if isinstance(module, MoE)]
 
 
