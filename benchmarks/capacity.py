@@ -143,7 +143,8 @@ def on_trace(options: Options) -> Sweep:
         raise UserError(f"{options.config} is a run: one process replays its trace; start one")
     trace = Trace.open(options.config)
     ep = options.flags.get("parallel", {}).get("ep")
-    if options.flags not in ({}, {"parallel": {"ep": ep}}):
+    given = {section: fields for section, fields in options.flags.items() if fields != {}}
+    if given not in ({}, {"parallel": {"ep": ep}}):
         raise UserError(
             f"{options.config} is a run: of the settings only --parallel.ep can be another one on "
             "its trace; drop the other flags, or name a CONFIG to train"
