@@ -82,8 +82,8 @@ def results(rows: Sequence[Row], advice: Advice) -> list[Table]:
         "forward and backward, over all ranks: of filled rows, and of all that are multiplied.",
         "*dropped of own choices*: what this setting would have dropped of the choices that the "
         "config's own setting made, in the second half of its first repeat.",
-        "*step memory*: what a step takes at most beyond what is there before it, on the rank that "
-        "takes most.",
+        "*step memory MiB*: what a step takes at most beyond what is there before it, on the rank "
+        "that takes most.",
     ]
     return [_table("Results", gains, remarks), _table("Tokens, slots and cost", costs, on_costs)]
 
