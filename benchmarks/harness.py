@@ -32,6 +32,8 @@ import torch
 import torch.distributed as dist
 
 Device = Literal["cpu", "cuda"]
+CLEAR_PEAK = Path("/proc/self/clear_refs")
+"""Where Linux takes the order to measure a process's peak memory anew."""
 
 
 class Case(Protocol):
@@ -232,18 +234,24 @@ def _turn(case: Case, steps: int, kind: Device) -> float:
 
 def _peak(case: Case, _: None, kind: Device) -> int:
     """The most memory that one step takes beyond what is there before it and after another."""
+    return peak_bytes(case.step, kind)
+
+
+def peak_bytes(step: Callable[[], object], kind: Device) -> int:
+    """The most memory that `step` takes beyond what is there before it: of this process on a CPU,
+    of torch's allocator on a GPU."""
     _let_go(kind)
     if kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        case.step()
+        step()
         return torch.cuda.max_memory_allocated() - before
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        CLEAR_PEAK.write_text("5")  # the peak begins anew
     except OSError as error:
         raise RuntimeError("the peak memory of a process is read from Linux's /proc") from error
     before = _status("VmRSS")
-    case.step()
+    step()
     return _status("VmHWM") - before
 
 

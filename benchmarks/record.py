@@ -31,12 +31,12 @@ def setting() -> dict[str, Any]:
     }
 
 
-def write(name: str, data: dict[str, Any], text: str) -> None:
-    """Write results/NAME.json (`data` beside its setting) and results/NAME.md (`text` above it)."""
+def write(name: str, data: dict[str, Any], text: str, folder: Path = RESULTS) -> None:
+    """Write FOLDER/NAME.json (`data` beside its setting) and FOLDER/NAME.md (`text` above it)."""
     kept = setting()
-    (RESULTS / f"{name}.json").write_text(json.dumps({"setting": kept, **data}, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps({"setting": kept, **data}, indent=1) + "\n")
     lines = [f"- {key}: `{value}`" for key, value in kept.items()]
-    (RESULTS / f"{name}.md").write_text("\n".join([text, "", "## Setting", "", *lines]) + "\n")
+    (folder / f"{name}.md").write_text("\n".join([text, "", "## Setting", "", *lines]) + "\n")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

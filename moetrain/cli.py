@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -361,10 +361,15 @@ app.command(tokenizer_app, name="tokenizer", help="Make a tokenizer.")
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line and return the exit code; what the user can mend is one message."""
+    return guarded(lambda: parse(sys.argv[1:] if args is None else args).run())
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Do the work of a command and return its exit code, or that of how it failed."""
     warnings.showwarning = _show_warning
     sys.excepthook = show_traceback
     try:
-        return parse(sys.argv[1:] if args is None else args).run()
+        return work()
     except UserError as error:
         return _refuse(error, BAD_INPUT)
     except RunError as error:

@@ -146,7 +146,7 @@ def _step(run: Run, position: Position, report: Report, saver: Saver, watch: Wat
     is_due = _due(position.step + 1, config.log.every, config.train.steps)
     ranked = num_ranked(config.moe) if config.log.trace and is_due else 0
     result = train_step(run, position, ranked)
-    before, position = position, _advance(position, config, result)
+    before, position = position, advance(position, config, result)
     report.step_took(time.perf_counter() - started, result.data_s)
     if result.is_bad or result.is_spike:
         report.went_wrong(position.step, result)
@@ -180,7 +180,8 @@ def _evaluate(
     return replace(position, owes_evaluation=False)
 
 
-def _advance(position: Position, config: Config, result: StepResult) -> Position:
+def advance(position: Position, config: Config, result: StepResult) -> Position:
+    """Where a run stands after one more step."""
     batch, (loss, grad_norm, was_skipped) = config.train.global_batch, result.outcome
     window, autopilot = position.window, position.autopilot
     return Position(

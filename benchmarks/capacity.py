@@ -1,0 +1,213 @@
+"""Which capacity factor? Sweep a config, and get a report that recommends one.
+
+    python benchmarks/capacity.py CONFIG [--capacity-factors 1.0 1.25 2.0 null] [--routers ...]
+        [--top-ks ...] [--experts ...] [--drop-policies ...] [--groups ...] [--warm-start 60]
+        [--steps 60] [--repeats 2] [--out FOLDER] [--section.field value ...]
+    python -m moetrain.torchrun --nproc-per-node 2 benchmarks/capacity.py CONFIG --parallel.ep 2 ...
+    python benchmarks/capacity.py RUN [--parallel.ep 8] ...
+
+Every combination of the values given is a variant. Those of one gate, K and number of experts train
+on from one shared start, all in turn, so that losses and speeds can be compared. CONFIG and the
+flags of its settings are those of `moetrain train`. Given the folder of a run that has a routing
+trace (log.trace true), it trains nothing and tells what the variants would have dropped of what was
+recorded. Writes capacity.{html,md,json,csv,png}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch.distributed as dist
+import tyro
+from sweeping import live, plan, replayed
+from sweeping.advice import advise
+from sweeping.table import Sweep, live_rows
+from sweeping.writing import write
+
+from moetrain import cli, settings
+from moetrain.config import Config
+from moetrain.constraints import spell
+from moetrain.errors import UserError
+from moetrain.failure import end_with_launcher
+from moetrain.mesh import Mesh, gather, process_group, rank_and_world
+from moetrain.trace import Trace
+
+Flags = Annotated[
+    dict[str, Any],
+    tyro.conf.arg(constructor=settings.flags_of(Config, without="out"), name=""),
+]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Sweep capacity factors, and what they interact with, over a config."""
+
+    config: cli.ConfigPath
+    """YAML file of settings, which flags lie over; or folder of a run with a routing trace."""
+    flags: Flags
+    capacity_factors: list[float | None] = field(
+        default_factory=lambda: [0.75, 1.0, 1.25, 1.5, 2.0, None]
+    )
+    """Training factors; null: dropless."""
+    routers: list[str] = field(default_factory=list)
+    """Gates. Here and below, the config's own value where none is given."""
+    top_ks: list[int] = field(default_factory=list)
+    """Experts per token."""
+    experts: list[int] = field(default_factory=list)
+    """Experts per layer."""
+    drop_policies: list[str] = field(default_factory=list)
+    """Who keeps a slot of a full expert."""
+    groups: list[str] = field(default_factory=list)
+    """Routing groups: sequence, microbatch or a number of tokens."""
+    warm_start: int = 60
+    """Optimizer steps of the shared start, at the config's own factor, drop policy and group."""
+    steps: int = 60
+    """Optimizer steps of every variant, after the start."""
+    repeats: int = 2
+    """How often all that is done, from the same start with the text that follows; one tells nothing
+    of noise."""
+    out: Path | None = None
+    """Folder of the report; null: runs/NAME-capacity."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    return cli.guarded(lambda: run(parse(sys.argv[1:] if args is None else args)))
+
+
+def parse(args: Sequence[str]) -> Options:
+    """Read a command line; `UserError` where it is wrong."""
+    settings.check_flag_names(args)
+    with settings.one_message(args):
+        options = tyro.cli(Options, prog="capacity.py", args=args, registry=settings.REGISTRY)
+    for name, value, least in (
+        ("warm-start", options.warm_start, 0),
+        ("steps", options.steps, 2),
+        ("repeats", options.repeats, 1),
+    ):
+        if value < least:
+            raise UserError(f"--{name} ({value}) must be {least} or more")
+    return options
+
+
+def run(options: Options) -> int:
+    """Sweep, write the report, and say what it recommends."""
+    end_with_launcher()
+    sweep = on_trace(options) if options.config.is_dir() else trained(options)
+    if sweep is not None:
+        home = Path(sweep.config["out"]) / f"{sweep.name}-capacity"
+        for path in write(sweep, options.out or home):
+            say(str(path))
+        print(advise(sweep.rows).headline)
+    return 0
+
+
+def trained(options: Options) -> Sweep | None:
+    """Train the variants of a config; None on ranks that have nothing to tell."""
+    base = settings.resolve(options.config, options.flags)
+    length, world = plan.Length(options.warm_start, options.steps), rank_and_world()[1]
+    able, refused = plan.variants(base, values(options), length.total, world)
+    leave_out(refused)
+    own, parallel = plan.own(able, base), base.parallel
+    with process_group() as device, recording() as folder:
+        mesh = Mesh(device, parallel.ep, parallel.dp_replicate, parallel.nodes_apart)
+        seen = live.sweep(able, own, base, length, options.repeats, mesh, folder, say)
+        if mesh.rank:
+            return None
+        rows = live_rows(able, seen, own)
+        try:
+            rows = replayed.beside(rows, able, own, folder)
+        except UserError as error:  # nodes without a folder in common, say
+            say(f"nothing is replayed: {error}")
+    told = described(base, length, options.repeats, world)
+    return Sweep(base.name, *told, rows, own.label, refused, settings.redacted(base))
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Path]:
+    """A folder for a trace, the same on all ranks of this node, until all are done with it."""
+    with tempfile.TemporaryDirectory() as own:
+        yield Path(gather(own)[0])
+        dist.barrier()
+
+
+def on_trace(options: Options) -> Sweep:
+    """Replay the variants on the routing of a run."""
+    if rank_and_world()[1] > 1:
+        raise UserError(f"{options.config} is a run: one process replays its trace; start one")
+    trace = Trace.open(options.config)
+    ep = options.flags.get("parallel", {}).get("ep")
+    given = {section: fields for section, fields in options.flags.items() if fields != {}}
+    if given not in ({}, {"parallel": {"ep": ep}}):
+        raise UserError(
+            f"{options.config} is a run: of the settings only --parallel.ep can be another one on "
+            "its trace; drop the other flags, or name a CONFIG to train"
+        )
+    able, refused = replayed.variants(trace, values(options), ep)
+    leave_out(refused)
+    base, steps = trace.settings, trace.steps
+    what = (
+        f"{len(steps)} recorded steps, {steps[0]} to {steps[-1]}, of {trace.world} "
+        f"rank{'s' * (trace.world > 1)}; all-to-all and stragglers at expert parallelism "
+        f"{ep or base.parallel.ep}. Nothing was trained: a router that had trained under another "
+        "setting would by and by have chosen otherwise."
+    )
+    tokens = steps[-1] * base.train.global_batch * base.data.seq_len
+    scale = f"{size(base)} at steps {steps[0]} to {steps[-1]} ({tokens:,} tokens)"
+    own = plan.own(able, base).label
+    rows = replayed.rows(trace, able, ep)
+    return Sweep(base.name, what, scale, rows, own, refused, settings.redacted(base))
+
+
+def leave_out(refused: Sequence[plan.Refused]) -> None:
+    """Say what cannot run."""
+    for one in refused:
+        say(f"left out: {one.label}: {one.reason}")
+
+
+def say(text: str) -> None:
+    """Tell how far it is, once for all ranks."""
+    if rank_and_world()[0] == 0:
+        print(f"capacity: {text}", file=sys.stderr)
+
+
+def values(options: Options) -> dict[str, list[Any]]:
+    """What each axis takes; empty for the config's own."""
+    return {
+        "router": options.routers,
+        "top_k": options.top_ks,
+        "experts": options.experts,
+        "drop_policy": options.drop_policies,
+        "group": [int(group) if group.isdigit() else group for group in options.groups],
+        "capacity_factor": options.capacity_factors,
+    }
+
+
+def described(base: Config, length: plan.Length, repeats: int, world: int) -> tuple[str, str]:
+    """What was done, and how large and long it was."""
+    train = base.train
+    tokens = train.global_batch * base.data.seq_len
+    what = (
+        f"{length.warm_start} steps at the config's own setting, then {length.steps} of every "
+        f"variant from there, in turn, {repeats} time{'s' * (repeats > 1)}; "
+        f"{tokens:,} tokens a step, on {world} rank{'s' * (world > 1)} with expert parallelism "
+        f"{base.parallel.ep}, in {base.engine.precision}. Held-out loss is in nats per token, at "
+        f"an evaluation factor of {spell(base.moe.eval_capacity_factor)} for all."
+    )
+    scale = f"{size(base)} after {length.total} steps ({length.total * tokens:,} tokens)"
+    return what, scale
+
+
+def size(config: Config) -> str:
+    """Of a model, in a few words."""
+    return f"{config.model.layers} layers of width {config.model.dim}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
