@@ -198,7 +198,7 @@ def _serve(
         backend, init_method=f"file://{store}", rank=rank, world_size=contender.ranks
     )
     case: Any = None
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError, ConnectionError):
         while True:
             what, argument = connection.recv()
             answer: Any

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -65,7 +65,9 @@ SYSTEMS = {
 
 def main() -> None:
     options = arguments()
+    name = "layer-cuda" if options.device == "cuda" else "layer"
     found: list[dict[str, Any]] = []
+    kept = earlier(name) if options.add else []
     for ranks in options.ep:
         if options.device == "cuda" and torch.cuda.device_count() < ranks:
             print(f"EP {ranks} is left out: {torch.cuda.device_count()} GPUs are there", flush=True)
@@ -76,9 +78,8 @@ def main() -> None:
                 for tokens, routing in itertools.product(options.tokens, options.routing):
                     cell = Cell(SHAPES[shape], tokens, routing, dtype, ranks)
                     found.append(measure(field, cell, wrong, options.rounds))
-    name = "layer-cuda" if options.device == "cuda" else "layer"
-    found = join(name, found) if options.add else found
-    record.write(name, {"cells": found}, report(found))
+                    whole = join(kept, found)  # written each time: a run may be cut short
+                    record.write(name, {"cells": whole}, report(whole))
 
 
 def arguments() -> argparse.Namespace:
@@ -184,12 +185,14 @@ def _line(entry: dict[str, Any]) -> str:
     return f"{1e3 * seconds:9.1f} ms  {rate:7.0f} useful GFLOP/s  {peak:6.0f} MiB  {remark}"
 
 
-def join(name: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The cells of an earlier run that were not measured again, and those of this one."""
+def earlier(name: str) -> list[dict[str, Any]]:
+    """The cells of the last result."""
     path = record.RESULTS / f"{name}.json"
-    before: Iterable[dict[str, Any]] = (
-        json.loads(path.read_text())["cells"] if path.exists() else []
-    )
+    return json.loads(path.read_text())["cells"] if path.exists() else []
+
+
+def join(before: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Cells of an earlier run that were not measured again, and those of this one."""
     again = [entry["cell"] for entry in found]
     return [entry for entry in before if entry["cell"] not in again] + found
 

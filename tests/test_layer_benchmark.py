@@ -174,3 +174,9 @@ def test_a_peer_that_computes_something_else_is_shown_and_not_ranked() -> None:
     assert "| torchtitan | 500.0 | not ranked | not ranked | 0 | 0.0% |" in text
     assert "- torchtitan: 0.1 away from the reference." in text
     assert "- Mixtral eager: no such package." in text
+
+
+def test_cells_that_are_measured_again_replace_those_before() -> None:
+    before = [{"cell": {"tokens": 1}, "seen": 0}, {"cell": {"tokens": 2}, "seen": 0}]
+    found = [{"cell": {"tokens": 1}, "seen": 1}]
+    assert layer.join(before, found) == [before[1], *found]
