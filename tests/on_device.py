@@ -17,9 +17,10 @@ from layers import ROUTERS, build
 from layouts import STEPS, Case, Layout, spread
 from torch import Tensor
 
+from moetrain import parallel
 from moetrain.config import Config
 from moetrain.mesh import process_group
-from moetrain.moe import Draws, MoE, experts, keyed
+from moetrain.moe import Draws, Local, MoE, experts, keyed
 
 ROOT = Path(__file__).parent.parent
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
@@ -115,14 +116,25 @@ def grouped_products_are_those_of_the_loop(device: torch.device) -> None:
         torch.testing.assert_close(grouped, looped, rtol=2**-7, atol=2**-7)
 
 
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Without what a CPU has instead: experts one after another."""
+    with (
+        mock.patch.object(experts, "_is_packed", return_value=False),
+        mock.patch.object(parallel, "local_dispatcher", return_value=Local()),
+    ):
+        yield
+
+
 def grouped_training_is_that_of_the_loop(case: Case, device: torch.device) -> None:
     """Two steps in bf16 of a model of widths that the kernel takes, which must get work to do."""
     wide, kernel = Wide(**vars(case)), mock.Mock(side_effect=experts._grouped)
-    with mock.patch.object(experts, "_grouped", kernel):
-        ours = trained(wide, device, precision="bf16")
-    assert kernel.call_count > STEPS
-    with mock.patch.object(experts, "_can_group", return_value=False):
-        theirs = trained(wide, device, precision="bf16")
+    with as_on_a_gpu():
+        with mock.patch.object(experts, "_grouped", kernel):
+            ours = trained(wide, device, precision="bf16")
+        assert kernel.call_count > STEPS
+        with mock.patch.object(experts, "_can_group", return_value=False):
+            theirs = trained(wide, device, precision="bf16")
     for grouped, looped in zip(ours.steps, theirs.steps, strict=True):
         assert abs(grouped.means.loss / looped.means.loss - 1) < LOSS_BAND
         assert gap(grouped.grads, looped.grads) < GRADIENT_BAND

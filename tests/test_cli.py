@@ -396,8 +396,8 @@ def test_help_describes_every_setting_with_its_default():
     assert done.returncode == 0
     shown = re.sub(r"[\s│|]+", " ", done.stdout)
     for text in (
-        "--moe.capacity-factor null FLOAT",
-        "Training: slots per expert over the mean demand K·S/E; null: dropless. (default: 1.25)",
+        "--moe.eval-capacity-factor null FLOAT",
+        "The same for evaluation. (default: 2.0)",
         "--model.tie-embeddings {true,false}",
         "--log.wandb {off,offline,online}",
         "--data.cache null PATH",

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import SMALL
+from on_device import as_on_a_gpu
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp import FSDPModule
@@ -257,6 +258,13 @@ def live() -> dict[int, torch.UntypedStorage]:
     objects = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
     real = [t for t in objects if t.device.type == "cpu" and not isinstance(t, FakeTensor)]
     return {storage(tensor).data_ptr(): storage(tensor) for tensor in real}
+
+
+@pytest.fixture(autouse=True)
+def _layers_as_on_a_gpu() -> Iterator[None]:
+    """Of which the estimate is: a CPU that holds all experts keeps less."""
+    with as_on_a_gpu():
+        yield
 
 
 @collecting_new_alone()

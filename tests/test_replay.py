@@ -63,14 +63,15 @@ WAYS = {
 }
 
 
-def line_of(parts: Sequence[Sums], layer: int) -> dict[str, Any]:
+def line_of(parts: Sequence[Sums], layer: int, factor: float | None) -> dict[str, Any]:
     """What metrics.jsonl would hold of a layer; the micro-batches go to the ranks in turn."""
     ledgers = [part.ledgers[layer] for part in parts]
     total = Ledger(*(torch.stack(entries).sum(0) for entries in zip(*ledgers, strict=True)))
     by_rank = [
         sum(book.outcome_EKO.sum((0, 1)) for book in ledgers[r::WORLD]) for r in range(WORLD)
     ]
-    return dict(layer_line(LayerMeans(total, 0.0, tuple(tuple(r.tolist()) for r in by_rank))))
+    means = LayerMeans(total, 0.0, tuple(tuple(r.tolist()) for r in by_rank))
+    return dict(layer_line(means, factor))
 
 
 @pytest.mark.parametrize(("gate", "policy"), WAYS)
@@ -94,7 +95,9 @@ def test_the_recorded_setting_gives_every_count_of_the_live_run(
         noted = [part.preferences for part in parts[rank::WORLD]]
         TraceLog(tmp_path, config, rank, WORLD).write(STEP, mine, noted, factors)
     trace = Trace.open(tmp_path)
-    lines = [{"step": STEP, "layers": [line_of(parts, n) for n in range(len(factors))]}]
+    lines = [
+        {"step": STEP, "layers": [line_of(parts, n, factor) for n, factor in enumerate(factors)]}
+    ]
     assert compare(replay(trace), lines) == (1, [])
     if policy != "dropless" and gate != "expert_choice":
         dropless = replay(trace, Setting(capacity_factor=None)).steps[0]

@@ -71,13 +71,17 @@ class Experts(nn.Module):
 def _feed(rows: Tensor, counts: list[int] | None, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
     if counts is None:
         return torch.bmm(swiglu(torch.bmm(rows, w_gate_up)), w_down)
-    if not rows.is_cuda:
+    if _is_packed(rows):
         wide = torch.promote_types(rows.dtype, torch.float32)
         one_R1 = rows.new_ones(len(rows), 1, dtype=wide)
         packing = pack_sorted(counts, torch.arange(len(rows)))
         return run_packed(rows, one_R1, w_gate_up, w_down, packing)
     product = _grouped if _can_group(rows, w_gate_up, counts) else _looped
     return product(swiglu(product(rows, w_gate_up, counts)), w_down, counts)
+
+
+def _is_packed(rows_RD: Tensor) -> bool:
+    return not rows_RD.is_cuda
 
 
 def _can_group(rows_RD: Tensor, w_gate_up: Tensor, counts: list[int]) -> bool:

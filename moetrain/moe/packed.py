@@ -114,7 +114,7 @@ class _Pass(torch.autograd.Function):
         result_RD = torch.cat([*results, x_TD.new_zeros(1, x_TD.shape[1])])
         ctx.packing = packing
         ctx.save_for_backward(x_TD, gate_TK, w_gate_up, w_down, result_RD, *kept)
-        return weigh_rows(result_RD, gate_TK, packing.place_TK, x_TD.dtype)
+        return weigh_rows(result_RD, gate_TK, packing.place_TK, x_TD.dtype, all_exist=True)
 
     @staticmethod
     @once_differentiable
@@ -140,7 +140,7 @@ class _Pass(torch.autograd.Function):
             torch.mm(grad_n2F, w_gate_up[expert].T, out=grad_x_RD[places])
         grad_gate_N = torch.zeros_like(gate_TK).flatten()
         grad_gate_N[packing.assignment_R] = grad_gate_R
-        grad_x_TD = sum_rows(grad_x_RD, packing.place_TK)
+        grad_x_TD = sum_rows(grad_x_RD, packing.place_TK, all_exist=True)
         return grad_x_TD, grad_gate_N.view_as(gate_TK), grad_gate_up, grad_down, None, None
 
 

@@ -66,13 +66,20 @@ class _Combine(torch.autograd.Function):
         return grad_RD.to(rows_RD.dtype), grad_gate_TK, None, None, None
 
 
-def weigh_rows(rows_RD: Tensor, gate_TK: Tensor, row_TK: Tensor, dtype: torch.dtype) -> Tensor:
+def weigh_rows(
+    rows_RD: Tensor,
+    gate_TK: Tensor,
+    row_TK: Tensor,
+    dtype: torch.dtype,
+    all_exist: bool = False,
+) -> Tensor:
     """y[t] = Σ_k gate[t, k]·rows[row[t, k]], k in order, in the gates' precision: (T, D).
 
-    Without autograd. An assignment without a row adds 0.
+    Without autograd. An assignment without a row adds 0; with `all_exist` there is none.
     """
     if _has_bags(rows_RD):
-        return _weigh_bags(rows_RD.to(dtype), gate_TK, row_TK)
+        rows_RD, row_TK = _with_absent(rows_RD.to(dtype), row_TK, all_exist)
+        return _weigh_bags(rows_RD, gate_TK, row_TK)
     y_TD = gate_TK[:, :1] * _rows_at(rows_RD, row_TK[:, 0])
     for choice in range(1, row_TK.shape[1]):
         gate_T1 = gate_TK[:, choice : choice + 1]
@@ -81,10 +88,11 @@ def weigh_rows(rows_RD: Tensor, gate_TK: Tensor, row_TK: Tensor, dtype: torch.dt
     return y_TD if y_TD.dtype == dtype else y_TD.to(dtype)
 
 
-def sum_rows(rows_RD: Tensor, row_TK: Tensor) -> Tensor:
+def sum_rows(rows_RD: Tensor, row_TK: Tensor, all_exist: bool = False) -> Tensor:
     """Σ_k rows[row[t, k]], k in order, in fp32 at least; as `weigh_rows` without gates."""
     if _has_bags(rows_RD):
-        return F.embedding_bag(row_TK, _with_absent(rows_RD, row_TK), mode="sum")
+        rows_RD, row_TK = _with_absent(rows_RD, row_TK, all_exist)
+        return F.embedding_bag(row_TK, rows_RD, mode="sum")
     wide = torch.promote_types(rows_RD.dtype, torch.float32)
     ones_TK = torch.ones_like(row_TK, dtype=wide)
     return weigh_rows(rows_RD, ones_TK, row_TK, rows_RD.dtype)
@@ -97,7 +105,6 @@ def _has_bags(rows_RD: Tensor) -> bool:
 
 
 def _weigh_bags(rows_RD: Tensor, gate_TK: Tensor, row_TK: Tensor) -> Tensor:
-    rows_RD = _with_absent(rows_RD, row_TK)
     weight_TK = gate_TK.to(rows_RD.dtype)
     if rows_RD.dtype == torch.bfloat16:  # weights must be of the rows' type: in two parts, then
         rest_TK = (gate_TK - weight_TK).to(rows_RD.dtype)
@@ -105,10 +112,11 @@ def _weigh_bags(rows_RD: Tensor, gate_TK: Tensor, row_TK: Tensor) -> Tensor:
     return F.embedding_bag(row_TK, rows_RD, per_sample_weights=weight_TK, mode="sum")
 
 
-def _with_absent(rows_RD: Tensor, row_TK: Tensor) -> Tensor:
-    """The rows, and zeros for those of `row_TK` that do not exist."""
-    missing = int(row_TK.max()) + 1 - len(rows_RD) if row_TK.numel() else 0
-    return F.pad(rows_RD, (0, 0, 0, missing)) if missing > 0 else rows_RD
+def _with_absent(rows_RD: Tensor, row_TK: Tensor, all_exist: bool) -> tuple[Tensor, Tensor]:
+    """Rows and indices with a row of zeros for those that do not exist."""
+    if all_exist:
+        return rows_RD, row_TK
+    return F.pad(rows_RD, (0, 0, 0, 1)), row_TK.clamp(max=len(rows_RD))
 
 
 def _rows_at(rows_RD: Tensor, row_T: Tensor) -> Tensor:
