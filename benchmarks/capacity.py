@@ -111,6 +111,11 @@ def run(options: Options) -> int:
 def trained(options: Options) -> Sweep | None:
     """Train the variants of a config; None on ranks that have nothing to tell."""
     base = settings.resolve(options.config, options.flags)
+    if base.moe.capacity_factor == "auto":
+        raise UserError(
+            "moe.capacity_factor (auto) chooses by itself in every layer; give a number to compare "
+            "with, --moe.capacity-factor 1.25"
+        )
     length, world = plan.Length(options.warm_start, options.steps), rank_and_world()[1]
     able, refused = plan.variants(base, values(options), length.total, world)
     leave_out(refused)

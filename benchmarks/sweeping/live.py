@@ -251,7 +251,8 @@ def step(run: Run, position: Position) -> tuple[Position, Step]:
     seconds = max(gather(time.perf_counter() - started))
     position = advance(position, run.config, result)
     means: Means = reduce(result.parts, result.counts, run.mesh, result.batch_balance)
-    layers = [layer_line(layer) for layer in means.layers]
+    factors = zip(means.layers, result.capacity_factors, strict=True)
+    layers = [layer_line(layer, factor) for layer, factor in factors]
     return position, Step(position.step, means.loss, seconds, layers)
 
 
