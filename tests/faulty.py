@@ -28,13 +28,13 @@ def go_wrong(fault: str) -> None:
         return
     train_step = train.train_step
 
-    def wrapped(run: Any, position: Any) -> Any:
+    def wrapped(run: Any, position: Any, *others: Any) -> Any:
         if position.step + 1 == int(at):
             if kind == "read":
                 run.samples.batch = _slowly(run.samples.batch)
             else:
                 _go_wrong(kind)
-        return train_step(run, position)
+        return train_step(run, position, *others)
 
     train.train_step = wrapped
 

@@ -59,12 +59,12 @@ def test_what_cannot_run_is_told_in_the_words_of_the_project_and_the_rest_goes_o
     able, refused = labels(router=["topk", "switch"], capacity_factor=[1.0, -1.0])
     assert able == ["topk, 1.0"]
     assert refused == [
-        "topk, -1.0: moe.capacity_factor (-1.0) must be greater than 0 or null; the default is "
-        "1.25",
+        "topk, -1.0: moe.capacity_factor (-1.0) must be greater than 0 or 'auto' or null; "
+        "the default is 1.25",
         "switch, 1.0: moe.top_k (2) must be 1 for moe.router switch; set moe.top_k to 1 or "
         "moe.router to topk",
-        "switch, -1.0: moe.capacity_factor (-1.0) must be greater than 0 or null; the default is "
-        "1.25",
+        "switch, -1.0: moe.capacity_factor (-1.0) must be greater than 0 or 'auto' or null; "
+        "the default is 1.25",
     ]
 
 

@@ -230,7 +230,7 @@ def test_one_command_writes_the_report(
     [
         (
             "--capacity-factors -1",
-            "-1.0: moe.capacity_factor (-1.0) must be greater than 0 or null",
+            "-1.0: moe.capacity_factor (-1.0) must be greater than 0 or 'auto' or null",
         ),
         ("--steps 1", "--steps (1) must be 2 or more"),
         ("--parallel.ep 2", "parallel.ep (2)"),

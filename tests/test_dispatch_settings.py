@@ -12,7 +12,7 @@ from moetrain.config import Config, MoEConfig, ParallelConfig, TrainConfig
 from moetrain.constraints import check_world
 from moetrain.errors import UserError
 from moetrain.mesh import Mesh
-from moetrain.moe import AllGather, AllToAll, Gate, Local, MoE
+from moetrain.moe import AllGather, AllToAll, Gate, Local, MoE, Packed
 from moetrain.parallel import connect_experts
 from moetrain.settings import ranks_of_node
 from moetrain.testing import simulate_ranks
@@ -167,4 +167,6 @@ def test_every_setting_makes_its_dispatcher():
     for dispatcher in simulate_ranks(2, made, 2, 1, "all_gather"):
         assert isinstance(dispatcher, AllGather)
     for dispatcher in simulate_ranks(2, made, 1, 1, "two_level", 3):
-        assert isinstance(dispatcher, Local)
+        assert isinstance(dispatcher, Packed)
+    for dispatcher in simulate_ranks(2, made, 1, 1, "all_to_all", 1, True):
+        assert isinstance(dispatcher, Local), "for compiled graphs"

@@ -58,9 +58,9 @@ def watched(file: TextIO) -> Iterator[None]:
             )
         return loaded
 
-    def noting_step(run: Any, position: Any) -> Any:
+    def noting_step(run: Any, position: Any, *others: Any) -> Any:
         note("begin", step=position.step + 1)
-        result = train_step(run, position)
+        result = train_step(run, position, *others)
         note("end", step=position.step + 1)
         return result
 

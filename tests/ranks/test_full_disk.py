@@ -78,7 +78,8 @@ def test_a_last_save_that_finds_no_room_is_a_failure_without_traceback(
     assert (ended.code, ended.codes) == (1, [1, 1])
     assert "moetrain: error: checkpoint" in ended.last_words
     assert "step-00000008 was not saved: " in ended.last_words
-    assert "rank 1: OSError: [Errno 28] No space left on device" in ended.last_words
+    # Which of the two it hits, and in which call, depends on how large their shares are.
+    assert "OSError: [Errno 28] No space left on device" in ended.last_words
     assert "Traceback" not in ended.output + ended.last_words
     assert checkpoint.latest(disk / "run") is None
 
