@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -78,8 +79,11 @@ def test_a_last_save_that_finds_no_room_is_a_failure_without_traceback(
     assert (ended.code, ended.codes) == (1, [1, 1])
     assert "moetrain: error: checkpoint" in ended.last_words
     assert "step-00000008 was not saved: " in ended.last_words
-    # Which of the two it hits, and in which call, depends on how large their shares are.
-    assert "OSError: [Errno 28] No space left on device" in ended.last_words
+    # torch has words of its own where the disk takes a part of what it writes.
+    for rank in (0, 1):
+        assert re.search(
+            rf"rank {rank}: .*(No space left on device|is the disk full\?)", ended.last_words
+        )
     assert "Traceback" not in ended.output + ended.last_words
     assert checkpoint.latest(disk / "run") is None
 
