@@ -288,6 +288,9 @@ class CheckpointConfig(Section):
     """Newest checkpoints kept."""
     asynchronous: Bool = True
     """Write from a copy in host memory while training goes on."""
+    grace_s: NonNegativeFloat = 120.0
+    """Seconds that the scheduler gives a run to stop; where a step and its saves take longer, the
+    run says so. 0: not known."""
     resume: str = "auto"
     """auto: continue from the newest checkpoint of this run, if any; never; or a path."""
     hash_limit_gib: NonNegativeFloat = 64.0

@@ -89,6 +89,8 @@ class Speed(TypedDict):
     is not known, on CPUs too."""
     step_time_s: float
     """Mean seconds per step since the line before, without evaluation and checkpoints."""
+    step_time_s_by_rank: ByRank
+    """The same by rank. Ranks wait for each other, so these are about equal."""
     data_s_by_rank: ByRank
     """Mean seconds per step since the line before in which a rank read its batches."""
     probe_s_by_rank: ByRank
@@ -301,6 +303,7 @@ def speed(
         tflops_per_device=flops_per_device / 1e12,
         mfu=None if peak_flops is None else flops_per_device / peak_flops,
         step_time_s=step_time_s,
+        step_time_s_by_rank=rank_times.step_s,
         data_s_by_rank=rank_times.data_s,
         probe_s_by_rank=rank_times.probe_s,
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from moetrain import metrics, settings
-from moetrain.config import Config
+from moetrain.config import CheckpointConfig, Config
 from moetrain.data import Prepared
 from moetrain.evaluate import nats_per_byte
 from moetrain.mesh import Mesh, raise_alike
@@ -53,6 +53,7 @@ class Report:
         self._flops_per_token = train_flops_per_token(model, config.data.seq_len)
         self._peak_flops = device_peak_flops(mesh.device, config.engine.precision)
         self._steps, self._seconds, self._data_s = 0, 0.0, 0.0
+        self._last_step_s, self._is_late = 0.0, False
         self._clock, self._streaks = RankClock(mesh), Streaks()
         self._is_writer = mesh.rank == 0
         self._closing = ExitStack()
@@ -117,6 +118,7 @@ class Report:
         """Count the time of one optimizer step, without evaluation and checkpoints, and how much of
         it this rank took to read its batches."""
         self._steps += 1
+        self._last_step_s = seconds
         self._seconds += seconds
         self._data_s += data_s
 
@@ -136,7 +138,7 @@ class Report:
         A collective: the times of all ranks are brought together.
         """
         config, step_time_s = self._config, self._seconds / self._steps
-        rank_times = self._clock.times(self._data_s / self._steps)
+        rank_times = self._clock.times(step_time_s, self._data_s / self._steps)
         line = metrics.train_line(
             step=position.step,
             tokens=position.tokens,
@@ -178,10 +180,15 @@ class Report:
         per_byte = nats_per_byte(means.loss, self._prepared.manifest)
         self._write(metrics.eval_line(step=step, means=means, nats_per_byte=per_byte))
 
-    def saved(self, step: int) -> None:
-        """Report a checkpoint."""
-        if self._is_writer:
-            self._progress.note(f"checkpoint of step {step} saved")
+    def saved(self, step: int, seconds: float) -> None:
+        """Report a checkpoint that took so long to write, and once where a stop takes too long."""
+        if not self._is_writer:
+            return
+        self._progress.note(f"checkpoint of step {step} saved")
+        late = _late(self._config.checkpoint, self._last_step_s, seconds)
+        if late and not self._is_late:
+            self._progress.note(f"moetrain: warning: {late}")
+            self._is_late = True
 
     def not_saved(self, error: Exception) -> None:
         """Report a checkpoint that failed; training goes on."""
@@ -216,6 +223,20 @@ def _trouble(step: int, result: StepResult) -> str:
         return f"step {step} skipped: the gradient norm is {grad_norm}"
     what = "a spike, skipped" if was_skipped else "a spike"
     return f"step {step} is {what}: {describe(loss, grad_norm, result.limits)}"
+
+
+def _late(checkpoint: CheckpointConfig, step_s: float, save_s: float) -> str:
+    """What there is to say where a run that is asked to stop may be ended before it has saved."""
+    saves = 1 + checkpoint.asynchronous
+    total_s = step_s + saves * save_s
+    if not 0 < checkpoint.grace_s < total_s:
+        return ""
+    return (
+        f"a stop may take {total_s:.3g} s, for a step ({step_s:.3g} s) and "
+        f"{'a save' if saves == 1 else 'two saves'} ({save_s:.3g} s): more than "
+        f"checkpoint.grace_s ({checkpoint.grace_s:g}); have the scheduler warn that long before, "
+        "and set checkpoint.grace_s to it"
+    )
 
 
 def _start(resume_step: int, steps: int) -> str:

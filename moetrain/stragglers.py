@@ -1,8 +1,8 @@
 """Which rank is slow, and why.
 
-Ranks go in step, so each takes the time of the slowest, and a rank's own step time says nothing of
-it. What is measured here waits for nobody: how long a rank reads its batches, and how long it takes
-for a fixed matrix product.
+Ranks go in step, so each takes about the time of the slowest, and the spread of step times names
+nobody. What is measured beside it waits for nobody: how long a rank reads its batches, and how long
+it takes for a fixed matrix product.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ LINES = 3
 class RankTimes(NamedTuple):
     """Seconds by rank, the same on every rank."""
 
+    step_s: list[float]
+    """Of a step."""
     data_s: list[float]
     """In which it read the batches of a step."""
     probe_s: list[float]
@@ -79,14 +81,13 @@ class RankClock:
         self._mesh = mesh
         self._probe = Probe(mesh.device) if mesh.world > 1 else None
 
-    def times(self, data_s: float) -> RankTimes:
-        """Of all ranks, this one having read for `data_s`; a collective."""
+    def times(self, step_s: float, data_s: float) -> RankTimes:
+        """Of all ranks; this one took `step_s` for a step, `data_s` of it to read. A collective."""
         if self._probe is None:
-            return RankTimes([data_s], [])
-        times_W2 = torch.zeros(self._mesh.world, 2, dtype=torch.float64)
-        times_W2[self._mesh.rank] = times_W2.new_tensor([data_s, self._probe.seconds()])
-        data, probe = self._mesh.sum(times_W2.to(self._mesh.device)).T.tolist()
-        return RankTimes(data, probe)
+            return RankTimes([step_s], [data_s], [])
+        times_W3 = torch.zeros(self._mesh.world, 3, dtype=torch.float64)
+        times_W3[self._mesh.rank] = times_W3.new_tensor([step_s, data_s, self._probe.seconds()])
+        return RankTimes(*self._mesh.sum(times_W3.to(self._mesh.device)).T.tolist())
 
 
 def slow_ranks(times: RankTimes, step_time_s: float) -> dict[int, str]:

@@ -233,9 +233,9 @@ def _due(step: int, every: int, last: int) -> bool:
 def _report_saves(saver: Saver, report: Report, needed: int | None) -> None:
     """Say how saves have ended. Training goes on without one that failed, but for the last, of step
     `needed`."""
-    for step, error in saver.outcomes():
+    for step, error, seconds in saver.outcomes():
         if error is None:
-            report.saved(step)
+            report.saved(step, seconds)
         elif step == needed or not isinstance(error, CheckpointError):
             raise error
         else:

@@ -41,7 +41,7 @@ _LAYER_NUMBERS = (
     "dead_experts",
 )
 _LAYER_LISTS = ("load", "drop_rate_by_choice")
-_TIMES = ("data_s", "probe_s")
+_TIMES = ("step_time_s", "data_s", "probe_s")
 
 
 @final

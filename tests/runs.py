@@ -38,7 +38,7 @@ SMALL_RUN: dict[str, dict[str, Any]] = {
 }
 TIMINGS = (
     *("tokens_per_s", "tflops_per_device", "step_time_s", "mfu", "memory_gib"),
-    *("data_s_by_rank", "probe_s_by_rank"),
+    *("step_time_s_by_rank", "data_s_by_rank", "probe_s_by_rank"),
 )
 
 

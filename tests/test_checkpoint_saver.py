@@ -117,4 +117,4 @@ def save_beside(run: Path) -> bool:
         for _ in range(50):
             torch.distributed.all_reduce(torch.ones(8))
     made.wait()
-    return is_same(before, state) and all(error is None for _, error in made.outcomes())
+    return is_same(before, state) and all(error is None for _, error, _ in made.outcomes())

@@ -49,7 +49,7 @@ MIXED = layer(
     gate_lost=0.1,
 )
 
-TIMES = RankTimes([0.1, 0.2, 0.1, 0.1], [0.01] * 4)
+TIMES = RankTimes([0.5, 0.5, 0.5, 0.6], [0.1, 0.2, 0.1, 0.1], [0.01] * 4)
 STEP = {"step_tokens": 1000, "step_time_s": 0.5, "rank_times": TIMES, "flops_per_token": 3e9}
 SPEED = metrics.speed(**STEP, devices=4, peak_flops=None)
 
@@ -76,7 +76,8 @@ def test_a_line_has_the_documented_fields_in_order():
         *["drop_rate", "token_drop_rate", "dropped_gate_mass", "padding_waste"],
         *["effective_capacity_factor", "max_vio", "load_cv", "load_entropy", "dead_experts"],
         *["bad_steps", "spikes", "is_spike", "tokens_per_s", "tflops_per_device", "mfu"],
-        *["step_time_s", "data_s_by_rank", "probe_s_by_rank", "memory_gib", "layers"],
+        *["step_time_s", "step_time_s_by_rank", "data_s_by_rank", "probe_s_by_rank"],
+        *["memory_gib", "layers"],
     ]
 
 
@@ -316,6 +317,7 @@ def test_speed_of_a_step():
         "tflops_per_device": 1.5,
         "mfu": 0.25,
         "step_time_s": 0.5,
+        "step_time_s_by_rank": [0.5, 0.5, 0.5, 0.6],
         "data_s_by_rank": [0.1, 0.2, 0.1, 0.1],
         "probe_s_by_rank": [0.01] * 4,
     }

@@ -13,6 +13,7 @@ from models import VOCAB, small_config
 from moetrain import report as module
 from moetrain import settings
 from moetrain.build import build_model
+from moetrain.config import CheckpointConfig
 from moetrain.mesh import Mesh
 from moetrain.moe import Ledger
 from moetrain.objective import Counts, LayerMeans, Means
@@ -122,7 +123,7 @@ def test_one_rank_writes_and_speed_is_that_of_all(tmp_path, capsys):
             report.step_took(1.0, 0.0)
             report.train(*done(1), MEANS)
             report.evaluation(1, MEANS)
-            report.saved(1)
+            report.saved(1, 0.5)
             report.finish()
 
     simulate_ranks(3, work)
@@ -263,5 +264,33 @@ def test_a_rank_that_is_slow_for_three_lines_is_named_once(tmp_path, capsys):
     simulate_ranks(3, work)
     assert said == [0, 0, 1, 0]
     (line, *_) = read_metrics(tmp_path / "0")
+    assert line["step_time_s_by_rank"] == [1.0, 1.0, 1.0]
     assert line["data_s_by_rank"] == [0.125, 0.125, 0.75]
     assert len(line["probe_s_by_rank"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("asynchronous", "grace_s", "said"),
+    [
+        (True, 10.0, ""),
+        (True, 9.9, "a stop may take 10 s, for a step (4 s) and two saves (3 s)"),
+        (False, 7.0, ""),
+        (False, 6.9, "a stop may take 7 s, for a step (4 s) and a save (3 s)"),
+        (True, 0.0, ""),
+    ],
+)
+def test_a_stop_that_takes_longer_than_it_may_is_told_once(
+    tmp_path, capsys, asynchronous: bool, grace_s: float, said: str
+) -> None:
+    saving = CheckpointConfig(every=1, asynchronous=asynchronous, grace_s=grace_s)
+
+    def work() -> None:
+        with opened(tmp_path, config=CONFIG.model_copy(update={"checkpoint": saving})) as report:
+            report.step_took(4.0, 0.0)
+            report.saved(1, 3.0)
+            report.saved(2, 3.0)
+
+    alone(work)
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("a stop may take") == bool(said)
+    assert said in out

@@ -47,7 +47,7 @@ EVEN = [0.01] * 4
     ],
 )  # fmt: skip
 def test_slow_is_beyond_the_median_by_enough_to_matter(data_s, probe_s, found) -> None:
-    slow = slow_ranks(RankTimes(data_s, probe_s), step_time_s=1.0)
+    slow = slow_ranks(RankTimes([1.0] * len(data_s), data_s, probe_s), step_time_s=1.0)
     assert slow.keys() == found.keys()
     for rank, why in found.items():
         assert slow[rank].startswith(why)
@@ -66,14 +66,15 @@ def test_a_note_after_three_lines_in_a_row_and_once_a_row() -> None:
 def test_all_ranks_have_the_times_of_all() -> None:
     def work() -> RankTimes:
         clock = RankClock(Mesh(torch.device("cpu")))
-        return clock.times(0.1 * dist.get_rank())
+        return clock.times(1.0 + dist.get_rank(), 0.1 * dist.get_rank())
 
     ranks = simulate_ranks(3, work)
     assert ranks[0] == ranks[1] == ranks[2]
+    assert ranks[0].step_s == [1, 2, 3]
     assert ranks[0].data_s == [0, 0.1, 0.2]
     assert len(ranks[0].probe_s) == 3
     assert all(seconds > 0 for seconds in ranks[0].probe_s)
-    assert simulate_ranks(1, work) == [RankTimes([0], [])], "nobody to be compared with"
+    assert simulate_ranks(1, work) == [RankTimes([1], [0], [])], "nobody to be compared with"
 
 
 PROBING = """
@@ -102,7 +103,7 @@ def test_a_rank_that_has_little_of_its_core_is_told_by_the_probe() -> None:
         time.sleep(0.001)
     # On a core of its own it would take the time that it computes.
     starved, usual = map(float, process.communicate()[0].split())
-    slow = slow_ranks(RankTimes([0.0] * 3, [usual, starved, usual]), step_time_s=1.0)
+    slow = slow_ranks(RankTimes([1.0] * 3, [0.0] * 3, [usual, starved, usual]), step_time_s=1.0)
     assert slow.keys() == {1}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from datetime import timedelta
@@ -22,11 +23,13 @@ WRITING_LIMIT = timedelta(hours=1)
 
 
 class Outcome(NamedTuple):
-    """How a save ended, alike on every rank."""
+    """How a save ended, alike on every rank but for the time."""
 
     step: int
     error: Exception | None
     """CheckpointError where it was the disk's fault: nothing was committed, nothing older lost."""
+    seconds: float
+    """How long this rank took to write, and waited for the others."""
 
 
 @final
@@ -75,7 +78,7 @@ class Saver:
             yield self._outcomes.popleft()
 
     def _write(self, step: int, tensors: dict[str, Tensor], extra: dict[str, Any]) -> None:
-        error = None
+        error, started = None, time.perf_counter()
         try:
             save(self._run_dir, step, tensors, extra, self._group)
             prune(self._run_dir, self._keep)
@@ -83,4 +86,4 @@ class Saver:
             gather(None, self._group)
         except Exception as failure:  # for the thread that trains to judge
             error = failure
-        self._outcomes.append(Outcome(step, error))
+        self._outcomes.append(Outcome(step, error, time.perf_counter() - started))

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -41,14 +41,24 @@ class Agent:
                 start_new_session=True,
             )
 
-    def wait_for(self, pattern: str) -> re.Match[str]:
-        """The first place where it says so, once it does."""
+    def wait_for(self, pattern: str, after: int = 0) -> re.Match[str]:
+        """The first place behind one in the log where it says so, once it does."""
+
+        def found() -> re.Match[str] | None:
+            return re.compile(pattern).search(self.log.read_text(), after)
+
+        self.wait_until(lambda: found() is not None)
+        match = found()
+        assert match
+        return match
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Return when the condition holds, unless the launcher has ended."""
         deadline = time.monotonic() + 2 * SECONDS
-        while (found := re.search(pattern, self.log.read_text())) is None:
+        while not condition():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.05)
-        return found
 
     def rank(self, number: int) -> int:
         """The process id of a rank."""
@@ -79,10 +89,17 @@ def agents(*made: Agent) -> Iterator[None]:
             agent.kill()
 
 
-def free_endpoint() -> str:
-    """Host and port where nobody listens."""
+def free_port() -> int:
+    """One of this host where nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as free:
-        return "{}:{}".format(*free.getsockname())
+        return free.getsockname()[1]
+
+
+def is_listening(port: int) -> bool:
+    """Whether somebody listens there."""
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
 
 
 def write(folder: Path) -> Path:
@@ -98,10 +115,12 @@ def write(folder: Path) -> Path:
 def test_ranks_that_are_lost_start_again_from_the_last_checkpoint(tmp_path: Path) -> None:
     """And the signal that the agent is sent reaches them, and their exit code the caller."""
     config = write(tmp_path)
-    command = ("launch/train.sh", str(config), "--parallel.ep", "2")
+    settings = ("--parallel.ep", "2", "--checkpoint.grace-s", "0.001")
+    command = ("launch/train.sh", str(config), *settings)
     agent = Agent(tmp_path / "said", *command, NPROC="2")
     with agents(agent):
         agent.wait_for(r"step 3/")
+        agent.wait_for(r"warning: a stop may take \S+ s, for a step \(\S+ s\) and two saves")
         os.kill(agent.rank(1), signal.SIGKILL)
         agent.wait_for(r"error: rank 1 on \S+: killed by SIGKILL\nmoetrain: starting all ranks")
         start = int(agent.wait_for(r"on 2 ranks \(cpu\), from step (\d+)")[1])
@@ -143,36 +162,34 @@ def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
             time.sleep(0.05)
 
 
-def test_when_a_node_is_lost_the_others_go_on_and_it_may_come_back(tmp_path: Path) -> None:
-    """Two agents with a rank each; one dies with its rank, and the world is half as large."""
+def test_nodes_come_and_go(tmp_path: Path) -> None:
+    """Two agents with a rank each: one comes later, dies with its rank, and another comes."""
     config = write(tmp_path)
-    meeting = (
-        *("--nproc-per-node=1", "--nnodes=1:2", "--max-restarts=3", "--rdzv-backend=c10d"),
-        *(f"--rdzv-endpoint={free_endpoint()}", "--rdzv-id=test"),
-        "--rdzv-conf=last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=6",
-    )
-    command = (sys.executable, "-m", "moetrain.torchrun", *meeting)
-    train = ("-m", "moetrain", "train", str(config))
-    variables = {"GLOO_SOCKET_IFNAME": "lo"}
-    first = Agent(tmp_path / "first", *command, *train, **variables)
+    port = free_port()
+    command = ("launch/train.sh", str(config))
+    variables = {
+        **{"NNODES": "1:2", "NPROC": "1", "MAX_RESTARTS": "3"},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"},
+        # Torchrun's own, for agents to notice sooner that one has come or gone.
+        "PET_RDZV_CONF": "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=6",
+    }
+    first = Agent(tmp_path / "first", *command, **variables)
     with agents(first):
-        time.sleep(1)  # the first to come keeps the store
-        second = Agent(tmp_path / "second", *command, *train, **variables)
+        first.wait_until(lambda: is_listening(port))  # who comes first keeps the store
+        second = Agent(tmp_path / "second", *command, **variables)
         with agents(second):
-            said = first if first.process.poll() is None else second
-            deadline = time.monotonic() + 2 * SECONDS
-            while checkpoint.latest(tmp_path / "runs/run") is None:
-                assert time.monotonic() < deadline, said.log.read_text()
-                time.sleep(0.05)
+            where = int(first.wait_for(r"stopped by a signal after step (\d+)")[1])
+            joined = first.wait_for(rf"on 2 ranks \(cpu\), from step {where}\n")
+            first.wait_for(f"step {where + 5}/{STEPS}")
         # `second` is gone
-        first.wait_for(r"moetrain: starting all ranks again")
-        start = int(first.wait_for(r"on 1 rank \(cpu\), from step (\d+)")[1])
-        assert start >= 2
-        first.wait_for(f"step {start + 5}/{STEPS}")
-        again = Agent(tmp_path / "again", *command, *train, **variables)
+        alone = first.wait_for(r"on 1 rank \(cpu\), from step (\d+)", joined.end())
+        assert int(alone[1]) > where
+        again = Agent(tmp_path / "again", *command, **variables)
         with agents(again):
-            where = first.wait_for(r"stopped by a signal after step (\d+)")[1]
-            first.wait_for(rf"on 2 ranks \(cpu\), from step {where}\n[^§]*step {int(where) + 3}/")
+            stop = first.wait_for(r"stopped by a signal after step (\d+)", alone.end())
+            where = int(stop[1])
+            first.wait_for(rf"on 2 ranks \(cpu\), from step {where}\n", stop.end())
+            first.wait_for(f"step {where + 3}/{STEPS}")
             again.process.send_signal(signal.SIGSTOP)
             assert first.end(signal.SIGTERM) == 75  # and with it the store
             assert again.end(signal.SIGCONT) == 75
@@ -214,7 +231,7 @@ def test_an_agent_that_is_asked_before_its_ranks_are_ready_ends(
 
 
 def test_agents_that_do_not_find_each_other_say_where_they_looked(tmp_path: Path) -> None:
-    where = free_endpoint()
+    where = f"127.0.0.1:{free_port()}"
     agent = Agent(
         tmp_path / "said",
         *(sys.executable, "-m", "moetrain.torchrun", "--nproc-per-node=1", "--nnodes=2"),
