@@ -31,6 +31,8 @@ from typing import Any, Literal, NamedTuple, Protocol, Self
 import torch
 import torch.distributed as dist
 
+from moetrain.host_memory import keep_freed
+
 Device = Literal["cpu", "cuda"]
 CLEAR_PEAK = Path("/proc/self/clear_refs")
 """Where Linux takes the order to measure a process's peak memory anew."""
@@ -192,6 +194,8 @@ def _serve(
     device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed()  # for all alike: as training does, and without it large blocks cost the most
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     backend = "nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(

@@ -20,7 +20,7 @@ from torch import Tensor
 from moetrain import parallel
 from moetrain.config import Config
 from moetrain.mesh import process_group
-from moetrain.moe import Draws, Local, MoE, experts, keyed
+from moetrain.moe import Draws, Local, MoE, dispatch, experts, keyed, layer
 
 ROOT = Path(__file__).parent.parent
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
@@ -116,11 +116,18 @@ def grouped_products_are_those_of_the_loop(device: torch.device) -> None:
         torch.testing.assert_close(grouped, looped, rtol=2**-7, atol=2**-7)
 
 
+def _never(_: torch.Tensor) -> bool:
+    """No mock, which would remember its tensors."""
+    return False
+
+
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Without what a CPU has instead: experts one after another."""
     with (
-        mock.patch.object(experts, "_is_packed", return_value=False),
+        mock.patch.object(experts, "goes_one_by_one", _never),
+        mock.patch.object(dispatch, "goes_one_by_one", _never),
+        mock.patch.object(layer, "_is_known_to_be_full", _never),
         mock.patch.object(parallel, "local_dispatcher", return_value=Local()),
     ):
         yield

@@ -55,7 +55,7 @@ def test_the_grouped_product_takes_an_expanded_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("counts", [[3, 0, 2], [0, 0, 0], [40, 33, 1]])
+@pytest.mark.parametrize("counts", [[3, 0, 2], [0, 0, 0], [40, 33, 1], [32, 0, 64]])
 def test_rows_of_any_number_equal_those_of_plain_operations(
     dtype: torch.dtype, counts: list[int]
 ) -> None:

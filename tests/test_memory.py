@@ -260,13 +260,7 @@ def live() -> dict[int, torch.UntypedStorage]:
     return {storage(tensor).data_ptr(): storage(tensor) for tensor in real}
 
 
-@pytest.fixture(autouse=True)
-def _layers_as_on_a_gpu() -> Iterator[None]:
-    """Of which the estimate is: a CPU that holds all experts keeps less."""
-    with as_on_a_gpu():
-        yield
-
-
+@as_on_a_gpu()  # of which the estimate is: experts that a CPU computes keep less
 @collecting_new_alone()
 def saved_bytes(made: Config) -> int:
     """What a real forward pass of one rank keeps besides the weights, for the backward pass."""

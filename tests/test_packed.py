@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from dispatching import NUM_EXPERTS, build, check_same, random, step
+from hypothesis import given
+from hypothesis import strategies as st
 from layers import ROUTERS
 from oracle_gates import Router
 from strategies import DIM
@@ -56,6 +58,39 @@ def test_outputs_counts_and_every_gradient_are_those_of_one_gather(
         for dispatcher in (Packed(), Local())
     ]
     check_same(of[:1], of[1])
+
+
+@given(counts=st.lists(st.integers(0, 1500), min_size=1, max_size=20))
+def test_groups_hold_all_rows_in_order_and_few_empty_ones(counts: list[int]) -> None:
+    groups = packed.cut(counts)
+    assert [count for group in groups for count in group.counts] == counts
+    expert = row = place = 0
+    for group in groups:
+        size = len(group.counts)
+        assert group.experts == slice(expert, expert + size)
+        assert group.rows == slice(row, row + sum(group.counts))
+        assert group.places == slice(place, place + size * group.room)
+        expert, row, place = group.experts.stop, group.rows.stop, group.places.stop
+        assert group.room % packed.ROWS == 0
+        assert all(count <= group.room for count in group.counts)
+        alone = sum(-(-count // packed.ROWS) for count in group.counts) * packed.ROWS
+        assert size * group.room <= (1 + packed.MOST_EMPTY) * alone
+        assert size == 1 or (size in packed.GROUPS and size * group.room <= packed.MOST_ROWS)
+
+
+@pytest.mark.parametrize(
+    ("counts", "sizes"),
+    [
+        ([256] * 12, [8, 4]),
+        ([512] * 8, [4, 4]),
+        ([2048] * 8, [1] * 8),
+        ([1024, 1000, 512, 40], [2, 1, 1]),
+        ([0] * 8, [8]),
+        ([0, 30, 0, 31, 32], [1, 1, 1, 2]),
+    ],
+)
+def test_experts_that_are_alike_go_together(counts: list[int], sizes: list[int]) -> None:
+    assert [len(group.counts) for group in packed.cut(counts)] == sizes
 
 
 @pytest.mark.parametrize("factor", [0.75, None])
@@ -131,13 +166,14 @@ def test_without_gradients_nothing_of_an_expert_outlives_it(
 ) -> None:
     hidden: list[weakref.ref[Tensor]] = []
 
-    def watch(hidden_n2F: Tensor) -> tuple[Tensor, Tensor]:
+    def watch(hidden_n2F: Tensor) -> Tensor:
         assert all((one() is not None) == keeps for one in hidden)
         hidden.append(weakref.ref(hidden_n2F))
         return forward(hidden_n2F)
 
     forward = packed.swiglu_forward
     monkeypatch.setattr(packed, "swiglu_forward", watch)
+    monkeypatch.setattr(packed, "GROUPS", ())  # one at a time
     layer = with_dispatcher(build(TOP3, 0.75, "position", range(NUM_EXPERTS)), Packed())
     with torch.set_grad_enabled(keeps):
         layer(batch(SOME)[0], SOME, "eval")

@@ -31,7 +31,7 @@ from moetrain.moe.exchange import (
     turn_back,
     uneven_routes,
 )
-from moetrain.moe.experts import Experts
+from moetrain.moe.experts import Experts, goes_one_by_one
 from moetrain.moe.flights import Flight, add_up, all_gather, land
 from moetrain.moe.packed import Packing, pack, run_packed
 from moetrain.moe.rows import combine_rows, gather_rows, reorder_experts
@@ -157,8 +157,8 @@ class AllToAll:
         returning = []
         for product, route, flight in zip(experts.split(self.chunks), routes, flights, strict=True):
             rows_RD = arrive(flight, route)
-            rows = rows_RD if route.counts else rows_RD.unflatten(0, (route.num_experts, -1))
-            results_RD = product(rows, route.counts).view_as(rows_RD)
+            results_RD = product(*_for_experts(rows_RD, route.num_experts, route.counts))
+            results_RD = results_RD.view_as(rows_RD)
             returning.append(turn_back(results_RD, route))
         returning = [change_back(*part) for part in zip(returning, routes, strict=True)]
         parts = [land(flight) for flight in returning]
@@ -176,6 +176,17 @@ def _cut(rows_RD: Tensor, sizes: list[int]) -> Sequence[Tensor]:
     """The rows in parts, without the empty tail that a dropless plan may have."""
     tail = len(rows_RD) - sum(sizes)
     return [rows_RD] if sizes == [len(rows_RD)] else rows_RD.split([*sizes, tail])[:-1]
+
+
+def _for_experts(
+    rows_RD: Tensor, num_experts: int, counts: list[int] | None
+) -> tuple[Tensor, list[int] | None]:
+    """Rows as these experts take them; where they have no counts, each has as many."""
+    if counts:
+        return rows_RD, counts
+    if goes_one_by_one(rows_RD):
+        return rows_RD, [len(rows_RD) // num_experts] * num_experts
+    return rows_RD.unflatten(0, (num_experts, -1)), None
 
 
 class Gathered(NamedTuple):
@@ -215,8 +226,7 @@ class AllGather:
         table_PX = land(arrived.table)
         plan, counts = _share(arrived.plan, table_PX, self.group.rank())
         rows_RD = gather_rows(land(arrived.x), plan)
-        rows = rows_RD if counts else rows_RD.unflatten(0, (plan.count_E.numel(), -1))
-        results_RD = experts(rows, counts).view_as(rows_RD)
+        results_RD = experts(*_for_experts(rows_RD, plan.count_E.numel(), counts)).view_as(rows_RD)
         gates = land(gates)
         shares = combine_rows(results_RD, gates, plan, dtype=gates.dtype)
         return add_up(shares, self.group).to(rows_RD.dtype)

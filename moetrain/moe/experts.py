@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moetrain.moe.packed import pack_sorted, run_packed
+from moetrain.moe.packed import run_sorted
 
 Feed: TypeAlias = Callable[[Tensor, list[int] | None], Tensor]
 """What experts do to their rows; see `Experts.forward`."""
@@ -71,17 +71,15 @@ class Experts(nn.Module):
 def _feed(rows: Tensor, counts: list[int] | None, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
     if counts is None:
         return torch.bmm(swiglu(torch.bmm(rows, w_gate_up)), w_down)
-    if _is_packed(rows):
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        one_R1 = rows.new_ones(len(rows), 1, dtype=wide)
-        packing = pack_sorted(counts, torch.arange(len(rows)))
-        return run_packed(rows, one_R1, w_gate_up, w_down, packing)
+    if goes_one_by_one(rows):
+        return run_sorted(rows, counts, w_gate_up, w_down)
     product = _grouped if _can_group(rows, w_gate_up, counts) else _looped
     return product(swiglu(product(rows, w_gate_up, counts)), w_down, counts)
 
 
-def _is_packed(rows_RD: Tensor) -> bool:
-    return not rows_RD.is_cuda
+def goes_one_by_one(rows_RD: Tensor) -> bool:
+    """Whether experts are better off one after another, on rows of any number each."""
+    return rows_RD.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _can_group(rows_RD: Tensor, w_gate_up: Tensor, counts: list[int]) -> bool:

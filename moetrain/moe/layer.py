@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from moetrain.moe import balance, keyed
 from moetrain.moe.balance import Demand
@@ -186,7 +187,7 @@ class MoE(nn.Module):
         slots = self._slots(group_size, mode)
         position_L = torch.arange(start, start + x_BLD.shape[1], device=x_BLD.device)
         inputs = Inputs(
-            x_BLD.flatten(0, 1).where(valid_T[:, None], 0),
+            _without_padding(x_BLD.flatten(0, 1), valid_T),
             valid_T,
             position_L.repeat(len(x_BLD)),
             None if token_BL is None else token_BL.flatten(),
@@ -253,6 +254,17 @@ class MoE(nn.Module):
             what = f"a {self.gate.name} gate" if self.gate.needs_draws else "drop policy random"
             raise ValueError(f"{what} draws at random in training and needs `draws`")
         return draws
+
+
+def _without_padding(x_TD: Tensor, valid_T: Tensor) -> Tensor:
+    """Zeros where there is padding."""
+    return x_TD if _is_known_to_be_full(valid_T) else x_TD.where(valid_T[:, None], 0)
+
+
+def _is_known_to_be_full(valid_T: Tensor) -> bool:
+    """Whether a CPU, which need not wait for the answer, sees that there is no padding."""
+    may_look = valid_T.device.type == "cpu" and not torch.compiler.is_compiling()
+    return may_look and not is_fake(valid_T) and bool(valid_T.all())
 
 
 def place(

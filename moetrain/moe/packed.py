@@ -1,24 +1,27 @@
-"""Experts one after another, each on its own rows while they are in the cache: for CPUs.
+"""Experts a few at a time, on their own rows while they are in the cache: for CPUs.
 
 A GPU wants equal shapes and one product for all experts. A CPU gains nothing by that, and loses by
-every empty row it multiplies and by every tensor that does not fit into its cache. So each expert
-gathers its tokens, multiplies them, and forgets what is cheap to have again: the gathered tokens,
-and what goes into its second product.
+every empty row it multiplies and by every tensor that does not fit into its cache. So it takes a
+group of neighbouring experts at a time that have about as many rows as each other: gathers their
+tokens, multiplies them, and forgets what is cheap to have again, the gathered tokens and what goes
+into the second product. Small experts in one product share its costs, and its threads have one
+each; a large one is a group of its own.
 
 Products of bf16 are compiled for every new number of rows, which takes longer than most products
-do. So each expert has rows in multiples of ROWS, the last ones zero: few numbers, met soon.
+do. So experts have rows in multiples of ROWS, the last ones zero: few numbers, met soon.
 
 Shape suffixes: T tokens, K choices, E experts, D model width, F expert hidden width, R filled rows,
-n rows of one expert.
+g experts of a group, n rows of each of them, P rows of all groups and one more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -26,58 +29,92 @@ from moetrain.moe.capacity import Plan
 from moetrain.moe.rows import sum_rows, weigh_rows
 
 ROWS = 32
+GROUPS = (8, 4, 2)
+"""Experts that are taken together, if they are alike; otherwise one."""
+MOST_ROWS = 2048
+"""Of a group of several."""
+MOST_EMPTY = 1 / 8
+"""Of its rows, beyond what its experts would have alone."""
+
+
+class Group(NamedTuple):
+    """Neighbouring experts that get equally many rows."""
+
+    counts: list[int]
+    """Filled rows of each."""
+    room: int
+    """Rows of each, n."""
+    experts: slice
+    rows: slice
+    """Among the filled rows, which lie sorted by expert."""
+    places: slice
+    """Among the rows of all groups."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(g, n)."""
+        return len(self.counts), self.room
+
+
+def cut(counts: Sequence[int]) -> list[Group]:
+    """Experts with so many rows each, in groups."""
+    rooms = [-(-count // ROWS) * ROWS for count in counts]
+    sizes = []
+    while (first := sum(sizes)) < len(rooms):
+        sizes.append(next((size for size in GROUPS if _is_alike(rooms[first:], size)), 1))
+    groups = []
+    for last, size in zip(accumulate(sizes), sizes, strict=True):
+        experts = slice(last - size, last)
+        before = groups[-1] if groups else Group([], 0, slice(0), slice(0), slice(0))
+        room, mine = max(rooms[experts]), list(counts[experts])
+        rows = slice(before.rows.stop, before.rows.stop + sum(mine))
+        places = slice(before.places.stop, before.places.stop + size * room)
+        groups.append(Group(mine, room, experts, rows, places))
+    return groups
+
+
+def _is_alike(rooms: Sequence[int], size: int) -> bool:
+    """Whether the first few are to be a group."""
+    padded = size * max(rooms[:size])
+    has_them = len(rooms) >= size
+    return has_them and padded <= min(MOST_ROWS, (1 + MOST_EMPTY) * sum(rooms[:size]))
 
 
 class Packing(NamedTuple):
-    """Filled rows, sorted by expert, and their places in a buffer where every expert's part is a
-    multiple of ROWS; the row past all of them is zero."""
+    """Where tokens lie in the rows of all groups; the row past these is zero."""
 
-    assignment_R: Tensor
-    """int64: the assignment in each row."""
+    token_R: Tensor
+    """int64: the token in each filled row."""
     place_TK: Tensor
     """int64: place of each assignment; the last one where it has no row."""
-    counts: list[int]
-    """Filled rows of each expert."""
-
-    @property
-    def parts(self) -> Iterator[tuple[slice, slice]]:
-        """Of every expert the rows, and their places with those that are left empty."""
-        rooms = map(_room, self.counts)
-        ends, places = accumulate(self.counts), accumulate(rooms)
-        for count, end, place in zip(self.counts, ends, places, strict=True):
-            yield slice(end - count, end), slice(place - _room(count), place)
+    groups: list[Group]
 
     @property
     def size(self) -> int:
-        """Rows of the buffer."""
-        return sum(map(_room, self.counts)) + 1
-
-
-def _room(count: int) -> int:
-    return -(-count // ROWS) * ROWS
+        """P."""
+        return self.groups[-1].places.stop + 1
 
 
 def pack(plan: Plan) -> Packing:
     """Leave out the empty rows of a plan. Reads counts on the host."""
     is_filled_R = plan.source_R < plan.row_TK.numel()
-    packing = pack_sorted(plan.count_E.tolist(), plan.source_R[is_filled_R])
-    place = packing.place_TK.new_full((len(is_filled_R) + 1,), packing.size - 1)
-    place[:-1][is_filled_R] = packing.place_TK.flatten()
-    return packing._replace(place_TK=place[plan.row_TK])
+    token_R = plan.source_R[is_filled_R] // plan.row_TK.shape[1]
+    groups = cut(plan.count_E.tolist())
+    place_R = torch.cat(
+        [
+            torch.arange(start, start + count)
+            for group in groups
+            for start, count in zip(_starts(group), group.counts, strict=True)
+        ]
+    )
+    place = plan.row_TK.new_full((len(is_filled_R) + 1,), groups[-1].places.stop)
+    place[:-1][is_filled_R] = place_R
+    return Packing(token_R, place[plan.row_TK], groups)
 
 
-def pack_sorted(counts: list[int], assignment_R: Tensor) -> Packing:
-    """Rows that are all filled and sorted by expert; `place_TK` is (R, 1)."""
-    rooms = [_room(count) for count in counts]
-    starts = [place - end for place, end in zip(_before(rooms), _before(counts), strict=True)]
-    shift_E, count_E = torch.tensor(starts), torch.tensor(counts)
-    place_R = torch.arange(len(assignment_R)) + shift_E.repeat_interleave(count_E)
-    return Packing(assignment_R, place_R[:, None], counts)
-
-
-def _before(sizes: list[int]) -> list[int]:
-    """Where each part begins."""
-    return [end - size for end, size in zip(accumulate(sizes), sizes, strict=True)]
+def _starts(group: Group) -> Iterator[int]:
+    """The first place of each of its experts."""
+    return (group.places.start + i * group.room for i in range(len(group.counts)))
 
 
 def run_packed(
@@ -88,10 +125,16 @@ def run_packed(
     The experts are SwiGLU networks with weights (E, D, 2F) and (E, F, D).
     """
     keeps = torch.is_grad_enabled()
-    return _Pass.apply(x_TD, gate_TK, w_gate_up, w_down, packing, keeps)  # type: ignore[return-value]
+    return _Tokens.apply(x_TD, gate_TK, w_gate_up, w_down, packing, keeps)  # type: ignore[return-value]
 
 
-class _Pass(torch.autograd.Function):
+def run_sorted(rows_RD: Tensor, counts: list[int], w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    """What each expert makes of its `counts` rows, which lie sorted by expert: (R, D)."""
+    keeps = torch.is_grad_enabled()
+    return _Rows.apply(rows_RD, w_gate_up, w_down, cut(counts), keeps)  # type: ignore[return-value]
+
+
+class _Tokens(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -102,79 +145,156 @@ class _Pass(torch.autograd.Function):
         packing: Packing,
         keeps: bool,
     ) -> Tensor:
-        token_R = packing.assignment_R // gate_TK.shape[1]
-        kept, results = [], []
-        for (rows, _), gate_up_D2F, down_FD in zip(packing.parts, w_gate_up, w_down, strict=True):
-            hidden_n2F = _gather(x_TD, token_R[rows]) @ gate_up_D2F
-            silu_nF, product_nF = swiglu_forward(hidden_n2F)
-            # Not into a common buffer: selective recomputation remembers what products return.
-            results.append(product_nF @ down_FD)
-            if keeps:
-                kept += [hidden_n2F, silu_nF]
-        result_RD = torch.cat([*results, x_TD.new_zeros(1, x_TD.shape[1])])
+        kept: list[Tensor] | None = [] if keeps else None
+        results = []
+        for group in packing.groups:
+            weights = w_gate_up[group.experts], w_down[group.experts]
+            result_gnD = _forward(_gather(x_TD, packing, group), *weights, kept)
+            results.append(result_gnD.flatten(0, 1))
+        result_PD = torch.cat([*results, x_TD.new_zeros(1, x_TD.shape[1])])
         ctx.packing = packing
-        ctx.save_for_backward(x_TD, gate_TK, w_gate_up, w_down, result_RD, *kept)
-        return weigh_rows(result_RD, gate_TK, packing.place_TK, x_TD.dtype, all_exist=True)
+        ctx.save_for_backward(x_TD, gate_TK, w_gate_up, w_down, result_PD, *(kept or ()))
+        return weigh_rows(result_PD, gate_TK, packing.place_TK, x_TD.dtype, all_exist=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor):  # type: ignore[override]
-        x_TD, gate_TK, w_gate_up, w_down, result_RD, *kept = ctx.saved_tensors
+        x_TD, gate_TK, w_gate_up, w_down, result_PD, *kept = ctx.saved_tensors
         packing: Packing = ctx.packing
-        token_R = packing.assignment_R // gate_TK.shape[1]
-        gate_R = gate_TK.flatten()[packing.assignment_R]
-        grad_gate_R, grad_x_RD = torch.empty_like(gate_R), _buffer(x_TD, packing)
-        grad_gate_up, grad_down = torch.empty_like(w_gate_up), torch.empty_like(w_down)
-        for expert, (rows, places) in enumerate(packing.parts):
-            hidden_n2F, silu_nF = kept[2 * expert : 2 * expert + 2]
-            grad_nD, count = _gather(grad_TD, token_R[rows]), rows.stop - rows.start
+        gate_P = gate_TK.new_zeros(packing.size)
+        gate_P.scatter_(0, packing.place_TK.flatten(), gate_TK.flatten())
+        grad_gate_P, grad_x_PD = torch.zeros_like(gate_P), torch.empty_like(result_PD)
+        grad_x_PD[-1] = 0
+        grads = torch.empty_like(w_gate_up), torch.empty_like(w_down)
+        for group, hidden_gn2F in zip(packing.groups, kept, strict=True):
+            experts, places = group.experts, group.places
+            grad_gnD = _gather(grad_TD, packing, group)
             # Each product is rounded, their sum is not.
-            overlap_nD = grad_nD * result_RD[places]
-            grad_gate_R[rows] = overlap_nD[:count].sum(-1, dtype=gate_R.dtype)
-            grad_nD[:count] *= gate_R[rows, None]
-            grad_nF = grad_nD @ w_down[expert].T
-            product_nF, grad_n2F = swiglu_backward(grad_nF, hidden_n2F, silu_nF)
-            torch.mm(product_nF.T, grad_nD, out=grad_down[expert])
-            x_nD = _gather(x_TD, token_R[rows])
-            torch.mm(x_nD.T, grad_n2F, out=grad_gate_up[expert])
-            torch.mm(grad_n2F, w_gate_up[expert].T, out=grad_x_RD[places])
-        grad_gate_N = torch.zeros_like(gate_TK).flatten()
-        grad_gate_N[packing.assignment_R] = grad_gate_R
-        grad_x_TD = sum_rows(grad_x_RD, packing.place_TK, all_exist=True)
-        return grad_x_TD, grad_gate_N.view_as(gate_TK), grad_gate_up, grad_down, None, None
+            overlap_ND = grad_gnD.flatten(0, 1) * result_PD[places]
+            grad_gate_P[places] = overlap_ND.sum(-1, dtype=gate_P.dtype)
+            _scale(grad_gnD, gate_P[places].view(*group.shape, 1))
+            weights = w_gate_up[experts], w_down[experts]
+            into = grads[0][experts], grads[1][experts], grad_x_PD[places].view_as(grad_gnD)
+            _backward(grad_gnD, _gather(x_TD, packing, group), hidden_gn2F, weights, into)
+        grad_x_TD = sum_rows(grad_x_PD, packing.place_TK, all_exist=True)
+        return grad_x_TD, grad_gate_P[packing.place_TK], *grads, None, None
 
 
-def _buffer(x_TD: Tensor, packing: Packing) -> Tensor:
-    """Room for all rows, the last one zero."""
-    rows_RD = x_TD.new_empty(packing.size, x_TD.shape[1])
-    rows_RD[-1] = 0
-    return rows_RD
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_RD: Tensor,
+        w_gate_up: Tensor,
+        w_down: Tensor,
+        groups: list[Group],
+        keeps: bool,
+    ) -> Tensor:
+        kept: list[Tensor] | None = [] if keeps else None
+        results = []
+        for group in groups:
+            weights = w_gate_up[group.experts], w_down[group.experts]
+            result_gnD = _forward(_filled_up(rows_RD, group), *weights, kept)
+            results += _filled(result_gnD, group)
+        ctx.groups = groups
+        ctx.save_for_backward(rows_RD, w_gate_up, w_down, *(kept or ()))
+        return torch.cat(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor):  # type: ignore[override]
+        rows_RD, w_gate_up, w_down, *kept = ctx.saved_tensors
+        grads = torch.empty_like(w_gate_up), torch.empty_like(w_down)
+        grads_of_rows = []
+        for group, hidden_gn2F in zip(ctx.groups, kept, strict=True):
+            x_gnD, experts = _filled_up(rows_RD, group), group.experts
+            weights, grad_x_gnD = (w_gate_up[experts], w_down[experts]), torch.empty_like(x_gnD)
+            into = grads[0][experts], grads[1][experts], grad_x_gnD
+            _backward(_filled_up(grad_RD, group), x_gnD, hidden_gn2F, weights, into)
+            grads_of_rows += _filled(grad_x_gnD, group)
+        return torch.cat(grads_of_rows), *grads, None, None
 
 
-def _gather(x_TD: Tensor, token_n: Tensor) -> Tensor:
-    """The vectors of some tokens, and zeros up to a multiple of ROWS."""
-    count = len(token_n)
-    rows_nD = x_TD.new_empty(_room(count), x_TD.shape[1])
-    torch.index_select(x_TD, 0, token_n, out=rows_nD[:count])
-    rows_nD[count:] = 0
-    return rows_nD
+def _forward(
+    x_gnD: Tensor, gate_up_gD2F: Tensor, down_gFD: Tensor, kept: list[Tensor] | None
+) -> Tensor:
+    """What a group makes of its rows; adds what its backward pass needs to `kept`, if any."""
+    hidden_gn2F = torch.bmm(x_gnD, gate_up_gD2F)
+    if kept is not None:
+        kept.append(hidden_gn2F)
+    # Not into a common buffer: selective recomputation remembers what products return.
+    return torch.bmm(swiglu_forward(hidden_gn2F), down_gFD)
 
 
-def swiglu_forward(hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """silu(gate) of a packed (..., 2F) = [gate | up], and its product with up, both (..., F)."""
+def _backward(
+    grad_gnD: Tensor,
+    x_gnD: Tensor,
+    hidden_gn2F: Tensor,
+    weights: tuple[Tensor, Tensor],
+    into: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Write a group's gradients: by both weights, and by its rows."""
+    (gate_up_gD2F, down_gFD), (grad_gate_up_gD2F, grad_down_gFD, grad_x_gnD) = weights, into
+    product_gnF, grad_gn2F = swiglu_backward(torch.bmm(grad_gnD, down_gFD.mT), hidden_gn2F)
+    torch.bmm(product_gnF.mT, grad_gnD, out=grad_down_gFD)
+    # Of this one, the larger, the product has more to do than the copy.
+    torch.bmm(x_gnD.mT.contiguous(), grad_gn2F, out=grad_gate_up_gD2F)
+    torch.bmm(grad_gn2F, gate_up_gD2F.mT, out=grad_x_gnD)
+
+
+def _gather(x_TD: Tensor, packing: Packing, group: Group) -> Tensor:
+    """The vectors of a group's tokens, zeros in its empty rows: (g, n, D)."""
+    rows_gnD = x_TD.new_empty(*group.shape, x_TD.shape[1])
+    tokens = packing.token_R[group.rows].split(group.counts)
+    for rows_nD, token_n in zip(rows_gnD, tokens, strict=True):
+        torch.index_select(x_TD, 0, token_n, out=rows_nD[: len(token_n)])
+        rows_nD[len(token_n) :] = 0
+    return rows_gnD
+
+
+def _filled_up(rows_RD: Tensor, group: Group) -> Tensor:
+    """A group's rows, zeros in its empty ones: (g, n, D)."""
+    parts = rows_RD[group.rows].split(group.counts)
+    if all(count == group.room for count in group.counts):
+        return rows_RD[group.rows].view(*group.shape, rows_RD.shape[1])
+    return torch.stack([F.pad(part, (0, 0, 0, group.room - len(part))) for part in parts])
+
+
+def _filled(rows_gnD: Tensor, group: Group) -> list[Tensor]:
+    """The rows of each expert that are not empty."""
+    return [rows[:count] for rows, count in zip(rows_gnD, group.counts, strict=True)]
+
+
+def _scale(rows_gnD: Tensor, gate_gn1: Tensor) -> None:
+    """rows *= gate, in the gates' precision, rounded once."""
+    if rows_gnD.dtype == gate_gn1.dtype:
+        rows_gnD *= gate_gn1
+        return
+    # In two parts, the smaller product rounded: much faster than with a gate of another type.
+    high_gn1 = gate_gn1.to(rows_gnD.dtype)
+    low_gn1 = (gate_gn1 - high_gn1).to(rows_gnD.dtype)
+    torch.addcmul(rows_gnD * low_gn1, rows_gnD, high_gn1, out=rows_gnD)
+
+
+def swiglu_forward(hidden: Tensor) -> Tensor:
+    """silu(gate)·up of a packed (..., 2F) = [gate | up]: (..., F)."""
     gate, up = hidden.chunk(2, dim=-1)
-    silu = torch.ops.aten.silu.out(gate, out=torch.empty_like(gate))
-    return silu, silu * up
+    return _silu(gate).mul_(up)
 
 
-def swiglu_backward(grad: Tensor, hidden: Tensor, silu: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward(grad: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """silu(gate)·up, (..., F), and the gradient by the packed (..., 2F).
 
-    `grad` is the gradient by the former, and overwritten; `silu` is silu(gate).
+    `grad` is the gradient by the former, and overwritten.
     """
     gate, up = hidden.chunk(2, dim=-1)
     grad_hidden = torch.empty_like(hidden)
     grad_gate, grad_up = grad_hidden.chunk(2, dim=-1)
+    silu = _silu(gate)
     torch.mul(grad, silu, out=grad_up)
     torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad_gate)
-    return silu * up, grad_hidden
+    return silu.mul_(up), grad_hidden
+
+
+def _silu(gate: Tensor) -> Tensor:
+    return torch.ops.aten.silu.out(gate, out=gate.new_empty(gate.shape))
