@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moetrain.moe.capacity import Plan
-from moetrain.moe.rows import sum_rows, weigh_rows
+from moetrain.moe.rows import dot_rows, sum_rows, weigh_rows
 
 ROWS = 32
 GROUPS = (8, 4, 2)
@@ -163,21 +163,19 @@ class _Tokens(torch.autograd.Function):
         packing: Packing = ctx.packing
         gate_P = gate_TK.new_zeros(packing.size)
         gate_P.scatter_(0, packing.place_TK.flatten(), gate_TK.flatten())
-        grad_gate_P, grad_x_PD = torch.zeros_like(gate_P), torch.empty_like(result_PD)
+        grad_x_PD = torch.empty_like(result_PD)
         grad_x_PD[-1] = 0
         grads = torch.empty_like(w_gate_up), torch.empty_like(w_down)
         for group, hidden_gn2F in zip(packing.groups, kept, strict=True):
             experts, places = group.experts, group.places
             grad_gnD = _gather(grad_TD, packing, group)
-            # Each product is rounded, their sum is not.
-            overlap_ND = grad_gnD.flatten(0, 1) * result_PD[places]
-            grad_gate_P[places] = overlap_ND.sum(-1, dtype=gate_P.dtype)
             _scale(grad_gnD, gate_P[places].view(*group.shape, 1))
             weights = w_gate_up[experts], w_down[experts]
             into = grads[0][experts], grads[1][experts], grad_x_PD[places].view_as(grad_gnD)
             _backward(grad_gnD, _gather(x_TD, packing, group), hidden_gn2F, weights, into)
         grad_x_TD = sum_rows(grad_x_PD, packing.place_TK, all_exist=True)
-        return grad_x_TD, grad_gate_P[packing.place_TK], *grads, None, None
+        grad_gate_TK = dot_rows(grad_TD, result_PD, packing.place_TK).to(gate_TK.dtype)
+        return grad_x_TD, grad_gate_TK, *grads, None, None
 
 
 class _Rows(torch.autograd.Function):

@@ -98,6 +98,15 @@ def sum_rows(rows_RD: Tensor, row_TK: Tensor, all_exist: bool = False) -> Tensor
     return weigh_rows(rows_RD, ones_TK, row_TK, rows_RD.dtype)
 
 
+def dot_rows(x_TD: Tensor, rows_RD: Tensor, row_TK: Tensor) -> Tensor:
+    """x[t]·rows[row[t, k]], summed in fp32 at least and rounded once, on a CPU: (T, K)."""
+    num_tokens, k = row_TK.shape
+    token_T = torch.arange(num_tokens)
+    bags = row_TK.flatten(), token_T * k, token_T.repeat_interleave(k)
+    grad_of_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    return grad_of_weights(x_TD, rows_RD, *bags, mode=0).view(num_tokens, k)
+
+
 def _has_bags(rows_RD: Tensor) -> bool:
     """Whether rows are summed by the kernel of embedding bags: one pass over the rows, in fp32 and
     in order. On a CPU it takes a tenth of the time that gathers and sums take."""
