@@ -217,11 +217,11 @@ def _forward(
     x_gnD: Tensor, gate_up_gD2F: Tensor, down_gFD: Tensor, kept: list[Tensor] | None
 ) -> Tensor:
     """What a group makes of its rows; adds what its backward pass needs to `kept`, if any."""
-    hidden_gn2F = torch.bmm(x_gnD, gate_up_gD2F)
+    hidden_gn2F = _products(x_gnD, gate_up_gD2F)
     if kept is not None:
         kept.append(hidden_gn2F)
     # Not into a common buffer: selective recomputation remembers what products return.
-    return torch.bmm(swiglu_forward(hidden_gn2F), down_gFD)
+    return _products(swiglu_forward(hidden_gn2F), down_gFD)
 
 
 def _backward(
@@ -233,11 +233,26 @@ def _backward(
 ) -> None:
     """Write a group's gradients: by both weights, and by its rows."""
     (gate_up_gD2F, down_gFD), (grad_gate_up_gD2F, grad_down_gFD, grad_x_gnD) = weights, into
-    product_gnF, grad_gn2F = swiglu_backward(torch.bmm(grad_gnD, down_gFD.mT), hidden_gn2F)
-    torch.bmm(product_gnF.mT, grad_gnD, out=grad_down_gFD)
+    product_gnF, grad_gn2F = swiglu_backward(_products(grad_gnD, down_gFD.mT), hidden_gn2F)
+    _products(product_gnF.mT, grad_gnD, out=grad_down_gFD)
     # Of this one, the larger, the product has more to do than the copy.
-    torch.bmm(x_gnD.mT.contiguous(), grad_gn2F, out=grad_gate_up_gD2F)
-    torch.bmm(grad_gn2F, gate_up_gD2F.mT, out=grad_x_gnD)
+    _products(_transposed(x_gnD), grad_gn2F, out=grad_gate_up_gD2F)
+    _products(grad_gn2F, gate_up_gD2F.mT, out=grad_x_gnD)
+
+
+def _products(one: Tensor, other: Tensor, out: Tensor | None = None) -> Tensor:
+    """Matrix products of each expert; that of a single one is faster as such."""
+    if len(one) > 1:
+        return torch.bmm(one, other, out=out)
+    return torch.mm(one[0], other[0], out=None if out is None else out[0])[None]
+
+
+def _transposed(x_gnD: Tensor) -> Tensor:
+    """A copy, (g, D, n); of matrices, since of all at once it is slow."""
+    x_gDn = x_gnD.new_empty(x_gnD.mT.shape)
+    for x_Dn, x_nD in zip(x_gDn, x_gnD, strict=True):
+        x_Dn.copy_(x_nD.T)
+    return x_gDn
 
 
 def _gather(x_TD: Tensor, packing: Packing, group: Group) -> Tensor:
