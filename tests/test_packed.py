@@ -60,9 +60,12 @@ def test_outputs_counts_and_every_gradient_are_those_of_one_gather(
     check_same(of[:1], of[1])
 
 
+WIDTHS = 512, 1024
+
+
 @given(counts=st.lists(st.integers(0, 1500), min_size=1, max_size=20))
 def test_groups_hold_all_rows_in_order_and_few_empty_ones(counts: list[int]) -> None:
-    groups = packed.cut(counts)
+    groups = packed.cut(counts, *WIDTHS)
     assert [count for group in groups for count in group.counts] == counts
     expert = row = place = 0
     for group in groups:
@@ -73,24 +76,30 @@ def test_groups_hold_all_rows_in_order_and_few_empty_ones(counts: list[int]) -> 
         expert, row, place = group.experts.stop, group.rows.stop, group.places.stop
         assert group.room % packed.ROWS == 0
         assert all(count <= group.room for count in group.counts)
-        alone = sum(-(-count // packed.ROWS) for count in group.counts) * packed.ROWS
-        assert size * group.room <= (1 + packed.MOST_EMPTY) * alone
-        assert size == 1 or (size in packed.GROUPS and size * group.room <= packed.MOST_ROWS)
+        if size == 1:
+            assert group.room < group.counts[0] + packed.ROWS
+            continue
+        assert size in packed.GROUPS
+        assert size * group.room * 1024 <= packed.MOST_NUMBERS
+        empty = sum(group.room - -(-count // packed.ROWS) * packed.ROWS for count in group.counts)
+        assert 6 * empty * (3 * 512 * 1024) <= packed.EMPTY_FLOPS * (size - 1)
 
 
 @pytest.mark.parametrize(
-    ("counts", "sizes"),
+    ("counts", "widths", "sizes"),
     [
-        ([256] * 12, [8, 4]),
-        ([512] * 8, [4, 4]),
-        ([2048] * 8, [1] * 8),
-        ([1024, 1000, 512, 40], [2, 1, 1]),
-        ([0] * 8, [8]),
-        ([0, 30, 0, 31, 32], [1, 1, 1, 2]),
+        ([256] * 12, WIDTHS, [8, 4]),
+        ([512] * 8, WIDTHS, [4, 4]),
+        ([2048] * 8, WIDTHS, [1] * 8),
+        ([1024, 1000, 512, 40], WIDTHS, [2, 1, 1]),
+        ([0] * 8, WIDTHS, [8]),
+        ([320, 640, 512, 512, 480, 600, 544, 424], (192, 384), [8]),  # not worth a group each
     ],
 )
-def test_experts_that_are_alike_go_together(counts: list[int], sizes: list[int]) -> None:
-    assert [len(group.counts) for group in packed.cut(counts)] == sizes
+def test_experts_that_are_alike_go_together(
+    counts: list[int], widths: tuple[int, int], sizes: list[int]
+) -> None:
+    assert [len(group.counts) for group in packed.cut(counts, *widths)] == sizes
 
 
 @pytest.mark.parametrize("factor", [0.75, None])

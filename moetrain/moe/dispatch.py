@@ -33,7 +33,7 @@ from moetrain.moe.exchange import (
 )
 from moetrain.moe.experts import Experts, goes_one_by_one
 from moetrain.moe.flights import Flight, add_up, all_gather, land
-from moetrain.moe.packed import Packing, pack, run_packed
+from moetrain.moe.packed import run_packed
 from moetrain.moe.rows import combine_rows, gather_rows, reorder_experts
 
 
@@ -84,7 +84,7 @@ class Waiting(NamedTuple):
     """Tokens, where they are, and the rows they are to be."""
 
     x_TD: Tensor
-    packing: Packing
+    plan: Plan
 
 
 @final
@@ -92,12 +92,12 @@ class Packed:
     """All experts are on this rank, which is a CPU: see `moetrain.moe.packed`."""
 
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Waiting:
-        """Note which rows are filled."""
-        return Waiting(x_TD, pack(plan))
+        """Nothing moves yet."""
+        return Waiting(x_TD, plan)
 
     def combine(self, experts: Experts, arrived: Waiting, gate_TK: Tensor) -> Tensor:
-        """Gather, multiply and sum, expert by expert."""
-        return run_packed(arrived.x_TD, gate_TK, *experts.local_weights(), arrived.packing)
+        """Gather, multiply and sum, a few experts at a time."""
+        return run_packed(arrived.x_TD, gate_TK, *experts.local_weights(), arrived.plan)
 
 
 class Flights(NamedTuple):

@@ -31,10 +31,10 @@ from moetrain.moe.rows import dot_rows, sum_rows, weigh_rows
 ROWS = 32
 GROUPS = (8, 4, 2)
 """Experts that are taken together, if they are alike; otherwise one."""
-MOST_ROWS = 2048
-"""Of a group of several."""
-MOST_EMPTY = 1 / 8
-"""Of its rows, beyond what its experts would have alone."""
+MOST_NUMBERS = 1 << 21
+"""In the hidden activations of a group of several."""
+EMPTY_FLOPS = 5e8
+"""That may go into empty rows for each expert of a group but one: another group costs more."""
 
 
 class Group(NamedTuple):
@@ -56,12 +56,19 @@ class Group(NamedTuple):
         return len(self.counts), self.room
 
 
-def cut(counts: Sequence[int]) -> list[Group]:
-    """Experts with so many rows each, in groups."""
-    rooms = [-(-count // ROWS) * ROWS for count in counts]
-    sizes = []
+def cut(counts: Sequence[int], dim: int, hidden_dim: int) -> list[Group]:
+    """Experts of such width, with so many rows each, in groups."""
+    rooms, sizes = [-(-count // ROWS) * ROWS for count in counts], []
+
+    def are_alike(rooms: Sequence[int]) -> bool:
+        num_rows = len(rooms) * max(rooms)
+        flops = 18 * dim * hidden_dim * (num_rows - sum(rooms))  # forward and backward
+        is_small = num_rows * hidden_dim <= MOST_NUMBERS
+        return is_small and flops <= EMPTY_FLOPS * (len(rooms) - 1)
+
     while (first := sum(sizes)) < len(rooms):
-        sizes.append(next((size for size in GROUPS if _is_alike(rooms[first:], size)), 1))
+        fitting = [size for size in GROUPS if first + size <= len(rooms)]
+        sizes.append(next((n for n in fitting if are_alike(rooms[first : first + n])), 1))
     groups = []
     for last, size in zip(accumulate(sizes), sizes, strict=True):
         experts = slice(last - size, last)
@@ -71,13 +78,6 @@ def cut(counts: Sequence[int]) -> list[Group]:
         places = slice(before.places.stop, before.places.stop + size * room)
         groups.append(Group(mine, room, experts, rows, places))
     return groups
-
-
-def _is_alike(rooms: Sequence[int], size: int) -> bool:
-    """Whether the first few are to be a group."""
-    padded = size * max(rooms[:size])
-    has_them = len(rooms) >= size
-    return has_them and padded <= min(MOST_ROWS, (1 + MOST_EMPTY) * sum(rooms[:size]))
 
 
 class Packing(NamedTuple):
@@ -95,11 +95,16 @@ class Packing(NamedTuple):
         return self.groups[-1].places.stop + 1
 
 
-def pack(plan: Plan) -> Packing:
-    """Leave out the empty rows of a plan. Reads counts on the host."""
+def _widths(w_down: Tensor) -> tuple[int, int]:
+    _, hidden_dim, dim = w_down.shape
+    return dim, hidden_dim
+
+
+def _pack(plan: Plan, dim: int, hidden_dim: int) -> Packing:
+    """Leave out the empty rows of a plan, for experts of such width. Reads counts on the host."""
     is_filled_R = plan.source_R < plan.row_TK.numel()
     token_R = plan.source_R[is_filled_R] // plan.row_TK.shape[1]
-    groups = cut(plan.count_E.tolist())
+    groups = cut(plan.count_E.tolist(), dim, hidden_dim)
     place_R = torch.cat(
         [
             torch.arange(start, start + count)
@@ -118,20 +123,20 @@ def _starts(group: Group) -> Iterator[int]:
 
 
 def run_packed(
-    x_TD: Tensor, gate_TK: Tensor, w_gate_up: Tensor, w_down: Tensor, packing: Packing
+    x_TD: Tensor, gate_TK: Tensor, w_gate_up: Tensor, w_down: Tensor, plan: Plan
 ) -> Tensor:
     """y[t] = Σ_k gate[t, k]·expert(x[t]) over the choices that have a row: (T, D).
 
     The experts are SwiGLU networks with weights (E, D, 2F) and (E, F, D).
     """
-    keeps = torch.is_grad_enabled()
+    packing, keeps = _pack(plan, *_widths(w_down)), torch.is_grad_enabled()
     return _Tokens.apply(x_TD, gate_TK, w_gate_up, w_down, packing, keeps)  # type: ignore[return-value]
 
 
 def run_sorted(rows_RD: Tensor, counts: list[int], w_gate_up: Tensor, w_down: Tensor) -> Tensor:
     """What each expert makes of its `counts` rows, which lie sorted by expert: (R, D)."""
-    keeps = torch.is_grad_enabled()
-    return _Rows.apply(rows_RD, w_gate_up, w_down, cut(counts), keeps)  # type: ignore[return-value]
+    groups, keeps = cut(counts, *_widths(w_down)), torch.is_grad_enabled()
+    return _Rows.apply(rows_RD, w_gate_up, w_down, groups, keeps)  # type: ignore[return-value]
 
 
 class _Tokens(torch.autograd.Function):
