@@ -74,14 +74,15 @@ def test_groups_hold_all_rows_in_order_and_few_empty_ones(counts: list[int]) -> 
         assert group.rows == slice(row, row + sum(group.counts))
         assert group.places == slice(place, place + size * group.room)
         expert, row, place = group.experts.stop, group.rows.stop, group.places.stop
-        assert group.room % packed.ROWS == 0
+        multiple = packed.FEW_ROWS if size == 1 else packed.MANY_ROWS
+        assert group.room % multiple == 0
         assert all(count <= group.room for count in group.counts)
         if size == 1:
-            assert group.room < group.counts[0] + packed.ROWS
+            assert group.room < group.counts[0] + multiple
             continue
         assert size in packed.GROUPS
         assert size * group.room * 1024 <= packed.MOST_NUMBERS
-        empty = sum(group.room - -(-count // packed.ROWS) * packed.ROWS for count in group.counts)
+        empty = sum(group.room - count for count in group.counts)
         assert 6 * empty * (3 * 512 * 1024) <= packed.EMPTY_FLOPS * (size - 1)
 
 
@@ -89,17 +90,22 @@ def test_groups_hold_all_rows_in_order_and_few_empty_ones(counts: list[int]) -> 
     ("counts", "widths", "sizes"),
     [
         ([256] * 12, WIDTHS, [8, 4]),
-        ([512] * 8, WIDTHS, [4, 4]),
-        ([2048] * 8, WIDTHS, [1] * 8),
+        ([1024] * 8, WIDTHS, [4, 4]),
+        ([4096] * 8, WIDTHS, [1] * 8),
         ([1024, 1000, 512, 40], WIDTHS, [2, 1, 1]),
         ([0] * 8, WIDTHS, [8]),
-        ([320, 640, 512, 512, 480, 600, 544, 424], (192, 384), [8]),  # not worth a group each
+        ([320, 704, 512, 512, 480, 600, 544, 424], (192, 384), [8]),  # not worth a group each
     ],
 )
 def test_experts_that_are_alike_go_together(
     counts: list[int], widths: tuple[int, int], sizes: list[int]
 ) -> None:
     assert [len(group.counts) for group in packed.cut(counts, *widths)] == sizes
+
+
+def test_small_experts_come_in_few_shapes() -> None:
+    rooms = {packed.cut([count], 192, 384)[0].room for count in range(1, 513)}
+    assert rooms == {128, 256, 384, 512}
 
 
 @pytest.mark.parametrize("factor", [0.75, None])

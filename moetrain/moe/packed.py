@@ -7,8 +7,9 @@ tokens, multiplies them, and forgets what is cheap to have again, the gathered t
 into the second product. Small experts in one product share its costs, and its threads have one
 each; a large one is a group of its own.
 
-Products of bf16 are compiled for every new number of rows, which takes longer than most products
-do. So experts have rows in multiples of ROWS, the last ones zero: few numbers, met soon.
+Products of bf16 are compiled for every new shape, which takes longer than most products do. So
+experts have rows in multiples of FEW_ROWS, small or grouped ones in multiples of MANY_ROWS, the
+last ones zero: few shapes, met soon.
 
 Shape suffixes: T tokens, K choices, E experts, D model width, F expert hidden width, R filled rows,
 g experts of a group, n rows of each of them, P rows of all groups and one more.
@@ -28,13 +29,14 @@ from torch.autograd.function import once_differentiable
 from moetrain.moe.capacity import Plan
 from moetrain.moe.rows import dot_rows, sum_rows, weigh_rows
 
-ROWS = 32
+FEW_ROWS, MANY_ROWS = 32, 128
 GROUPS = (8, 4, 2)
 """Experts that are taken together, if they are alike; otherwise one."""
-MOST_NUMBERS = 1 << 21
+MOST_NUMBERS = 1 << 22
 """In the hidden activations of a group of several."""
 EMPTY_FLOPS = 5e8
-"""That may go into empty rows for each expert of a group but one: another group costs more."""
+"""That may go into empty rows: for each expert of a group but one, since another group costs more;
+and for one expert, since another shape does."""
 
 
 class Group(NamedTuple):
@@ -58,22 +60,28 @@ class Group(NamedTuple):
 
 def cut(counts: Sequence[int], dim: int, hidden_dim: int) -> list[Group]:
     """Experts of such width, with so many rows each, in groups."""
-    rooms, sizes = [-(-count // ROWS) * ROWS for count in counts], []
+    sizes, row_flops = [], 18 * dim * hidden_dim  # forward and backward
 
-    def are_alike(rooms: Sequence[int]) -> bool:
-        num_rows = len(rooms) * max(rooms)
-        flops = 18 * dim * hidden_dim * (num_rows - sum(rooms))  # forward and backward
+    def room_of(counts: Sequence[int]) -> int:
+        is_dear = len(counts) == 1 and MANY_ROWS * row_flops > EMPTY_FLOPS
+        multiple = FEW_ROWS if is_dear else MANY_ROWS
+        return -(-max(counts) // multiple) * multiple
+
+    def are_alike(counts: Sequence[int]) -> bool:
+        num_rows = len(counts) * room_of(counts)
+        flops = row_flops * (num_rows - sum(counts))
         is_small = num_rows * hidden_dim <= MOST_NUMBERS
-        return is_small and flops <= EMPTY_FLOPS * (len(rooms) - 1)
+        return is_small and flops <= EMPTY_FLOPS * (len(counts) - 1)
 
-    while (first := sum(sizes)) < len(rooms):
-        fitting = [size for size in GROUPS if first + size <= len(rooms)]
-        sizes.append(next((n for n in fitting if are_alike(rooms[first : first + n])), 1))
+    while (first := sum(sizes)) < len(counts):
+        fitting = [size for size in GROUPS if first + size <= len(counts)]
+        sizes.append(next((n for n in fitting if are_alike(counts[first : first + n])), 1))
     groups = []
     for last, size in zip(accumulate(sizes), sizes, strict=True):
         experts = slice(last - size, last)
         before = groups[-1] if groups else Group([], 0, slice(0), slice(0), slice(0))
-        room, mine = max(rooms[experts]), list(counts[experts])
+        mine = list(counts[experts])
+        room = room_of(mine)
         rows = slice(before.rows.stop, before.rows.stop + sum(mine))
         places = slice(before.places.stop, before.places.stop + size * room)
         groups.append(Group(mine, room, experts, rows, places))
