@@ -33,7 +33,6 @@ from torch import Tensor
 
 from moetrain import settings
 from moetrain.errors import UserError
-from moetrain.host_memory import keep_freed
 from moetrain.mesh import process_group
 from moetrain.moe import flights
 
@@ -56,7 +55,6 @@ def main() -> None:
         raise SystemExit(start_ranks(options.ranks))
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for them
-        keep_freed()  # as training does
     try:
         with process_group() as device:
             found = measure(options, device)

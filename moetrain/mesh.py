@@ -21,6 +21,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moetrain.errors import UserError
+from moetrain.host_memory import keep_freed
 
 T = TypeVar("T")
 
@@ -45,6 +46,8 @@ def process_group():
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
+    else:
+        keep_freed()
     rank, world = rank_and_world()
     alone = None if "RANK" in os.environ else dist.HashStore()
     dist.init_process_group(

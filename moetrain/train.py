@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from moetrain import checkpoint, engines, host_memory, lock, settings
+from moetrain import checkpoint, engines, lock, settings
 from moetrain.autopilot import changes
 from moetrain.build import build_model
 from moetrain.checkpoint import CheckpointError, Saver
@@ -63,8 +63,6 @@ def run(config: Config) -> int:
         lock.hold(folder, LINGERING_S if restarted else 0.0),
         _watched(folder, limit_s) as watch,
     ):
-        if device.type == "cpu":
-            host_memory.keep_freed()
         parallel = config.parallel
         mesh = Mesh(device, parallel.ep, parallel.dp_replicate, parallel.nodes_apart)
         ready = set_up(config, folder, mesh)
