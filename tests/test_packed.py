@@ -90,11 +90,11 @@ def test_groups_hold_all_rows_in_order_and_few_empty_ones(counts: list[int]) -> 
     ("counts", "widths", "sizes"),
     [
         ([256] * 12, WIDTHS, [8, 4]),
-        ([1024] * 8, WIDTHS, [4, 4]),
-        ([4096] * 8, WIDTHS, [1] * 8),
+        ([512] * 8, WIDTHS, [4, 4]),
+        ([2048] * 8, WIDTHS, [1] * 8),
         ([1024, 1000, 512, 40], WIDTHS, [2, 1, 1]),
         ([0] * 8, WIDTHS, [8]),
-        ([320, 704, 512, 512, 480, 600, 544, 424], (192, 384), [8]),  # not worth a group each
+        ([320, 640, 512, 512, 480, 600, 544, 424], (192, 384), [8]),  # not worth a group each
     ],
 )
 def test_experts_that_are_alike_go_together(

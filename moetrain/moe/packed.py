@@ -32,7 +32,7 @@ from moetrain.moe.rows import dot_rows, sum_rows, weigh_rows
 FEW_ROWS, MANY_ROWS = 32, 128
 GROUPS = (8, 4, 2)
 """Experts that are taken together, if they are alike; otherwise one."""
-MOST_NUMBERS = 1 << 22
+MOST_NUMBERS = 1 << 21
 """In the hidden activations of a group of several."""
 EMPTY_FLOPS = 5e8
 """That may go into empty rows: for each expert of a group but one, since another group costs more;
