@@ -260,7 +260,13 @@ def live() -> dict[int, torch.UntypedStorage]:
     return {storage(tensor).data_ptr(): storage(tensor) for tensor in real}
 
 
-@as_on_a_gpu()  # of which the estimate is: experts that a CPU computes keep less
+@pytest.fixture(autouse=True)
+def _layers_as_on_a_gpu() -> Iterator[None]:
+    """Of which the estimate is: experts that a CPU computes keep less."""
+    with as_on_a_gpu():
+        yield
+
+
 @collecting_new_alone()
 def saved_bytes(made: Config) -> int:
     """What a real forward pass of one rank keeps besides the weights, for the backward pass."""
@@ -290,6 +296,12 @@ def saved_bytes(made: Config) -> int:
         kept |= {at: found[at] for at in found.keys() - before.keys() - returned}
     weights = {storage(weight).data_ptr() for weight in model.parameters()}
     return sum(memory.nbytes() for at, memory in kept.items() if at not in weights)
+
+
+def saved_bytes_of_process(made: Config) -> int:
+    """The same in a process that no fixture has prepared."""
+    with as_on_a_gpu():
+        return saved_bytes(made)
 
 
 ROOM = {"dim": 64, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 96}
@@ -385,5 +397,5 @@ def test_what_ranks_keep_however_rows_are_sent(
         data={"seq_len": 64},
     )
     found = activations(made, VOCAB)
-    for real in ranks4.run(saved_bytes, made):
+    for real in ranks4.run(saved_bytes_of_process, made):
         assert found.outside + sum(found.blocks) == pytest.approx(real, rel=0.01)

@@ -60,6 +60,11 @@ class Agent:
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.05)
 
+    def command(self) -> list[str]:
+        """What it runs now."""
+        words = Path(f"/proc/{self.process.pid}/cmdline").read_text().split("\0")
+        return [sys.executable, *words[1:-1]]
+
     def rank(self, number: int) -> int:
         """The process id of a rank."""
         children = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
@@ -93,13 +98,6 @@ def free_port() -> int:
     """One of this host where nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]
-
-
-def is_listening(port: int) -> bool:
-    """Whether somebody listens there."""
-    with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-        return True
-    return False
 
 
 def write(folder: Path) -> Path:
@@ -175,7 +173,8 @@ def test_nodes_come_and_go(tmp_path: Path) -> None:
     }
     first = Agent(tmp_path / "first", *command, **variables)
     with agents(first):
-        first.wait_until(lambda: is_listening(port))  # who comes first keeps the store
+        first.wait_for("step 2/")
+        command = first.command()  # what the script has become, without its checks
         second = Agent(tmp_path / "second", *command, **variables)
         with agents(second):
             where = int(first.wait_for(r"stopped by a signal after step (\d+)")[1])
