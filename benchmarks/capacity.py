@@ -36,6 +36,7 @@ from moetrain.constraints import spell
 from moetrain.errors import UserError
 from moetrain.failure import end_with_launcher
 from moetrain.mesh import Mesh, gather, process_group, rank_and_world
+from moetrain.precision import computes_in
 from moetrain.trace import Trace
 
 Flags = Annotated[
@@ -202,8 +203,8 @@ def described(base: Config, length: plan.Length, repeats: int, world: int) -> tu
         f"{length.warm_start} steps at the config's own setting, then {length.steps} of every "
         f"variant from there, in turn, {repeats} time{'s' * (repeats > 1)}; "
         f"{tokens:,} tokens a step, on {world} rank{'s' * (world > 1)} with expert parallelism "
-        f"{base.parallel.ep}, in {base.engine.precision}. Held-out loss is in nats per token, at "
-        f"an evaluation factor of {spell(base.moe.eval_capacity_factor)} for all."
+        f"{base.parallel.ep}, in {computes_in(base.engine)}. Held-out loss is in nats per token, "
+        f"at an evaluation factor of {spell(base.moe.eval_capacity_factor)} for all."
     )
     scale = f"{size(base)} after {length.total} steps ({length.total * tokens:,} tokens)"
     return what, scale

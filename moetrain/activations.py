@@ -19,9 +19,7 @@ from moetrain.loss import CHUNK_TOKENS
 from moetrain.model import Transformer
 from moetrain.moe import Draws, LayerOutput, MoE, Router
 from moetrain.parallel import COSTLY, Recompute, apply_recompute
-
-COMPUTED_IN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-"""What each `engine.precision` multiplies in."""
+from moetrain.precision import compute_dtype
 
 
 class Activations(NamedTuple):
@@ -67,7 +65,7 @@ def kept_bytes(model: Transformer, config: Config, recompute: Recompute) -> list
     """
     apply_recompute(model, recompute)
     with FakeTensorMode():
-        _fill(model, COMPUTED_IN[config.engine.precision])
+        _fill(model, compute_dtype(config.engine))
         keeper = _Keeper(model, recompute, config.parallel)
         tokens_BL = torch.zeros(config.train.micro_batch, config.data.seq_len, dtype=torch.int64)
         document_BL = tokens_BL.clone() if config.data.mask_documents else None
@@ -186,7 +184,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _logits(model: Transformer, config: Config) -> int:
-    compute = COMPUTED_IN[config.engine.precision]
+    compute = compute_dtype(config.engine)
     wide = torch.promote_types(compute, torch.float32)
     tokens = min(CHUNK_TOKENS, config.train.micro_batch * config.data.seq_len)
     return tokens * model.embedding.num_embeddings * (compute.itemsize + 2 * wide.itemsize)

@@ -188,8 +188,9 @@ class EngineConfig(Section):
 
     kind: Literal["torch", "deepspeed"] = "torch"
     """torch: FSDP2; deepspeed: ZeRO."""
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """bf16 keeps fp32 master weights and an fp32 router; fp64 is for parity tests on CPU."""
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = "fp32"
+    """bf16 keeps fp32 master weights and an fp32 router; auto is bf16 where the machine has
+    instructions for it, otherwise fp32; fp64 is for parity tests on CPU."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again rather than find in memory. full: each block from its
     input. selective: norms, activations and permutations, but no matrix product and nothing that

@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 from torch import nn
 
-from moetrain.activations import COMPUTED_IN, activations
+from moetrain.activations import activations
 from moetrain.config import Config
 from moetrain.engines.deepspeed_config import bucket_size
 from moetrain.model import Block, Transformer
 from moetrain.moe import Experts, Router
 from moetrain.optim import decays
+from moetrain.precision import compute_dtype, computes_in
 
 
 class Row(NamedTuple):
@@ -57,7 +58,7 @@ def _accumulates(config: Config, world_size: int) -> bool:
 
 def _fsdp(config: Config, model: Transformer, world_size: int) -> list[Row]:
     """Rank 0, on which no shard is smaller than elsewhere: see `moetrain.parallel`."""
-    master, compute = _master(config), COMPUTED_IN[config.engine.precision].itemsize
+    master, compute = _master(config), compute_dtype(config.engine).itemsize
     sharded, units = _sharded(config, model, world_size), _units(config, model)
     # Ranks reduce gradients with the last micro-batch, and keep whole ones until then.
     between = sum(map(sum, units)) if _accumulates(config, world_size) else 0
@@ -180,7 +181,7 @@ def _groups(config: Config, model: Transformer, world_size: int) -> list[_Group]
 
 def _rounded(config: Config, model: Transformer) -> int:
     """Bytes of the weights in bf16: autograd keeps all, or those of a block that is recomputed."""
-    if config.engine.precision != "bf16":
+    if computes_in(config.engine) != "bf16":
         return 0
     outside, *blocks = (sum(unit) for unit in _units(config, model))
     recomputes = config.engine.activation_checkpointing != "none"

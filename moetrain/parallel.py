@@ -40,8 +40,8 @@ from moetrain.moe import (
     Router,
 )
 from moetrain.moe.layer import Mode
+from moetrain.precision import Precision
 
-Precision = Literal["fp32", "bf16", "fp64"]
 Recompute = Literal["none", "selective", "full"]
 Dispatch = Literal["all_to_all", "two_level", "all_gather"]
 

@@ -20,6 +20,7 @@ from moetrain.model import Transformer
 from moetrain.objective import Means
 from moetrain.peaks import device_peak_flops
 from moetrain.plots import PLOTS_FOLDER, write_plots
+from moetrain.precision import computes_in, multiplies_bf16
 from moetrain.progress import progress
 from moetrain.redact import redact
 from moetrain.restore import TOKENIZER_FILE
@@ -30,6 +31,11 @@ from moetrain.step import Position, StepResult, sample_indices
 from moetrain.stragglers import RankClock, Streaks, slow_ranks
 from moetrain.trace import TraceLog, drop_later_steps
 from moetrain.wandb_sink import WandbSink
+
+SLOW_BF16 = (
+    "engine.precision (bf16) is not what this machine has instructions for: products may take "
+    "hundreds of times as long as in fp32; set it to fp32, or to auto, which is fp32 here"
+)
 
 
 class Report:
@@ -51,7 +57,7 @@ class Report:
         self._config, self._folder, self._mesh = config, folder, mesh
         self._prepared = prepared
         self._flops_per_token = train_flops_per_token(model, config.data.seq_len)
-        self._peak_flops = device_peak_flops(mesh.device, config.engine.precision)
+        self._peak_flops = device_peak_flops(mesh.device, computes_in(config.engine))
         self._steps, self._seconds, self._data_s = 0, 0.0, 0.0
         self._last_step_s, self._is_late = 0.0, False
         self._clock, self._streaks = RankClock(mesh), Streaks()
@@ -104,9 +110,11 @@ class Report:
         counted = sizes(model)
         self._progress.note(
             f"{folder}: {counted.total:,} parameters, {counted.active:,} active, on "
-            f"{self._mesh.world} rank{'s' * (self._mesh.world > 1)} ({self._mesh.device.type}), "
-            + _start(start.step, config.train.steps)
+            f"{self._mesh.world} rank{'s' * (self._mesh.world > 1)} ({self._mesh.device.type}, "
+            f"{computes_in(config.engine)}), {_start(start.step, config.train.steps)}"
         )
+        if config.engine.precision == "bf16" and not multiplies_bf16():
+            self._progress.note(f"moetrain: warning: {SLOW_BF16}")
 
     def __enter__(self) -> Self:
         return self

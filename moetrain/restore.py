@@ -15,6 +15,7 @@ from moetrain.errors import UserError
 from moetrain.mesh import Mesh
 from moetrain.model import Transformer
 from moetrain.parallel import parallelize
+from moetrain.precision import computes_in
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -58,7 +59,7 @@ def model_on_mesh(found: Checkpoint, mesh: Mesh) -> Transformer:
     """The model spread over a mesh as in training, for any mesh."""
     config = found.config
     model = build_model(config, found.vocab_size)
-    parallelize(model, mesh, config.engine.precision, config.seed)
+    parallelize(model, mesh, computes_in(config.engine), config.seed)
     _load(found, model)
     return model
 

@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from moetrain.activations import COMPUTED_IN
 from moetrain.autopilot import FACTORS
 from moetrain.build import routing_group_tokens, training_factor
 from moetrain.config import Config
@@ -21,6 +20,7 @@ from moetrain.engines.deepspeed_config import bucket_size
 from moetrain.model import Block, Transformer
 from moetrain.moe import Experts, MoE, Router, capacity
 from moetrain.optim import decays
+from moetrain.precision import compute_dtype
 
 Kind = Literal["all_gather", "all_reduce", "all_to_all", "reduce_scatter"]
 Axis = Literal["world", "dp_shard", "dp_replicate", "edp", "ep", "inside node", "across nodes"]
@@ -74,7 +74,7 @@ def traffic(config: Config, model: Transformer, world_size: int) -> list[Traffic
 
 def row_bytes(config: Config) -> int:
     """Of one token's vector on its way to an expert."""
-    return config.model.dim * COMPUTED_IN[config.engine.precision].itemsize
+    return config.model.dim * compute_dtype(config.engine).itemsize
 
 
 def row_trips(config: Config, world_size: int) -> int:
@@ -98,7 +98,7 @@ def _fsdp(config: Config, model: Transformer, times: _Times, world_size: int) ->
     reduced once, with the last micro-batch."""
     replicas, shard = config.parallel.dp_replicate, config.dp_shard(world_size)
     same = shard // config.parallel.ep
-    compute = COMPUTED_IN[config.engine.precision].itemsize
+    compute = compute_dtype(config.engine).itemsize
     master = max(4, compute)
     root, blocks, experts = _units(model, shard, config.parallel.ep)
     passes, steps = times.forward + times.backward, times.backward
@@ -238,7 +238,8 @@ def _rows(config: Config) -> int:
 def _all_gather(config: Config, times: _Times) -> Iterator[Traffic]:
     """One layer's. Tokens, plans and gates to all; the shares of the sums to their ranks. Their
     gradients go the opposite way, all by all-to-all."""
-    ep, moe, compute = config.parallel.ep, config.moe, COMPUTED_IN[config.engine.precision].itemsize
+    ep, moe = config.parallel.ep, config.moe
+    compute = compute_dtype(config.engine).itemsize
     tokens, wide = ep * config.train.micro_batch * config.data.seq_len, max(4, compute)
     choices = moe.experts if moe.router == "expert_choice" else moe.top_k
     x, gates = tokens * config.model.dim * compute, tokens * choices * wide

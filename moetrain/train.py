@@ -31,6 +31,7 @@ from moetrain.mesh import (
     require_same,
 )
 from moetrain.objective import reduce
+from moetrain.precision import computes_in
 from moetrain.report import Report
 from moetrain.resume import begin, beside_tensors, is_restart
 from moetrain.spikes import describe
@@ -91,6 +92,11 @@ def set_up(config: Config, folder: Path, mesh: Mesh) -> Run:
         f"the text of data.source ({config.data.source})",
         prepared.manifest.fingerprint,
         "give every node the same files (and for stdlib the same Python)",
+    )
+    require_same(
+        f"engine.precision ({config.engine.precision}, here {computes_in(config.engine)})",
+        computes_in(config.engine),
+        "set it to fp32, which all machines have instructions for",
     )
     model = build_model(config, prepared.manifest.vocab_size)
     engine = engines.build(config, model, mesh)

@@ -134,8 +134,34 @@ def test_one_rank_writes_and_speed_is_that_of_all(tmp_path, capsys):
     flops = train_flops_per_token(build_model(CONFIG, VOCAB), seq_len=8)
     assert line["tflops_per_device"] == pytest.approx(flops * 128 / 3 / 1e12)
     out = capsys.readouterr().out
-    assert out.count("on 3 ranks (cpu), from the start") == 1
+    assert out.count("on 3 ranks (cpu, fp32), from the start") == 1
     assert out.count("checkpoint of step 1 saved") == 1
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+@pytest.mark.parametrize(
+    ("precision", "told", "warns"),
+    [
+        ("fp32", {True: "fp32", False: "fp32"}, False),
+        ("bf16", {True: "bf16", False: "bf16"}, True),
+        ("auto", {True: "bf16", False: "fp32"}, False),
+    ],
+)
+def test_what_is_computed_in_is_told(
+    tmp_path, capsys, monkeypatch, has_instructions, precision, told, warns
+):
+    monkeypatch.setattr("moetrain.precision.multiplies_bf16", lambda: has_instructions)
+    monkeypatch.setattr(module, "multiplies_bf16", lambda: has_instructions)
+    config = small_config(train={"steps": 4}, engine={"precision": precision})
+
+    def work():
+        with opened(tmp_path, config=config):
+            pass
+
+    alone(work)
+    out = capsys.readouterr().out
+    assert f"on 1 rank (cpu, {told[has_instructions]}), from the start" in out
+    assert ("engine.precision (bf16) is not what" in out) is (warns and not has_instructions)
 
 
 def test_the_folder_holds_what_it_takes_to_repeat_the_run(tmp_path, plotted):

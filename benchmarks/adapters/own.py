@@ -32,7 +32,7 @@ from moetrain.moe import Dispatcher, Draws, Experts, MoE, Plan, Router
 from moetrain.moe.keyed import step_key
 from moetrain.moe.routing import Routing
 from moetrain.objective import Counts, Sums, count_all, loads, objective, reduce, sums
-from moetrain.parallel import Precision
+from moetrain.precision import Precision
 from moetrain.spikes import FINITE
 from moetrain.testing.conformance import Case, Layout, Mode, Pass, Routes, Tensors, Tokens
 

@@ -17,6 +17,7 @@ from moetrain.config import Config
 from moetrain.data import Batch, Samples, prepare
 from moetrain.optim import decays
 from moetrain.parallel import initial_values
+from moetrain.precision import computes_in
 from moetrain.step import Position
 from stepping.own import after, batches, count, first_batch, lone_mesh
 from stepping.shapes import Cell, config_of
@@ -42,7 +43,7 @@ class MixtralStep:
         """One optimizer step on the next batch."""
         num_batches = self.config.accumulation(1)
         for batch in batches(self.config, self.samples, self.position, self.device):
-            is_low = self.config.engine.precision == "bf16"
+            is_low = computes_in(self.config.engine) == "bf16"
             with torch.autocast(self.device.type, torch.bfloat16, enabled=is_low):
                 loss = outputs(self.model, batch).loss
             (loss / num_batches).backward()

@@ -45,6 +45,7 @@ from moetrain.model import Transformer
 from moetrain.moe import Experts, MoE
 from moetrain.optim import StepOutcome, decays, sum_totals
 from moetrain.parallel import apply_recompute, compile_regions, initial_values
+from moetrain.precision import computes_in
 from moetrain.spikes import Limits
 
 EXPERT_GROUP = "moetrain"
@@ -80,7 +81,7 @@ class DeepSpeedEngine:
         place(model, mesh, seed)
         if engine.compile:
             compile_regions(model, engine.activation_checkpointing)
-        if engine.precision == "bf16":
+        if computes_in(engine) == "bf16":
             compute_in(model, torch.bfloat16)
         apply_recompute(model, engine.activation_checkpointing)
         self.mesh, self.clip_norm = mesh, train.clip_norm

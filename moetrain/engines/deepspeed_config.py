@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from moetrain.config import Config
 from moetrain.errors import UserError
+from moetrain.precision import computes_in
 
 FIELD = "engine.deepspeed_config"
 BUCKET = 500_000_000
@@ -140,7 +141,7 @@ def ours(config: Config, world_size: int) -> dict[str, Ours]:
     train, engine = config.train, config.engine
     steps = config.accumulation(world_size)
     accumulated = "train.global_batch / (train.micro_batch × world size)"
-    is_bf16 = engine.precision == "bf16"
+    is_bf16 = computes_in(engine) == "bf16"
     betas = [train.beta1, train.beta2]
     same = {
         "train_batch_size": ("train.global_batch", train.global_batch),
@@ -155,11 +156,11 @@ def ours(config: Config, world_size: int) -> dict[str, Ours]:
     }
     return {
         **{key: Ours(field, value, value) for key, (field, value) in same.items()},
-        "bf16.enabled": Ours("engine.precision", engine.precision, is_bf16),
-        "bfloat16.enabled": Ours("engine.precision", engine.precision, is_bf16),
-        "fp16.enabled": Ours("engine.precision", engine.precision, False),
-        "amp.enabled": Ours("engine.precision", engine.precision, False),
-        "torch_autocast.enabled": Ours("engine.precision", engine.precision, False),
+        "bf16.enabled": Ours("engine.precision", computes_in(engine), is_bf16),
+        "bfloat16.enabled": Ours("engine.precision", computes_in(engine), is_bf16),
+        "fp16.enabled": Ours("engine.precision", computes_in(engine), False),
+        "amp.enabled": Ours("engine.precision", computes_in(engine), False),
+        "torch_autocast.enabled": Ours("engine.precision", computes_in(engine), False),
     }
 
 

@@ -10,6 +10,7 @@ from moetrain.mesh import Mesh
 from moetrain.model import Transformer
 from moetrain.optim import StepOutcome, adamw, global_grad_norm, scale_grads
 from moetrain.parallel import parallelize, router_weights
+from moetrain.precision import computes_in
 from moetrain.spikes import Limits
 
 
@@ -21,7 +22,7 @@ class TorchEngine:
     ):
         """Takes a model on the meta device. Collective over the mesh."""
         recompute, compiled = engine.activation_checkpointing, engine.compile
-        self.model = parallelize(model, mesh, engine.precision, seed, recompute, compiled)
+        self.model = parallelize(model, mesh, computes_in(engine), seed, recompute, compiled)
         self._routers = router_weights(model)
         # Kept here: between a forward and a backward pass, FSDP2 puts gathered copies in the model.
         self.weights = dict(self.model.named_parameters())
