@@ -121,7 +121,7 @@ def test_ranks_that_are_lost_start_again_from_the_last_checkpoint(tmp_path: Path
         agent.wait_for(r"warning: a stop may take \S+ s, for a step \(\S+ s\) and two saves")
         os.kill(agent.rank(1), signal.SIGKILL)
         agent.wait_for(r"error: rank 1 on \S+: killed by SIGKILL\nmoetrain: starting all ranks")
-        start = int(agent.wait_for(r"on 2 ranks \(cpu\), from step (\d+)")[1])
+        start = int(agent.wait_for(r"on 2 ranks \(cpu, fp32\), from step (\d+)")[1])
         assert start >= 2
         agent.wait_for(f"step {start + 9}/{STEPS}")
         assert agent.end(signal.SIGTERM) == 75
@@ -178,16 +178,16 @@ def test_nodes_come_and_go(tmp_path: Path) -> None:
         second = Agent(tmp_path / "second", *command, **variables)
         with agents(second):
             where = int(first.wait_for(r"stopped by a signal after step (\d+)")[1])
-            joined = first.wait_for(rf"on 2 ranks \(cpu\), from step {where}\n")
+            joined = first.wait_for(rf"on 2 ranks \(cpu, fp32\), from step {where}\n")
             first.wait_for(f"step {where + 5}/{STEPS}")
         # `second` is gone
-        alone = first.wait_for(r"on 1 rank \(cpu\), from step (\d+)", joined.end())
+        alone = first.wait_for(r"on 1 rank \(cpu, fp32\), from step (\d+)", joined.end())
         assert int(alone[1]) > where
         again = Agent(tmp_path / "again", *command, **variables)
         with agents(again):
             stop = first.wait_for(r"stopped by a signal after step (\d+)", alone.end())
             where = int(stop[1])
-            first.wait_for(rf"on 2 ranks \(cpu\), from step {where}\n", stop.end())
+            first.wait_for(rf"on 2 ranks \(cpu, fp32\), from step {where}\n", stop.end())
             first.wait_for(f"step {where + 3}/{STEPS}")
             again.process.send_signal(signal.SIGSTOP)
             assert first.end(signal.SIGTERM) == 75  # and with it the store
