@@ -5,8 +5,9 @@
 
 All get the same tokens, weights and choices, and are checked against an fp64 reference before any
 timing. The limit is the experts' matrix products on sorted rows in equal groups, and nothing else.
-Without arguments the whole grid, of which 32,768 tokens in fp32 take longest. Peers are optional:
-see requirements-peers.txt. Writes layer.{json,md} into results/ (layer-cuda on a GPU).
+Without arguments the whole grid, of which 32,768 tokens in fp32 take longest; bf16 is left out
+where the machine has no instructions for it. Peers are optional: see requirements-peers.txt.
+Writes layer.{json,md} into results/ (layer-cuda on a GPU).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from contenders.case import Facts
 from contenders.cell import DTYPES, Cell, Routing, Shape, reference
 from contenders.report import report
 from harness import AbsentError, Contender, Field, Sample
+
+from moetrain.precision import multiplies_bf16
 
 SHAPES = {
     "e8": Shape(512, 1024, 8, 2),
@@ -88,7 +91,8 @@ def arguments() -> argparse.Namespace:
     shapes = "; ".join(f"{name}: {shape}" for name, shape in SHAPES.items())
     add = parser.add_argument
     add("--shapes", nargs="+", choices=SHAPES, default=["e8", "e64"], help=shapes)
-    add("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    usual = ["bf16", "fp32"] if multiplies_bf16() else ["fp32"]
+    add("--dtypes", nargs="+", choices=DTYPES, default=usual)
     add("--routing", nargs="+", choices=get_args(Routing), default=list(get_args(Routing)))
     add("--ep", type=int, nargs="+", default=[1, 2], help="ranks that share the experts")
     add("--rounds", type=int, default=7, help=f"at most; three where they take {ENOUGH_S:.0f} s")

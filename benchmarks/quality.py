@@ -25,7 +25,7 @@ import yaml
 EXPERT_DIM = 256
 COMMON: dict[str, Any] = {
     "model": {"dim": 128, "layers": 4, "heads": 2, "ffn_dim": 2 * EXPERT_DIM},
-    "engine": {"precision": "bf16"},
+    "engine": {"precision": "auto"},
     "data": {"source": "stdlib", "tokenizer": "bytes", "seq_len": 256},
     "train": {"global_batch": 16, "micro_batch": 16, "lr": 3e-3, "warmup_steps": 30},
     "log": {"every": 10},

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moetrain.moe import Draws, Gate, MoE, keyed
 from moetrain.moe.ledger import is_conserved
+from moetrain.precision import multiplies_bf16
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("topk", {}),
@@ -71,7 +72,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--expert-dim", type=int, default=512)
     parser.add_argument("--capacity-factor", type=float, default=1.25)
-    parser.add_argument("--dtype", default="bfloat16", help="of activations and experts")
+    usual = "bfloat16" if multiplies_bf16() else "float32"
+    parser.add_argument("--dtype", default=usual, help="of activations and experts")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
     return parser.parse_args()

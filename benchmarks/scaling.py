@@ -1,9 +1,11 @@
 """How the cost of an MoE layer grows: with tokens, experts, choices and ranks.
 
-    python benchmarks/scaling.py [--curves tokens experts finer choices ranks] [--device cuda]
+    python benchmarks/scaling.py [--curves tokens experts finer choices ranks] [--dtype fp32]
+        [--device cuda]
 
 Forward and backward of the layer as training uses it: router, plan, rows to the experts and back,
-their sum, losses, ledger and its check; bf16, capacity factor 1.25 in every sequence. All points of
+their sum, losses, ledger and its check; capacity factor 1.25 in every sequence, bf16 where the
+machine has instructions for it. All points of
 a curve take turns in every round, and to every round an exponent is fitted: cost ∝ size^p. Tokens
 of the ranks curve are divided among the ranks; on a CPU they share its cores, so what it shows is
 what their transport and waiting adds. Writes scaling.{json,md,png} into results/ (scaling-cuda on
@@ -23,6 +25,7 @@ import harness
 import record
 import torch
 import torch.distributed as dist
+from contenders.cell import DTYPES
 from harness import AbsentError, Contender, Field
 from stepping.own import lone_mesh
 from torch import nn
@@ -31,6 +34,7 @@ from moetrain.mesh import Mesh
 from moetrain.moe import Gate, MoE
 from moetrain.moe.ledger import is_conserved
 from moetrain.parallel import connect_experts
+from moetrain.precision import multiplies_bf16
 
 SEQUENCE = 512
 BALANCE_COEF, Z_COEF = 0.01, 0.001
@@ -46,6 +50,8 @@ class Point(NamedTuple):
     dim: int = 512
     expert_dim: int = 1024
     ranks: int = 1
+    dtype: str = "bf16"
+    """Of tokens and experts."""
 
 
 class Curve(NamedTuple):
@@ -69,9 +75,10 @@ class Curve(NamedTuple):
         return exponent <= self.most_exponent and growth <= self.most_growth
 
 
-def curves(device: harness.Device) -> dict[str, Curve]:
+def curves(device: harness.Device, dtype: str) -> dict[str, Curve]:
     """All of them. A GPU gets layers that keep it busy."""
-    base = Point() if device == "cpu" else Point(tokens=32_768, dim=2048, expert_dim=2048)
+    large = {} if device == "cpu" else {"tokens": 32_768, "dim": 2048, "expert_dim": 2048}
+    base = Point(**large, dtype=dtype)
     tokens = [base._replace(tokens=base.tokens * 2**n // 8) for n in range(5)]
     experts = [base._replace(experts=n) for n in (8, 16, 32, 64)]
     finer = [
@@ -106,7 +113,7 @@ class LayerStep:
         self.point, self.moe = point, layer(point, device)
         generator = torch.Generator().manual_seed(1 + (dist.get_rank() if point.ranks > 1 else 0))
         shape = (point.tokens // point.ranks // SEQUENCE, SEQUENCE, point.dim)
-        self.x_BLD = torch.randn(shape, generator=generator).to(device, torch.bfloat16)
+        self.x_BLD = torch.randn(shape, generator=generator).to(device, DTYPES[point.dtype])
         self.valid_BL = torch.ones(shape[:2], dtype=torch.bool, device=device)
         self.counts = point.tokens // SEQUENCE, point.tokens
 
@@ -132,7 +139,7 @@ def layer(point: Point, device: torch.device) -> MoE:
     moe = MoE(0, point.dim, point.expert_dim, point.experts, gate, capacity_factor=1.25)
     held = point.experts // point.ranks
     for name, weight in list(moe.experts.named_parameters()):
-        mine = torch.empty(held, *weight.shape[1:], dtype=torch.bfloat16)
+        mine = torch.empty(held, *weight.shape[1:], dtype=DTYPES[point.dtype])
         moe.experts.register_parameter(name, nn.Parameter(mine))
     generator = torch.Generator().manual_seed(0)
     for weight in moe.parameters():
@@ -151,7 +158,7 @@ def build(place: int, points: list[Point], device: torch.device) -> LayerStep:
 
 def main() -> None:
     options = arguments()
-    every = curves(options.device)
+    every = curves(options.device, options.dtype)
     chosen = [every[name] for name in options.curves]
     found = []
     for ranks, together in teams(chosen):
@@ -180,6 +187,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="How the cost of an MoE layer grows.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--curves", nargs="+", choices=NAMES, default=list(NAMES))
+    usual = "bf16" if multiplies_bf16() else "fp32"
+    parser.add_argument("--dtype", choices=DTYPES, default=usual, help="of tokens and experts")
     parser.add_argument("--rounds", type=int, default=9, help="turns of every point")
     options = parser.parse_args()
     if options.rounds < 2:
@@ -238,10 +247,10 @@ def report(found: list[dict[str, Any]], name: str, options: argparse.Namespace) 
     return "\n\n".join(
         [
             "# How the cost of a layer grows",
-            f"Forward and backward of one MoE layer, bf16, capacity factor 1.25; {options.rounds} "
-            "rounds in which all points of a curve have a turn. The exponent p of cost ∝ size^p is "
-            "the mean of those fitted to each round, with its range of 95 % confidence; *last / "
-            "first* is the median ratio of costs (least–most).",
+            f"Forward and backward of one MoE layer, {options.dtype}, capacity factor 1.25; "
+            f"{options.rounds} rounds in which all points of a curve have a turn. The exponent p "
+            "of cost ∝ size^p is the mean of those fitted to each round, with its range of 95 % "
+            "confidence; *last / first* is the median ratio of costs (least–most).",
             record.table(header, rows),
             "*Experts* are all of the same width; *finer experts* are narrower the more there are, "
             "and a token chooses more of them: both compute as much at every point. *Ranks* divide "

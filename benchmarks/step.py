@@ -27,6 +27,7 @@ from stepping.shapes import SHAPES, USUAL, Cell, config_of, tokens_per_step
 from moetrain.build import build_model
 from moetrain.data import load_tokenizer
 from moetrain.peaks import device_peak_flops
+from moetrain.precision import multiplies_bf16
 from moetrain.sizes import Sizes, sizes, train_flops_per_token
 
 BUILDERS = {
@@ -60,7 +61,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Whole training steps against a plain Mixtral's.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="models to train")
-    parser.add_argument("--precisions", nargs="+", choices=("bf16", "fp32"), default=["bf16"])
+    usual = ["bf16" if multiplies_bf16() else "fp32"]
+    parser.add_argument("--precisions", nargs="+", choices=("bf16", "fp32"), default=usual)
     parser.add_argument("--contenders", nargs="+", choices=list(BUILDERS), default=list(BUILDERS))
     parser.add_argument("--rounds", type=int, default=8, help="turns of everyone")
     parser.add_argument("--profile", action="store_true", help="say where the time goes, too")

@@ -91,7 +91,7 @@ def test_bytes_are_shown_in_units() -> None:
 
 
 def test_curves_grow_in_one_thing_at_the_same_active_size() -> None:
-    for name, curve in scaling.curves("cpu").items():
+    for name, curve in scaling.curves("cpu", "bf16").items():
         sizes = [getattr(point, curve.field) for point in curve.points]
         assert sizes == sorted(set(sizes)), name
         active = {point.top_k * point.expert_dim for point in curve.points}
@@ -99,13 +99,15 @@ def test_curves_grow_in_one_thing_at_the_same_active_size() -> None:
         assert all(point.experts % point.ranks == 0 for point in curve.points), name
         least = scaling.SEQUENCE
         assert all(p.tokens // p.ranks % least == 0 for p in curve.points), name
-    experts, finer = (scaling.curves("cpu")[name].points for name in ("experts", "finer"))
+    experts, finer = (scaling.curves("cpu", "bf16")[name].points for name in ("experts", "finer"))
     assert [point.experts for point in experts] == [point.experts for point in finer]
     assert len({point.experts * point.expert_dim for point in finer}) == 1
 
 
 def test_a_promise_is_kept_or_not() -> None:
-    tokens, experts, ranks = (scaling.curves("cpu")[n] for n in ("tokens", "experts", "ranks"))
+    tokens, experts, ranks = (
+        scaling.curves("cpu", "bf16")[n] for n in ("tokens", "experts", "ranks")
+    )
     assert tokens.is_met(1.05, growth=99)
     assert not tokens.is_met(1.051, growth=1)
     assert experts.is_met(99, growth=1.10)
@@ -130,7 +132,7 @@ def test_a_layer_takes_its_step_on_its_ranks(ranks: int) -> None:
 
 
 def test_ranks_have_processes_of_their_own() -> None:
-    every = scaling.curves("cpu")
+    every = scaling.curves("cpu", "bf16")
     alone, spread = scaling.teams(list(every.values()))
     assert alone == ([1] * 5, [every[n] for n in scaling.NAMES if n != "ranks"])
     assert spread == ([1, 2, 4], [every["ranks"]])

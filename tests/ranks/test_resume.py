@@ -55,7 +55,9 @@ def runs(config, ranks2) -> Path:
     saved = checkpoint.latest(killed)
     assert saved is not None
     output = ranks2.run(train_on, config, "killed")[0]
-    assert re.search(rf"on 2 ranks \(cpu, fp32\), from step {int(saved.name[5:])}\n", output), output
+    assert re.search(rf"on 2 ranks \(cpu, fp32\), from step {int(saved.name[5:])}\n", output), (
+        output
+    )
     assert "from the start" in ranks2.run(train_on, config, "whole")[0]
     return config.parent / "runs"
 
