@@ -153,7 +153,8 @@ def _local(files: list[Path], field: str) -> tuple[list[Any], Texts]:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise UserError(f"data.source: cannot read {path}: {error}") from error
+            reason = error.strerror or error
+            raise UserError(f"data.source: cannot read {path}: {reason}") from error
         identity.append([kind, "" if kind == "text" else field, digest])
     return identity, lambda: file_documents(files, field)
 
