@@ -1,7 +1,7 @@
 """One MoE layer, forward and backward: moetrain, other systems, and the limit of matrix products.
 
     python benchmarks/layer.py [--tokens 2048 8192] [--shapes e8] [--dtypes bf16] [--only moetrain]
-        [--routing balanced] [--ep 1] [--rounds 7] [--device cuda] [--add]
+        [--routing balanced] [--ep 1] [--rounds 7] [--device cuda] [--add] [--profile]
 
 All get the same tokens, weights and choices, and are checked against an fp64 reference before any
 timing. The limit is the experts' matrix products on sorted rows in equal groups, and nothing else.
@@ -16,9 +16,12 @@ import argparse
 import itertools
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import harness
+import operators
 import record
 import torch
 from contenders import limit, own, peers
@@ -37,6 +40,7 @@ SHAPES = {
 }
 ALWAYS = ("limit", "moetrain")
 """What the others are compared with."""
+PROFILED = ("limit", "moetrain dropless")
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 """Distance from the reference in relation to its size: outputs, and input gradients."""
 ENOUGH_S = 12.0
@@ -81,6 +85,8 @@ def main() -> None:
                 for tokens, routing in itertools.product(options.tokens, options.routing):
                     cell = Cell(SHAPES[shape], tokens, routing, dtype, ranks)
                     found.append(measure(field, cell, wrong, options.rounds))
+                    if options.profile:
+                        found[-1]["profiles"] = profiles(cell, options.device)
                     whole = join(kept, found)  # written each time: a run may be cut short
                     record.write(name, {"cells": whole}, report(whole))
 
@@ -98,6 +104,11 @@ def arguments() -> argparse.Namespace:
     add("--rounds", type=int, default=7, help=f"at most; three where they take {ENOUGH_S:.0f} s")
     add("--only", nargs="+", choices=SYSTEMS, help="besides the limit and moetrain")
     add("--device", choices=("cpu", "cuda"), default="cpu")
+    add(
+        "--profile",
+        action="store_true",
+        help=f"say where {' and '.join(PROFILED)} spend their time",
+    )
     add("--add", action="store_true", help="keep the results of cells that are not measured now")
     options = parser.parse_args()
     for shape, tokens, ranks in itertools.product(options.shapes, options.tokens, options.ep):
@@ -160,6 +171,18 @@ def measure(field: Field, cell: Cell, wrong: dict[str, str], rounds: int) -> dic
     where = record.setting()
     kept = {key: where[key] for key in ("commit", "date")}
     return {"cell": {**cell._asdict(), "shape": cell.shape._asdict()}, **kept, "systems": systems}
+
+
+def profiles(cell: Cell, device: harness.Device) -> dict[str, list[dict[str, Any]]]:
+    """The operators of a step, by system; of several ranks those of the first."""
+    watched = [
+        Contender(name, partial(operators.Profiled, SYSTEMS[name].build), cell.ranks)
+        for name in PROFILED
+    ]
+    print("  profiling", flush=True)
+    with Field(watched, device) as field:
+        answers = field.build(cell).items()
+    return {name: ranks[0] for name, ranks in answers if not isinstance(ranks, AbsentError)}
 
 
 def _entry(

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import harness
+import operators
 import record
 import torch
 from harness import AbsentError, Contender, Field, Spread
@@ -38,8 +39,6 @@ BUILDERS = {
 }
 TOLERANCE = 1e-4
 """Nats per token between the losses of the same weights."""
-SHOWN = 16
-"""Operators of a profile in the report."""
 
 
 def main() -> None:
@@ -203,12 +202,7 @@ def profile_table(found: dict[str, Any]) -> str:
     if found["phases"]:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in found["phases"].items())
         phases = f"Of a step: {shares}.\n\n"
-    rows = [
-        [f"`{op['name']}`", f"{op['share']:.1%}", f"{op['calls']:.0f}"]
-        for op in found["operators"][:SHOWN]
-    ]
-    table = record.table(["operator", "own time", "calls a step"], rows)
-    return f"{title}\n\n{phases}{table}"
+    return f"{title}\n\n{phases}{operators.table(found['operators'])}"
 
 
 if __name__ == "__main__":

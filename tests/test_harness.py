@@ -16,6 +16,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import operators  # noqa: E402
 from harness import AbsentError, Contender, Field, ratio, spread  # noqa: E402
 
 MIB = 2**20
@@ -108,3 +109,29 @@ def test_ratios_are_those_within_a_round() -> None:
     assert spread([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
     assert ratio([2.0, 8.0, 9.0], [1.0, 2.0, 3.0]) == (3.0, 2.0, 4.0)
     assert ratio([2.0, 8.0, 9.0], [1.0, 2.0, 3.0]).show() == "3.00 (2.00–4.00)"
+
+
+class Products:
+    """A step of two matrix products and a sum."""
+
+    def __init__(self, size: int, device: torch.device):
+        self.matrix = torch.randn(size, size, device=device)
+
+    def step(self) -> None:
+        (self.matrix @ self.matrix @ self.matrix).sum()
+
+    def facts(self) -> None:
+        """None that count."""
+
+
+def test_operators_of_a_step_and_their_table() -> None:
+    profiled = operators.Profiled(Products, 256, torch.device("cpu"))
+    profiled.step()
+    found = profiled.facts()
+    assert sum(operator["share"] for operator in found) == pytest.approx(1, abs=0.02)
+    first = found[0]
+    assert (first["name"], first["calls"]) == ("aten::mm", 2)
+    assert first["share"] > 0.5
+    shown = operators.table(found).splitlines()
+    assert shown[2] == f"| `aten::mm` | {first['share']:.1%} | 2 |"
+    assert len(shown) == 2 + min(len(found), operators.SHOWN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import operators
 import record
 from harness import Spread, ratio
 
@@ -86,6 +87,8 @@ def _all(cells: list[dict[str, Any]]) -> list[str]:
     lines = []
     for entry in cells:
         lines += [f"## {_cell(entry)}", "", _table(entry["systems"]), ""]
+        for name, found in entry.get("profiles", {}).items():
+            lines += [f"Where {name} spends its time:", "", operators.table(found), ""]
         missing = {n: e["absent"] for n, e in entry["systems"].items() if "absent" in e}
         wrong = {n: e["wrong"] for n, e in entry["systems"].items() if e.get("wrong")}
         for name, reason in {**missing, **wrong}.items():
