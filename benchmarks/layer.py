@@ -169,7 +169,7 @@ def measure(field: Field, cell: Cell, wrong: dict[str, str], rounds: int) -> dic
             continue
         print(f"  {name:20} {_line(systems[name])}", flush=True)
     where = record.setting()
-    kept = {key: where[key] for key in ("commit", "date")}
+    kept = {key: where[key] for key in ("date", "commit", "processor", "cores")}
     return {"cell": {**cell._asdict(), "shape": cell.shape._asdict()}, **kept, "systems": systems}
 
 

@@ -8,5 +8,4 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # ranks are many and small: one thread for each
 # Two files at a time, on two cores or more; a file stays with one worker, which keeps its ranks.
-# In their order, so that the longest, those of real processes, come first.
-exec python -m pytest --numprocesses=auto --maxprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"
+exec python -m pytest --numprocesses=auto --maxprocesses=2 --dist=loadfile "$@"

@@ -86,7 +86,7 @@ def _memory(systems: dict[str, Any], name: str, peer: str) -> str:
 def _all(cells: list[dict[str, Any]]) -> list[str]:
     lines = []
     for entry in cells:
-        lines += [f"## {_cell(entry)}", "", _table(entry["systems"]), ""]
+        lines += [f"## {_cell(entry)}", "", _table(entry["systems"]), "", _where(entry), ""]
         for name, found in entry.get("profiles", {}).items():
             lines += [f"Where {name} spends its time:", "", operators.table(found), ""]
         missing = {n: e["absent"] for n, e in entry["systems"].items() if "absent" in e}
@@ -95,6 +95,12 @@ def _all(cells: list[dict[str, Any]]) -> list[str]:
             lines += [f"- {name}: {reason}."]
         lines += [""] if missing or wrong else []
     return lines
+
+
+def _where(entry: dict[str, Any]) -> str:
+    """Cells may have been measured at different times and places."""
+    place = f"{entry['cores']} cores of {entry['processor']}"
+    return f"{entry['date']}, commit {entry['commit']}, {place}."
 
 
 def _table(systems: dict[str, Any]) -> str:
