@@ -168,9 +168,14 @@ def test_rates_are_per_useful_flop() -> None:
 
 def test_a_peer_that_computes_something_else_is_shown_and_not_ranked() -> None:
     assert fastest_peer(SYSTEMS) == leanest_peer(SYSTEMS) == "DeepSpeed"
-    where = Cell(SMALL, 64, "zipf", "fp32")
-    cell = {**where._asdict(), "shape": where.shape._asdict()}
-    text = report([{"cell": cell, "systems": SYSTEMS}])
+    asked = Cell(SMALL, 64, "zipf", "fp32")
+    cell = {**asked._asdict(), "shape": asked.shape._asdict()}
+    where = {"date": "2026-01-02", "commit": "abc", "processor": "a chip", "cores": 2}
+    operators = [{"name": "aten::mm", "share": 0.5, "calls": 3.0}]
+    text = report([{"cell": cell, **where, "systems": SYSTEMS, "profiles": {"limit": operators}}])
+    assert "2026-01-02, commit abc, 2 cores of a chip." in text
+    assert "Where limit spends its time:" in text
+    assert "| `aten::mm` | 50.0% | 3 |" in text
     assert "| torchtitan | 500.0 | not ranked | not ranked | 0 | 0.0% |" in text
     assert "- torchtitan: 0.1 away from the reference." in text
     assert "- Mixtral eager: no such package." in text
