@@ -8,8 +8,8 @@ into the second product. Small experts in one product share its costs, and its t
 each; a large one is a group of its own.
 
 Products of bf16 are compiled for every new shape, which takes longer than most products do. So
-experts have rows in multiples of FEW_ROWS, small or grouped ones in multiples of MANY_ROWS, the
-last ones zero: few shapes, met soon.
+there experts have rows in multiples of FEW_ROWS, small or grouped ones in multiples of MANY_ROWS,
+the last ones zero: few shapes, met soon.
 
 Shape suffixes: T tokens, K choices, E experts, D model width, F expert hidden width, R filled rows,
 g experts of a group, n rows of each of them, P rows of all groups and one more.
@@ -58,11 +58,13 @@ class Group(NamedTuple):
         return len(self.counts), self.room
 
 
-def cut(counts: Sequence[int], dim: int, hidden_dim: int) -> list[Group]:
+def cut(counts: Sequence[int], dim: int, hidden_dim: int, dtype: torch.dtype) -> list[Group]:
     """Experts of such width, with so many rows each, in groups."""
     sizes, row_flops = [], 18 * dim * hidden_dim  # forward and backward
 
     def room_of(counts: Sequence[int]) -> int:
+        if dtype != torch.bfloat16:
+            return max(counts)
         is_dear = len(counts) == 1 and MANY_ROWS * row_flops > EMPTY_FLOPS
         multiple = FEW_ROWS if is_dear else MANY_ROWS
         return -(-max(counts) // multiple) * multiple
@@ -103,16 +105,16 @@ class Packing(NamedTuple):
         return self.groups[-1].places.stop + 1
 
 
-def _widths(w_down: Tensor) -> tuple[int, int]:
+def _cut_for(counts: Sequence[int], w_down: Tensor) -> list[Group]:
     _, hidden_dim, dim = w_down.shape
-    return dim, hidden_dim
+    return cut(counts, dim, hidden_dim, w_down.dtype)
 
 
-def _pack(plan: Plan, dim: int, hidden_dim: int) -> Packing:
-    """Leave out the empty rows of a plan, for experts of such width. Reads counts on the host."""
+def _pack(plan: Plan, w_down: Tensor) -> Packing:
+    """Leave out the empty rows of a plan, for such experts. Reads counts on the host."""
     is_filled_R = plan.source_R < plan.row_TK.numel()
     token_R = plan.source_R[is_filled_R] // plan.row_TK.shape[1]
-    groups = cut(plan.count_E.tolist(), dim, hidden_dim)
+    groups = _cut_for(plan.count_E.tolist(), w_down)
     place_R = torch.cat(
         [
             torch.arange(start, start + count)
@@ -137,13 +139,13 @@ def run_packed(
 
     The experts are SwiGLU networks with weights (E, D, 2F) and (E, F, D).
     """
-    packing, keeps = _pack(plan, *_widths(w_down)), torch.is_grad_enabled()
+    packing, keeps = _pack(plan, w_down), torch.is_grad_enabled()
     return _Tokens.apply(x_TD, gate_TK, w_gate_up, w_down, packing, keeps)  # type: ignore[return-value]
 
 
 def run_sorted(rows_RD: Tensor, counts: list[int], w_gate_up: Tensor, w_down: Tensor) -> Tensor:
     """What each expert makes of its `counts` rows, which lie sorted by expert: (R, D)."""
-    groups, keeps = cut(counts, *_widths(w_down)), torch.is_grad_enabled()
+    groups, keeps = _cut_for(counts, w_down), torch.is_grad_enabled()
     return _Rows.apply(rows_RD, w_gate_up, w_down, groups, keeps)  # type: ignore[return-value]
 
 
