@@ -168,8 +168,9 @@ def test_nodes_come_and_go(tmp_path: Path) -> None:
     variables = {
         **{"NNODES": "1:2", "NPROC": "1", "MAX_RESTARTS": "3"},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"},
-        # Torchrun's own, for agents to notice sooner that one has come or gone.
-        "PET_RDZV_CONF": "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=6",
+        # Torchrun's own, for agents to notice sooner that one has come or gone. One that is silent
+        # for so long is given up, which must not happen to an agent that is short of time.
+        "PET_RDZV_CONF": "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=15",
     }
     first = Agent(tmp_path / "first", *command, **variables)
     with agents(first):
