@@ -29,7 +29,7 @@ def compute_dtype(engine: EngineConfig) -> torch.dtype:
 def multiplies_bf16() -> bool:
     """Whether the device that training takes here has instructions for products of bf16.
 
-    Others emulate them: CPUs without AVX-512 number by number, some hundred times slower than fp32.
+    Others emulate them: CPUs without AVX-512 number by number, far slower than fp32.
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -34,7 +34,7 @@ from moetrain.wandb_sink import WandbSink
 
 SLOW_BF16 = (
     "engine.precision (bf16) is not what this machine has instructions for: products may take "
-    "hundreds of times as long as in fp32; set it to fp32, or to auto, which is fp32 here"
+    "far longer than in fp32; set it to fp32, or to auto, which is fp32 here"
 )
 
 

@@ -1,6 +1,6 @@
 """Documents of local files: text and JSON line by line, Parquet by the `datasets` library.
 
-Text is opened here, because the library takes ten milliseconds for each file, however small.
+Text is opened here, because the library takes long for each file, however small.
 """
 
 from __future__ import annotations
