@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from moetrain.config import EngineConfig
+from moetrain.config import Config, EngineConfig
 
 Precision = Literal["fp32", "bf16", "fp64"]
 COMPUTED_IN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -23,6 +23,12 @@ def computes_in(engine: EngineConfig) -> Precision:
 def compute_dtype(engine: EngineConfig) -> torch.dtype:
     """The dtype of what is multiplied."""
     return COMPUTED_IN[computes_in(engine)]
+
+
+def spelled_out(config: Config) -> Config:
+    """The settings with `engine.precision` as it is here, for whoever reads them elsewhere."""
+    engine = config.engine.model_copy(update={"precision": computes_in(config.engine)})
+    return config.model_copy(update={"engine": engine})
 
 
 @cache

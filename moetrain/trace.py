@@ -33,6 +33,7 @@ from moetrain import settings
 from moetrain.config import Config, MoEConfig
 from moetrain.errors import UserError
 from moetrain.moe import Preferences
+from moetrain.precision import spelled_out
 
 TRACE_FOLDER = "trace"
 FORMAT = 1
@@ -83,7 +84,7 @@ class TraceLog:
             "format": FORMAT,
             "rank": rank,
             "world": world,
-            "config": settings.redacted(config),
+            "config": settings.redacted(spelled_out(config)),
         }
 
     def write(

@@ -12,6 +12,7 @@ from runs import train_on, write_config
 from moetrain.config import EngineConfig
 from moetrain.errors import UserError
 from moetrain.precision import computes_in, multiplies_bf16
+from moetrain.trace import Trace
 
 ON_X86 = pytest.mark.skipif(
     torch.cuda.is_available() or platform.machine() != "x86_64", reason="of x86 CPUs"
@@ -37,3 +38,11 @@ def test_ranks_that_differ_are_refused(tmp_path, monkeypatch):
     config = write_config(tmp_path, engine={"precision": "auto"})
     with pytest.raises(UserError, match=r"engine\.precision \(auto, here \w+\) of rank 1 .* fp32"):
         train_on(2, config)
+
+
+def test_a_trace_tells_what_its_run_computed_in(tmp_path, monkeypatch):
+    monkeypatch.setattr("moetrain.precision.multiplies_bf16", lambda: True)
+    config = write_config(tmp_path, engine={"precision": "auto"}, log={"trace": True})
+    run, _ = train_on(1, config)
+    monkeypatch.setattr("moetrain.precision.multiplies_bf16", lambda: False)
+    assert Trace.open(run).settings.engine.precision == "bf16"
