@@ -8,6 +8,7 @@ is the ranks' own under `moetrain.torchrun`; torchrun turns all but 0 into 1.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -28,9 +29,10 @@ from moetrain.constraints import check_world
 from moetrain.errors import RunError, UserError
 from moetrain.failure import BAD_INPUT, FAILED, is_watched, kind_of, record_error
 from moetrain.redact import redact, show_traceback
+from moetrain.saying import OutputError, forget, say, telling_output_errors
 
-INTERRUPTED = 130
-"""As shells count an end by SIGINT."""
+INTERRUPTED, UNREAD = 130, 141
+"""As shells count an end by SIGINT, and by SIGPIPE."""
 LINGER_S = 15.0
 """Longer than ranks started together need, one after the other, to reach the same error."""
 
@@ -369,16 +371,22 @@ def guarded(work: Callable[[], int]) -> int:
     warnings.showwarning = _show_warning
     sys.excepthook = show_traceback
     try:
-        return work()
+        with telling_output_errors():
+            return work()
     except UserError as error:
         return _refuse(error, BAD_INPUT)
     except RunError as error:
         return _refuse(error, FAILED)
+    except OutputError as error:
+        return _unread(error)
     except Exception as error:
         return _fail(error)
     except KeyboardInterrupt:
-        print("moetrain: interrupted; what a run last saved is there", file=sys.stderr)
+        say("moetrain: interrupted; what a run last saved is there")
         return INTERRUPTED
+    finally:
+        forget(sys.stdout)
+        forget(sys.stderr)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
@@ -398,6 +406,14 @@ def parse(args: Sequence[str]) -> Command:
         )
 
 
+def _unread(error: OutputError) -> int:
+    """What a command had to say could not be written."""
+    if error.errno == errno.EPIPE:  # its reader has read enough, as `head` does
+        return UNREAD
+    say(f"moetrain: error: standard output cannot be written: {error.strerror}")
+    return FAILED
+
+
 def _refuse(error: Exception, code: int) -> int:
     """Say it once for all ranks. `moetrain.torchrun` does so; without it rank 0 does at once, and
     the agent that watches them then ends the others while they linger. One that outlives that has
@@ -409,7 +425,7 @@ def _refuse(error: Exception, code: int) -> int:
     if rank:
         time.sleep(LINGER_S)
     message = f"moetrain: error: {f'rank {rank}: ' if rank else ''}{error}"
-    print(redact(message), file=sys.stderr)
+    say(redact(message))
     return code
 
 
@@ -423,7 +439,7 @@ def _fail(error: Exception) -> int:
     is_left = record_error(error)
     if text is not None:
         if not is_left:
-            print(redact(f"moetrain: error: {error}"), file=sys.stderr)
+            say(redact(f"moetrain: error: {error}"))
         return FAILED
     if not is_watched():
         raise error
@@ -431,14 +447,14 @@ def _fail(error: Exception) -> int:
         text = f"lost another rank: {str(error).splitlines()[0]}"
     else:
         text = "".join(traceback.format_exception(error))
-    print(redact(f"moetrain: rank {rank}: {text}"), file=sys.stderr)
+    say(redact(f"moetrain: rank {rank}: {text}"))
     return FAILED
 
 
 def _warn(messages: Sequence[str]) -> None:
     if os.environ.get("RANK", "0") == "0":
         for message in messages:
-            print(redact(f"moetrain: warning: {message}"), file=sys.stderr)
+            say(redact(f"moetrain: warning: {message}"))
 
 
 def _require(holds: bool, flag: str, value: object, legal: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol, Self, final
 
 from rich.console import Console
@@ -11,6 +12,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from moetrain.saying import forget, say
 
 _MAX_LAYER_ROWS = 8
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -61,13 +64,13 @@ class PlainProgress:
 
     def note(self, text: str) -> None:
         """Print the text."""
-        print(text, file=self._console.file, flush=True)
+        say(text, self._console.file)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        return None
+        forget(self._console.file)
 
 
 @final
@@ -87,18 +90,23 @@ class LiveProgress:
             self._eval = line
         else:
             self._train = line
-        self._live.refresh()
+        with suppress(OSError):  # of a terminal that is closed
+            self._live.refresh()
 
     def note(self, text: str) -> None:
         """Print the text above the live view."""
-        self._console.print(text, markup=False, highlight=False)
+        with suppress(OSError):
+            self._console.print(text, markup=False, highlight=False)
 
     def __enter__(self) -> Self:
-        self._live.start()
+        with suppress(OSError):
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._live.stop()
+        with suppress(OSError):
+            self._live.stop()
+        forget(self._console.file)
 
     def _render(self) -> Table:
         view = Table.grid(expand=True)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from urllib.parse import quote
 
 from moetrain.errors import UserError
+from moetrain.saying import say
 
 MARK = "***"
 MIN_LENGTH = 8
@@ -71,7 +71,7 @@ def show_traceback(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     """What `sys.excepthook` is to be: the usual traceback, redacted."""
-    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+    say(redact("".join(traceback.format_exception(kind, error, trace)).rstrip()))
 
 
 def _secrets(environ: Mapping[str, str]) -> Iterator[str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from types import FrameType, TracebackType
 from typing import Any, Self, final
 
 from moetrain.failure import record
+from moetrain.saying import say
 
 STOPPED = 75
 """Exit code of a run that was stopped by a signal, and can be continued (EX_TEMPFAIL)."""
@@ -111,7 +111,7 @@ def _nothing(number: int, frame: FrameType | None) -> Any:
 
 def _say(text: str) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"moetrain: {text}", file=sys.stderr, flush=True)
+        say(f"moetrain: {text}")
 
 
 def _end(text: str, code: int) -> None:

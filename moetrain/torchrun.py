@@ -45,6 +45,7 @@ from torch.distributed.launcher import api as launcher
 from torch.distributed.run import parse_args, run
 
 from moetrain.failure import BAD_INPUT, FAILED, LAUNCHER, RESTARTS
+from moetrain.saying import forget, say
 from moetrain.stopping import REQUEST, SIGNALS, STOPPED
 
 HOST = "127.0.0.1"
@@ -166,7 +167,7 @@ class Agent(LocalElasticAgent):
         if self._passed_on or _is_final(result.failures):
             self._remaining_restarts = 0
         if self._remaining_restarts:
-            _say(f"{describe(result.failures)}\nmoetrain: starting all ranks again")
+            say(f"{describe(result.failures)}\nmoetrain: starting all ranks again")
         return result
 
     def _makes_room(self, result: RunResult) -> bool:
@@ -198,15 +199,15 @@ def main(arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         code = exit_code(error.failures)
         if code not in ASKED:
-            _say(describe(error.failures))
+            say(describe(error.failures))
         return code
     except SignalException as error:
-        _say(f"moetrain: ended by {error.sigval.name}")
+        say(f"moetrain: ended by {error.sigval.name}")
         return STOPPED if error.sigval in SIGNALS else 128 + error.sigval
     except RendezvousError as error:
         where = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port}"
         reason = str(error.__cause__ or error).partition("\n")[0] or "not all came in time"
-        _say(f"moetrain: error: the agents of this run cannot meet at {where}: {reason}")
+        say(f"moetrain: error: the agents of this run cannot meet at {where}: {reason}")
         return FAILED
     return 0
 
@@ -273,9 +274,7 @@ def _text(failure: ProcessFailure) -> str:
     return message["message"].rstrip() if isinstance(message, dict) else ""
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    forget(sys.stderr)
+    sys.exit(code)

@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from moetrain.failure import FAILED, is_watched, record
 from moetrain.mesh import collectives_begun
+from moetrain.saying import say
 
 STACKS_FILE = "stacks.txt"
 MAX_INTERVAL_S = 10.0
@@ -239,7 +240,8 @@ class Watchdog:
     def _leave(self, why: str) -> None:
         if self._ended.is_set():
             return
-        print(why, end="\n" if why else "", file=sys.stderr, flush=True)
+        if why:
+            say(why)
         os._exit(FAILED)
 
 
@@ -278,7 +280,7 @@ def _write(path: Path, verdict: str, signs: dict[int, Sign], ranks: Iterable[int
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(parts))
     except OSError as error:
-        print(f"moetrain: warning: {path} was not written: {error}", file=sys.stderr)
+        say(f"moetrain: warning: {path} was not written: {error}")
 
 
 def _standing(sign: Sign | None) -> str:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from moetrain.data.splits import SPLITS, Split, assign_splits
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 from moetrain.errors import UserError
 from moetrain.redact import redact, require_whole
+from moetrain.saying import say
 
 BATCH_LENGTH = 1 << 22
 """Characters tokenized at once."""
@@ -95,7 +95,7 @@ def _lock(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print("waiting for another process to prepare the data", file=sys.stderr)
+            say("waiting for another process to prepare the data")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -173,6 +173,6 @@ def _progress():
             bar.update(task, description=line)
             if not console.is_terminal and time.monotonic() - printed > LINE_SECONDS:
                 printed = time.monotonic()
-                print(line, file=sys.stderr, flush=True)
+                say(line)
 
         yield advance

@@ -1,0 +1,68 @@
+"""Words for whoever watches, who may have gone: a disk is full, a reader has left, a terminal is
+closed. That ends no training, and keeps no process from ending.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from typing import IO, Any, cast
+
+
+def say(text: str, file: IO[str] | None = None) -> None:
+    """Print a line at once, by default on standard error; nothing where that cannot be written."""
+    with suppress(OSError):
+        print(text, file=file or sys.stderr, flush=True)
+
+
+def forget(file: IO[str] | None) -> None:
+    """Let a file that cannot be written lose what it still holds: at the end of the process Python
+    would try again, and exit with a code of its own."""
+    if file is None:  # as a standard stream is that was closed before the process began
+        return
+    try:
+        file.flush()
+    except OSError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), file.fileno())
+
+
+class OutputError(OSError):
+    """Standard output cannot be written; its cause says why."""
+
+
+@contextmanager
+def telling_output_errors() -> Iterator[None]:
+    """Tell failures to write standard output from those to write a file, by `OutputError`."""
+    if sys.stdout is None:
+        yield
+        return
+    with redirect_stdout(cast(IO[str], _Output(sys.stdout))):
+        yield
+        sys.stdout.flush()
+
+
+class _Output:
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        with _as_output_error():
+            return self._file.write(text)
+
+    def flush(self) -> None:
+        with _as_output_error():
+            self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@contextmanager
+def _as_output_error() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(*error.args) from error
