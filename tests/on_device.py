@@ -125,8 +125,8 @@ def _never(_: torch.Tensor) -> bool:
 def as_on_a_gpu() -> Iterator[None]:
     """Without what a CPU has instead: experts one after another."""
     with (
-        mock.patch.object(experts, "goes_one_by_one", _never),
-        mock.patch.object(dispatch, "goes_one_by_one", _never),
+        mock.patch.object(experts, "may_look", _never),
+        mock.patch.object(dispatch, "may_look", _never),
         mock.patch.object(layer, "_is_known_to_be_full", _never),
         mock.patch.object(parallel, "local_dispatcher", return_value=Local()),
     ):

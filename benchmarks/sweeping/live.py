@@ -34,7 +34,7 @@ from moetrain.step import Position, Run, sample_indices, train_step
 from moetrain.trace import TraceLog, num_ranked
 from moetrain.train import advance, set_up
 from sweeping.plan import Length, Variant, with_moe
-from sweeping.rates import all_to_all_bytes, multiplies_empty_slots
+from sweeping.rates import all_to_all_bytes
 
 TURN = 10
 """Optimizer steps of a turn."""
@@ -168,7 +168,8 @@ class Model:
             taken = max(gather(peak_bytes(lambda: train_step(run, self.position), device)))
         vocab = run.prepared.manifest.vocab_size
         sent = all_to_all_bytes(config, build_model(config, vocab), mesh.world)
-        return Facts(multiplies_empty_slots(run.engine.model), sent, taken)
+        needs_static_shapes = device == "cuda" or config.engine.compile
+        return Facts(needs_static_shapes, sent, taken)
 
     def wear(self, config: Config, state: State) -> Run:
         """The run of another setting, with these weights and moments."""

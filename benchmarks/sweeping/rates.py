@@ -9,7 +9,6 @@ from typing import NamedTuple
 from moetrain.config import Config
 from moetrain.metrics import LayerLine
 from moetrain.model import Transformer
-from moetrain.moe import AllGather, AllToAll, Local, MoE
 from moetrain.traffic import traffic
 
 Steps = Sequence[Sequence[LayerLine]]
@@ -86,12 +85,6 @@ def flops(steps: Steps, config: Config, multiplies_empty: bool) -> Flops:
 def executed_rows(layer: LayerLine, multiplies_empty: bool) -> int:
     """Rows of a layer that its experts multiply. Dropless there are no other slots."""
     return layer["slots"] if multiplies_empty else layer["kept"] + layer["spilled"]
-
-
-def multiplies_empty_slots(model: Transformer) -> bool:
-    """Whether the layers' dispatchers hand empty slots to the experts, as static shapes need it."""
-    layers = [module for module in model.modules() if isinstance(module, MoE)]
-    return any(isinstance(layer.dispatcher, Local | AllToAll | AllGather) for layer in layers)
 
 
 def all_to_all_bytes(config: Config, model: Transformer, world: int) -> int:

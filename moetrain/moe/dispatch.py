@@ -6,7 +6,7 @@ choices, weighted by its gates. Nothing is kept between the two but the record t
 returns. Every dispatcher on P ranks equals Local on the concatenated batch.
 
 Shape suffixes: T tokens on this rank, K choices, E experts, P ranks, e = E/P experts on this rank,
-n parts, m = e/n experts of one part, R rows, D model width.
+n parts, m = e/n experts of one part, R rows, N filled ones, D model width.
 """
 
 from __future__ import annotations
@@ -31,10 +31,17 @@ from moetrain.moe.exchange import (
     turn_back,
     uneven_routes,
 )
-from moetrain.moe.experts import Experts, goes_one_by_one
+from moetrain.moe.experts import Experts, Feed
 from moetrain.moe.flights import Flight, add_up, all_gather, land
 from moetrain.moe.packed import run_packed
-from moetrain.moe.rows import combine_rows, gather_rows, reorder_experts
+from moetrain.moe.rows import (
+    combine_rows,
+    gather_rows,
+    may_look,
+    put_rows,
+    reorder_experts,
+    take_rows,
+)
 
 
 class Dispatcher(Protocol):
@@ -156,9 +163,7 @@ class AllToAll:
         plan, routes, flights = arrived
         returning = []
         for product, route, flight in zip(experts.split(self.chunks), routes, flights, strict=True):
-            rows_RD = arrive(flight, route)
-            results_RD = product(*_for_experts(rows_RD, route.num_experts, route.counts))
-            results_RD = results_RD.view_as(rows_RD)
+            results_RD = _run(product, arrive(flight, route), route.num_experts, route.counts)
             returning.append(turn_back(results_RD, route))
         returning = [change_back(*part) for part in zip(returning, routes, strict=True)]
         parts = [land(flight) for flight in returning]
@@ -178,15 +183,23 @@ def _cut(rows_RD: Tensor, sizes: list[int]) -> Sequence[Tensor]:
     return [rows_RD] if sizes == [len(rows_RD)] else rows_RD.split([*sizes, tail])[:-1]
 
 
-def _for_experts(
-    rows_RD: Tensor, num_experts: int, counts: list[int] | None
-) -> tuple[Tensor, list[int] | None]:
-    """Rows as these experts take them; where they have no counts, each has as many."""
-    if counts:
-        return rows_RD, counts
-    if goes_one_by_one(rows_RD):
-        return rows_RD, [len(rows_RD) // num_experts] * num_experts
-    return rows_RD.unflatten(0, (num_experts, -1)), None
+def _run(experts: Feed, rows_RD: Tensor, num_experts: int, counts: list[int] | None) -> Tensor:
+    """What experts make of rows that lie sorted by expert: (R, D).
+
+    Where they have no counts, each has as many, of which some are empty. A GPU multiplies these,
+    too; a CPU leaves them out, which changes nothing: experts have no bias, so rows of zeros become
+    rows of zeros, and add nothing to any gradient.
+    """
+    if counts is not None:
+        return experts(rows_RD, counts)
+    if not may_look(rows_RD):
+        return experts(rows_RD.unflatten(0, (num_experts, -1)), None).view_as(rows_RD)
+    is_filled_R = rows_RD.abs().amax(1) != 0
+    row_N = is_filled_R.nonzero().flatten()
+    results_ND = experts(
+        take_rows(rows_RD, row_N), is_filled_R.view(num_experts, -1).sum(1).tolist()
+    )
+    return put_rows(results_ND, row_N, len(rows_RD))
 
 
 class Gathered(NamedTuple):
@@ -226,7 +239,7 @@ class AllGather:
         table_PX = land(arrived.table)
         plan, counts = _share(arrived.plan, table_PX, self.group.rank())
         rows_RD = gather_rows(land(arrived.x), plan)
-        results_RD = experts(*_for_experts(rows_RD, plan.count_E.numel(), counts)).view_as(rows_RD)
+        results_RD = _run(experts, rows_RD, plan.count_E.numel(), counts)
         gates = land(gates)
         shares = combine_rows(results_RD, gates, plan, dtype=gates.dtype)
         return add_up(shares, self.group).to(rows_RD.dtype)

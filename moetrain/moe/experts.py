@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moetrain.moe.packed import run_sorted
+from moetrain.moe.rows import may_look
 
 Feed: TypeAlias = Callable[[Tensor, list[int] | None], Tensor]
 """What experts do to their rows; see `Experts.forward`."""
@@ -71,15 +72,10 @@ class Experts(nn.Module):
 def _feed(rows: Tensor, counts: list[int] | None, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
     if counts is None:
         return torch.bmm(swiglu(torch.bmm(rows, w_gate_up)), w_down)
-    if goes_one_by_one(rows):
+    if may_look(rows):
         return run_sorted(rows, counts, w_gate_up, w_down)
     product = _grouped if _can_group(rows, w_gate_up, counts) else _looped
     return product(swiglu(product(rows, w_gate_up, counts)), w_down, counts)
-
-
-def goes_one_by_one(rows_RD: Tensor) -> bool:
-    """Whether experts are better off one after another, on rows of any number each."""
-    return rows_RD.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _can_group(rows_RD: Tensor, w_gate_up: Tensor, counts: list[int]) -> bool:

@@ -2,7 +2,8 @@
 
 Every gradient is a gather, too: no atomics, one order of summation.
 
-Shape suffixes: T tokens on this rank, K choices, E experts, R rows, D model width, A×B blocks.
+Shape suffixes: T tokens on this rank, K choices, E experts, R rows, N of them, D model width,
+A×B blocks.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ class _Gather(torch.autograd.Function):
         ctx.save_for_backward(row_TK)
         num_tokens, k = row_TK.shape
         token_R = (source_R // k).clamp(max=num_tokens - 1)
-        empty_R = source_R == row_TK.numel()
-        rows_RD = x_TD.index_select(0, token_R).masked_fill_(empty_R[:, None], 0)
+        rows_RD = _clear_(x_TD.index_select(0, token_R), source_R == row_TK.numel())
         # torch 2.11, compiling, loses the gradient of a result that was changed in place.
         return rows_RD.view(rows_RD.shape)
 
@@ -57,8 +57,9 @@ class _Combine(torch.autograd.Function):
         source_R = source_R[: rows_RD.shape[0]]
         assignment_R = source_R.clamp(max=row_TK.numel() - 1)
         gate_R = gate_TK.flatten()[assignment_R].to(grad_TD.dtype)
-        grad_RD = gate_R[:, None] * grad_TD.index_select(0, assignment_R // k)
-        grad_RD.masked_fill_((source_R == row_TK.numel())[:, None], 0)
+        grad_RD = grad_TD.index_select(0, assignment_R // k).mul_(gate_R[:, None])
+        _clear_(grad_RD, source_R == row_TK.numel())
+        # Not `dot_rows`: what that sums to, to the last bit, depends on where in memory a row lies.
         grad_wide_TD = grad_TD.to(gate_TK.dtype)
         grad_gate_TK = torch.stack(
             [(grad_wide_TD * _rows_at(rows_RD, row_T)).sum(-1) for row_T in row_TK.unbind(1)], dim=1
@@ -77,7 +78,7 @@ def weigh_rows(
 
     Without autograd. An assignment without a row adds 0; with `all_exist` there is none.
     """
-    if _has_bags(rows_RD):
+    if may_look(rows_RD):
         rows_RD, row_TK = _with_absent(rows_RD.to(dtype), row_TK, all_exist)
         return _weigh_bags(rows_RD, gate_TK, row_TK)
     y_TD = gate_TK[:, :1] * _rows_at(rows_RD, row_TK[:, 0])
@@ -90,7 +91,7 @@ def weigh_rows(
 
 def sum_rows(rows_RD: Tensor, row_TK: Tensor, all_exist: bool = False) -> Tensor:
     """Σ_k rows[row[t, k]], k in order, in fp32 at least; as `weigh_rows` without gates."""
-    if _has_bags(rows_RD):
+    if may_look(rows_RD):
         rows_RD, row_TK = _with_absent(rows_RD, row_TK, all_exist)
         return F.embedding_bag(row_TK, rows_RD, mode="sum")
     wide = torch.promote_types(rows_RD.dtype, torch.float32)
@@ -107,10 +108,20 @@ def dot_rows(x_TD: Tensor, rows_RD: Tensor, row_TK: Tensor) -> Tensor:
     return grad_of_weights(x_TD, rows_RD, *bags, mode=0).view(num_tokens, k)
 
 
-def _has_bags(rows_RD: Tensor) -> bool:
-    """Whether rows are summed by the kernel of embedding bags: one pass over the rows, in fp32 and
-    in order. On a CPU it takes a tenth of the time that gathers and sums take."""
-    return rows_RD.device.type == "cpu" and not torch.compiler.is_compiling()
+def may_look(tensor: Tensor) -> bool:
+    """Whether code may depend on values at no cost: on a CPU, while nothing is compiled.
+
+    There experts go a few at a time, on filled rows, and rows are summed by the kernel of embedding
+    bags: one pass over them, in fp32 and in order, in a tenth of the time of gathers and sums.
+    """
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _clear_(rows_RD: Tensor, is_empty_R: Tensor) -> Tensor:
+    """Zeros in empty rows, in place."""
+    if may_look(rows_RD):
+        return rows_RD.index_fill_(0, is_empty_R.nonzero().flatten(), 0)
+    return rows_RD.masked_fill_(is_empty_R[:, None], 0)
 
 
 def _weigh_bags(rows_RD: Tensor, gate_TK: Tensor, row_TK: Tensor) -> Tensor:
@@ -134,7 +145,7 @@ def _rows_at(rows_RD: Tensor, row_T: Tensor) -> Tensor:
     if num_rows == 0:
         return rows_RD.new_zeros(row_T.shape[0], rows_RD.shape[1])
     absent_T = row_T >= num_rows
-    return rows_RD.index_select(0, row_T.clamp(max=num_rows - 1)).masked_fill_(absent_T[:, None], 0)
+    return _clear_(rows_RD.index_select(0, row_T.clamp(max=num_rows - 1)), absent_T)
 
 
 def gather_rows(x_TD: Tensor, plan: Plan) -> Tensor:
@@ -170,6 +181,45 @@ def reorder_experts(plan: Plan, order_E: Tensor) -> Plan:
         source_R=torch.empty_like(plan.source_R).scatter_(0, moved_R, plan.source_R),
         count_E=plan.count_E[order_E],
     )
+
+
+def take_rows(rows_RD: Tensor, row_N: Tensor) -> Tensor:
+    """Some of the rows, each at most once: (N, D)."""
+    return _Take.apply(rows_RD, row_N)  # type: ignore[return-value]
+
+
+def put_rows(rows_ND: Tensor, row_N: Tensor, num_rows: int) -> Tensor:
+    """Rows at their places among zeros, the opposite of `take_rows`: (R, D)."""
+    return _Put.apply(rows_ND, row_N, num_rows)  # type: ignore[return-value]
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, row_N: Tensor) -> Tensor:
+        ctx.save_for_backward(row_N)
+        ctx.num_rows = len(rows_RD)
+        return rows_RD.index_select(0, row_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor):  # type: ignore[override]
+        (row_N,) = ctx.saved_tensors
+        return _among_zeros(grad_ND, row_N, ctx.num_rows), None
+
+
+class _Put(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, row_N: Tensor, num_rows: int) -> Tensor:
+        ctx.save_for_backward(row_N)
+        return _among_zeros(rows_ND, row_N, num_rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor):  # type: ignore[override]
+        (row_N,) = ctx.saved_tensors
+        return grad_RD.index_select(0, row_N), None, None
+
+
+def _among_zeros(rows_ND: Tensor, row_N: Tensor, num_rows: int) -> Tensor:
+    return rows_ND.new_zeros(num_rows, rows_ND.shape[1]).index_copy_(0, row_N, rows_ND)
 
 
 class Turn(NamedTuple):
