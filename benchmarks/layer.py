@@ -169,7 +169,7 @@ def measure(field: Field, cell: Cell, wrong: dict[str, str], rounds: int) -> dic
             continue
         print(f"  {name:20} {_line(systems[name])}", flush=True)
     where = record.setting()
-    kept = {key: where[key] for key in ("date", "commit", "processor", "cores")}
+    kept = {key: where[key] for key in ("date", "commit", "processor", "instructions", "cores")}
     return {"cell": {**cell._asdict(), "shape": cell.shape._asdict()}, **kept, "systems": systems}
 
 
@@ -219,9 +219,14 @@ def earlier(name: str) -> list[dict[str, Any]]:
 
 
 def join(before: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Cells of an earlier run that were not measured again, and those of this one."""
-    again = [entry["cell"] for entry in found]
-    return [entry for entry in before if entry["cell"] not in again] + found
+    """Cells of an earlier run that were not measured again on such a machine, and those of this
+    one."""
+    again = [_place(entry) for entry in found]
+    return [entry for entry in before if _place(entry) not in again] + found
+
+
+def _place(entry: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    return entry["cell"], entry["instructions"]
 
 
 if __name__ == "__main__":

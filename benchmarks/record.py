@@ -26,7 +26,8 @@ def setting() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": version("torch"),
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": _processor("model name") or platform.processor() or platform.machine(),
+        "instructions": _instructions(),
         "cores": len(os.sched_getaffinity(0)),
     }
 
@@ -53,10 +54,17 @@ def _commit() -> str:
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
-def _processor() -> str:
+def _instructions() -> str:
+    """The widest for products that the processor has, by its own name for them."""
+    known, flags = ("amx_bf16", "avx512_bf16", "avx512f", "avx2"), _processor("flags").split()
+    return next((name for name in known if name in flags), "")
+
+
+def _processor(key: str) -> str:
+    """What the kernel says of the first core; nothing where it says that elsewhere."""
     try:
-        cpuinfo = Path("/proc/cpuinfo").read_text()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
-    names = [line.split(":")[1] for line in cpuinfo.splitlines() if line.startswith("model name")]
-    return names[0].strip() if names else platform.machine()
+        return ""
+    found = [line.partition(":")[2] for line in lines if line.startswith(key)]
+    return found[0].strip() if found else ""

@@ -170,10 +170,16 @@ def test_a_peer_that_computes_something_else_is_shown_and_not_ranked() -> None:
     assert fastest_peer(SYSTEMS) == leanest_peer(SYSTEMS) == "DeepSpeed"
     asked = Cell(SMALL, 64, "zipf", "fp32")
     cell = {**asked._asdict(), "shape": asked.shape._asdict()}
-    where = {"date": "2026-01-02", "commit": "abc", "processor": "a chip", "cores": 2}
+    where = {
+        "date": "2026-01-02",
+        "commit": "abc",
+        "processor": "a chip",
+        "instructions": "avx2",
+        "cores": 2,
+    }
     operators = [{"name": "aten::mm", "share": 0.5, "calls": 3.0}]
     text = report([{"cell": cell, **where, "systems": SYSTEMS, "profiles": {"limit": operators}}])
-    assert "2026-01-02, commit abc, 2 cores of a chip." in text
+    assert "2026-01-02, commit abc, 2 cores of a chip (avx2)." in text
     assert "Where limit spends its time:" in text
     assert "| `aten::mm` | 50.0% | 3 |" in text
     assert "| torchtitan | 500.0 | not ranked | not ranked | 0 | 0.0% |" in text
@@ -181,7 +187,10 @@ def test_a_peer_that_computes_something_else_is_shown_and_not_ranked() -> None:
     assert "- Mixtral eager: no such package." in text
 
 
-def test_cells_that_are_measured_again_replace_those_before() -> None:
-    before = [{"cell": {"tokens": 1}, "seen": 0}, {"cell": {"tokens": 2}, "seen": 0}]
-    found = [{"cell": {"tokens": 1}, "seen": 1}]
-    assert layer.join(before, found) == [before[1], *found]
+def test_cells_that_are_measured_again_on_such_a_machine_replace_those_before() -> None:
+    def seen(tokens: int, instructions: str) -> dict[str, Any]:
+        return {"cell": {"tokens": tokens}, "instructions": instructions}
+
+    before = [seen(1, "avx2"), seen(1, "amx_bf16"), seen(2, "avx2")]
+    found = [seen(1, "avx2") | {"again": True}]
+    assert layer.join(before, found) == [*before[1:], *found]

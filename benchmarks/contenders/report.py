@@ -52,11 +52,14 @@ def _cell(entry: dict[str, Any]) -> Cell:
 
 def _summary(cells: list[dict[str, Any]]) -> list[str]:
     header = [
-        "layer", "EP", "tokens", "routing", "dtype", "moetrain: share of the limit", "dropless",
-        "fastest peer", "moetrain ÷ it", "dropless ÷ it", "leanest peer", "memory of moetrain ÷ it",
+        "layer", "EP", "tokens", "routing", "dtype", "on", "moetrain: share of the limit",
+        "dropless", "fastest peer", "moetrain ÷ it", "dropless ÷ it", "leanest peer", "memory of moetrain ÷ it",
         "dropless ÷ it",
     ]  # fmt: skip
-    rows = [[*_place(_cell(entry)), *_standing(entry["systems"])] for entry in cells]
+    rows = [
+        [*_place(_cell(entry)), entry["instructions"], *_standing(entry["systems"])]
+        for entry in cells
+    ]
     return [SUMMARY, "", record.table(header, rows), ""]
 
 
@@ -99,7 +102,7 @@ def _all(cells: list[dict[str, Any]]) -> list[str]:
 
 def _where(entry: dict[str, Any]) -> str:
     """Cells may have been measured at different times and places."""
-    place = f"{entry['cores']} cores of {entry['processor']}"
+    place = f"{entry['cores']} cores of {entry['processor']} ({entry['instructions']})"
     return f"{entry['date']}, commit {entry['commit']}, {place}."
 
 
@@ -131,4 +134,5 @@ Useful FLOP/s: those of the experts' three matrix products and their gradients o
 dropped, over the time of everything. The *limit* is these products alone, on sorted rows in equal
 groups, by the fastest of the plain ways that torch has; a share of 1 would be a layer whose router,
 permutation, activation and combination cost nothing. The *fastest peer* is the one with the most
-useful FLOP/s, dropless or not. Medians of the ratios of each round (least–most)."""
+useful FLOP/s, dropless or not. *On* is the widest instructions for products that the CPU has: bf16
+ones of AMX or AVX-512, or those of fp32 alone. Medians of the ratios of each round (least–most)."""

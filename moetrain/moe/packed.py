@@ -34,7 +34,7 @@ GROUPS = (8, 4, 2)
 """Experts that are taken together, if they are alike; otherwise one."""
 MOST_NUMBERS = 1 << 21
 """In the hidden activations of a group of several."""
-EMPTY_FLOPS = 5e8
+EMPTY_FLOPS = 2e8
 """That may go into empty rows: for each expert of a group but one, since another group costs more;
 and for one expert, since another shape does."""
 
