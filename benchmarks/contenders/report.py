@@ -53,8 +53,8 @@ def _cell(entry: dict[str, Any]) -> Cell:
 def _summary(cells: list[dict[str, Any]]) -> list[str]:
     header = [
         "layer", "EP", "tokens", "routing", "dtype", "on", "moetrain: share of the limit",
-        "dropless", "fastest peer", "moetrain ÷ it", "dropless ÷ it", "leanest peer", "memory of moetrain ÷ it",
-        "dropless ÷ it",
+        "dropless", "fastest peer", "moetrain ÷ it", "dropless ÷ it", "leanest peer",
+        "memory of moetrain ÷ it", "dropless ÷ it",
     ]  # fmt: skip
     rows = [
         [*_place(_cell(entry)), entry["instructions"], *_standing(entry["systems"])]
