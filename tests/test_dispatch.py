@@ -24,7 +24,7 @@ from oracle_gates import Router
 from strategies import DIM
 from torch import Tensor
 
-from moetrain.moe import AllToAll, Dispatcher, Experts, MoE, Plan
+from moetrain.moe import AllToAll, Dispatcher, Experts, MoE, Plan, packed
 from moetrain.testing import simulate_ranks
 
 
@@ -106,6 +106,34 @@ def test_every_dispatcher_equals_one_process(
     if way.dispatch != "all_gather":
         same = Way(chunks=way.chunks)
         check_bitwise(ranks, on_ranks(num_ranks, router, factor, "position", SOME, same))
+
+
+@pytest.mark.parametrize("way", every_way(4), ids=str)
+def test_a_cpu_multiplies_no_empty_slot(monkeypatch: pytest.MonkeyPatch, way: Way) -> None:
+    """As many rows reach the experts as assignments were kept."""
+    multiplied = []
+
+    def run_sorted(rows_RD: Tensor, counts: list[int], *weights: Tensor) -> Tensor:
+        multiplied.append(len(rows_RD))
+        assert sum(counts) == len(rows_RD)
+        return packed.run_sorted(rows_RD, counts, *weights)
+
+    monkeypatch.setattr("moetrain.moe.experts.run_sorted", run_sorted)
+    ranks = on_ranks(4, Router("topk", 3), 2.0, "position", SOME, way)
+    ledgers = [rank["stats"].ledger for rank in ranks]
+    kept = sum(int(ledger.row_E.sum()) for ledger in ledgers)
+    assert sum(multiplied) == kept < sum(int(ledger.slots) for ledger in ledgers)
+
+
+@BOTH
+@pytest.mark.parametrize("way", every_way(4), ids=str)
+def test_tokens_of_zeros_are_no_empty_slots_to_whoever_sent_them(
+    monkeypatch: pytest.MonkeyPatch, way: Way, factor: float | None
+) -> None:
+    x_BLD, token_id_BL = batch(SOME)
+    x_BLD[::3, 1:3] = 0
+    monkeypatch.setattr("test_dispatch.batch", lambda _: (x_BLD, token_id_BL))
+    check_ranks(4, Router("topk", 3), factor, "position", SOME, way)
 
 
 @BOTH

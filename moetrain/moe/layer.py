@@ -11,7 +11,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 
 from moetrain.moe import balance, keyed
 from moetrain.moe.balance import Demand
@@ -264,7 +263,7 @@ def _without_padding(x_TD: Tensor, valid_T: Tensor) -> Tensor:
 
 def _is_known_to_be_full(valid_T: Tensor) -> bool:
     """Whether a CPU, which need not wait for the answer, sees that there is no padding."""
-    return may_look(valid_T) and not is_fake(valid_T) and bool(valid_T.all())
+    return may_look(valid_T) and bool(valid_T.all())
 
 
 def place(

@@ -161,12 +161,12 @@ class _Tokens(torch.autograd.Function):
         keeps: bool,
     ) -> Tensor:
         kept: list[Tensor] | None = [] if keeps else None
-        results = []
+        result_PD = x_TD.new_empty(packing.size, x_TD.shape[1])
+        result_PD[-1] = 0
         for group in packing.groups:
             weights = w_gate_up[group.experts], w_down[group.experts]
             result_gnD = _forward(_gather(x_TD, packing, group), *weights, kept)
-            results.append(result_gnD.flatten(0, 1))
-        result_PD = torch.cat([*results, x_TD.new_zeros(1, x_TD.shape[1])])
+            result_PD[group.places] = result_gnD.flatten(0, 1)
         ctx.packing = packing
         ctx.save_for_backward(x_TD, gate_TK, w_gate_up, w_down, result_PD, *(kept or ()))
         return weigh_rows(result_PD, gate_TK, packing.place_TK, x_TD.dtype, all_exist=True)
@@ -204,28 +204,28 @@ class _Rows(torch.autograd.Function):
         keeps: bool,
     ) -> Tensor:
         kept: list[Tensor] | None = [] if keeps else None
-        results = []
+        result_RD = torch.empty_like(rows_RD)
         for group in groups:
             weights = w_gate_up[group.experts], w_down[group.experts]
             result_gnD = _forward(_filled_up(rows_RD, group), *weights, kept)
-            results += _filled(result_gnD, group)
+            _put_filled(result_gnD, group, result_RD)
         ctx.groups = groups
         ctx.save_for_backward(rows_RD, w_gate_up, w_down, *(kept or ()))
-        return torch.cat(results)
+        return result_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor):  # type: ignore[override]
         rows_RD, w_gate_up, w_down, *kept = ctx.saved_tensors
         grads = torch.empty_like(w_gate_up), torch.empty_like(w_down)
-        grads_of_rows = []
+        grad_rows_RD = torch.empty_like(rows_RD)
         for group, hidden_gn2F in zip(ctx.groups, kept, strict=True):
             x_gnD, experts = _filled_up(rows_RD, group), group.experts
             weights, grad_x_gnD = (w_gate_up[experts], w_down[experts]), torch.empty_like(x_gnD)
             into = grads[0][experts], grads[1][experts], grad_x_gnD
             _backward(_filled_up(grad_RD, group), x_gnD, hidden_gn2F, weights, into)
-            grads_of_rows += _filled(grad_x_gnD, group)
-        return torch.cat(grads_of_rows), *grads, None, None
+            _put_filled(grad_x_gnD, group, grad_rows_RD)
+        return grad_rows_RD, *grads, None, None
 
 
 def _forward(
@@ -235,7 +235,7 @@ def _forward(
     hidden_gn2F = _products(x_gnD, gate_up_gD2F)
     if kept is not None:
         kept.append(hidden_gn2F)
-    # Not into a common buffer: selective recomputation remembers what products return.
+    # Not straight to where it goes: selective recomputation remembers what products return.
     return _products(swiglu_forward(hidden_gn2F), down_gFD)
 
 
@@ -288,9 +288,11 @@ def _filled_up(rows_RD: Tensor, group: Group) -> Tensor:
     return torch.stack([F.pad(part, (0, 0, 0, group.room - len(part))) for part in parts])
 
 
-def _filled(rows_gnD: Tensor, group: Group) -> list[Tensor]:
-    """The rows of each expert that are not empty."""
-    return [rows[:count] for rows, count in zip(rows_gnD, group.counts, strict=True)]
+def _put_filled(rows_gnD: Tensor, group: Group, into_RD: Tensor) -> None:
+    """Write those of a group's rows that are not empty to where they lie among all filled ones."""
+    parts = into_RD[group.rows].split(group.counts)
+    for part_RD, rows_nD in zip(parts, rows_gnD, strict=True):
+        part_RD.copy_(rows_nD[: len(part_RD)])
 
 
 def _scale(rows_gnD: Tensor, gate_gn1: Tensor) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from moetrain.moe.capacity import Plan
 
@@ -109,12 +110,14 @@ def dot_rows(x_TD: Tensor, rows_RD: Tensor, row_TK: Tensor) -> Tensor:
 
 
 def may_look(tensor: Tensor) -> bool:
-    """Whether code may depend on values at no cost: on a CPU, while nothing is compiled.
+    """Whether code may depend on values at no cost: on a CPU, where there are values, while nothing
+    is compiled.
 
     There experts go a few at a time, on filled rows, and rows are summed by the kernel of embedding
     bags: one pass over them, in fp32 and in order, in a tenth of the time of gathers and sums.
     """
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    is_compiling = torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and not is_compiling and not is_fake(tensor)
 
 
 def _clear_(rows_RD: Tensor, is_empty_R: Tensor) -> Tensor:
