@@ -2,8 +2,9 @@
 
 A command imports that function when it runs, so `moetrain --help` loads neither torch nor datasets.
 Exit codes: 0 done; 2 bad configuration or input; 75 a run that a signal stopped and that was saved,
-128 and the signal's number where nothing is saved; anything else is a failure. The launcher's code
-is the ranks' own under `moetrain.torchrun`; torchrun turns all but 0 into 1.
+128 and the signal's number where nothing is saved; 141 an answer that was not read to its end;
+anything else is a failure. `moetrain.torchrun` exits with the code of its ranks, torchrun with 1
+for all but 0.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ class Train:
         _warn(cautions(config))
         from moetrain.train import run
 
-        return run(config)
+        code = run(config)
+        forget(sys.stdout)  # what nobody heard of it is no failure
+        return code
 
 
 @app.command(name="check")
@@ -408,10 +411,11 @@ def parse(args: Sequence[str]) -> Command:
 
 def _unread(error: OutputError) -> int:
     """What a command had to say could not be written."""
-    if error.errno == errno.EPIPE:  # its reader has read enough, as `head` does
-        return UNREAD
-    say(f"moetrain: error: standard output cannot be written: {error.strerror}")
-    return FAILED
+    why = RunError(f"standard output cannot be written: {error.strerror}")
+    if error.errno != errno.EPIPE:
+        return _refuse(why, FAILED)
+    record_error(why)
+    return UNREAD  # in silence: the reader has read enough, as `head` does
 
 
 def _refuse(error: Exception, code: int) -> int:

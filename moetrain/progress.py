@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any, Protocol, Self, final
 
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from moetrain.saying import forget, say
+from moetrain.saying import forgiving, say
 
 _MAX_LAYER_ROWS = 8
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -42,7 +42,7 @@ def progress(num_steps: int, has_experts: bool, console: Console | None = None) 
 
     A run that has no experts has no drops to speak of.
     """
-    console = console or Console()
+    console = console or Console(file=forgiving(sys.stdout))
     # Not console.is_terminal: FORCE_COLOR makes that true of a log file, too.
     can_redraw = console.file.isatty() and not console.is_dumb_terminal
     if can_redraw and not console.options.ascii_only:
@@ -70,7 +70,7 @@ class PlainProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        forget(self._console.file)
+        return None
 
 
 @final
@@ -90,23 +90,18 @@ class LiveProgress:
             self._eval = line
         else:
             self._train = line
-        with suppress(OSError):  # of a terminal that is closed
-            self._live.refresh()
+        self._live.refresh()
 
     def note(self, text: str) -> None:
         """Print the text above the live view."""
-        with suppress(OSError):
-            self._console.print(text, markup=False, highlight=False)
+        self._console.print(text, markup=False, highlight=False)
 
     def __enter__(self) -> Self:
-        with suppress(OSError):
-            self._live.start()
+        self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):
-            self._live.stop()
-        forget(self._console.file)
+        self._live.stop()
 
     def _render(self) -> Table:
         view = Table.grid(expand=True)

@@ -8,19 +8,24 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
-from typing import IO, Any, cast
+from typing import IO, Any, cast, final
 
 
 def say(text: str, file: IO[str] | None = None) -> None:
     """Print a line at once, by default on standard error; nothing where that cannot be written."""
-    with suppress(OSError):
-        print(text, file=file or sys.stderr, flush=True)
+    print(text, file=forgiving(file or sys.stderr), flush=True)
+
+
+def forgiving(file: IO[str] | None) -> IO[str]:
+    """The file, but what it cannot write is lost without an error; None, as a standard stream is
+    that was closed before the process began, is a file that loses all."""
+    return cast(IO[str], _Forgiving(file or open(os.devnull, "w")))
 
 
 def forget(file: IO[str] | None) -> None:
     """Let a file that cannot be written lose what it still holds: at the end of the process Python
     would try again, and exit with a code of its own."""
-    if file is None:  # as a standard stream is that was closed before the process began
+    if file is None:
         return
     try:
         file.flush()
@@ -30,7 +35,7 @@ def forget(file: IO[str] | None) -> None:
 
 
 class OutputError(OSError):
-    """Standard output cannot be written; its cause says why."""
+    """Standard output cannot be written."""
 
 
 @contextmanager
@@ -39,15 +44,37 @@ def telling_output_errors() -> Iterator[None]:
     if sys.stdout is None:
         yield
         return
-    with redirect_stdout(cast(IO[str], _Output(sys.stdout))):
-        yield
+    with redirect_stdout(cast(IO[str], _Telling(sys.stdout))):
+        try:
+            yield
+        except SystemExit:  # after help
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
 
 
-class _Output:
+class _Wrapped:
     def __init__(self, file: IO[str]) -> None:
         self._file = file
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@final
+class _Forgiving(_Wrapped):
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._file.flush()
+
+
+@final
+class _Telling(_Wrapped):
     def write(self, text: str) -> int:
         with _as_output_error():
             return self._file.write(text)
@@ -55,9 +82,6 @@ class _Output:
     def flush(self) -> None:
         with _as_output_error():
             self._file.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
 
 
 @contextmanager

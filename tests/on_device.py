@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +20,7 @@ from torch import Tensor
 from moetrain import parallel
 from moetrain.config import Config
 from moetrain.mesh import process_group
-from moetrain.moe import Draws, Local, MoE, dispatch, experts, keyed, layer
+from moetrain.moe import Draws, Local, MoE, dispatch, experts, keyed, layer, rows
 
 ROOT = Path(__file__).parent.parent
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
@@ -123,13 +123,12 @@ def _never(_: torch.Tensor) -> bool:
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Without what a CPU has instead: experts one after another."""
-    with (
-        mock.patch.object(experts, "may_look", _never),
-        mock.patch.object(dispatch, "may_look", _never),
-        mock.patch.object(layer, "_is_known_to_be_full", _never),
-        mock.patch.object(parallel, "local_dispatcher", return_value=Local()),
-    ):
+    """Without what a CPU has instead: experts a few at a time, on filled rows alone."""
+    with ExitStack() as patched:
+        for module in (dispatch, experts, layer, rows):
+            patched.enter_context(mock.patch.object(module, "is_eager_cpu", _never))
+        local = mock.patch.object(parallel, "local_dispatcher", return_value=Local())
+        patched.enter_context(local)
         yield
 
 

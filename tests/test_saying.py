@@ -15,6 +15,8 @@ import pytest
 from runs import train, write_config
 
 from moetrain import checkpoint, cli
+from moetrain.progress import LiveProgress, progress
+from moetrain.saying import say
 from moetrain.sinks import read_metrics
 
 pytestmark = pytest.mark.skipif(
@@ -45,6 +47,38 @@ def test_a_run_that_nobody_hears_trains_to_its_end(tmp_path, way):
     run = tmp_path / "runs" / "run"
     assert [line["step"] for line in read_metrics(run) if "loss" in line] == list(range(1, 9))
     assert checkpoint.latest(run) == run / "checkpoints" / "step-00000008"
+
+
+@contextmanager
+def closed_terminal() -> Iterator[TextIO]:
+    """A terminal whose window is gone, on which nothing but errors can be written."""
+    window, terminal = os.openpty()
+    with os.fdopen(terminal, "w") as file:
+        os.close(window)
+        assert file.isatty()
+        yield file
+
+
+def test_a_live_view_outlives_its_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    with closed_terminal() as file, redirect_stdout(file), progress(8, has_experts=False) as view:
+        assert isinstance(view, LiveProgress)
+        for step in range(3):
+            view.update({"step": step})
+            view.note("a word")
+        assert not view._console._buffer, "what is lost is not kept"
+
+
+@pytest.mark.parametrize(("way", "code"), [("full disk", 1), ("no reader", 141)])
+def test_help_that_is_lost_is_like_any_answer(way, code):
+    with broken(way) as file, redirect_stdout(file):
+        assert cli.main(["--help"]) == code
+
+
+def test_without_standard_error_nothing_goes_to_standard_output(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr", None)
+    say("a warning")
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(("way", "code"), [("full disk", 1), ("no reader", 141)])

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ from moetrain.data.splits import SPLITS, Split, assign_splits
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 from moetrain.errors import UserError
 from moetrain.redact import redact, require_whole
-from moetrain.saying import say
+from moetrain.saying import forgiving, say
 
 BATCH_LENGTH = 1 << 22
 """Characters tokenized at once."""
@@ -160,7 +161,7 @@ def _progress():
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    console = Console(stderr=True)
+    console = Console(file=forgiving(sys.stderr))
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("preparing data")
         total, printed = [0, 0], time.monotonic()

@@ -6,7 +6,8 @@ choices, weighted by its gates. Nothing is kept between the two but the record t
 returns. Every dispatcher on P ranks equals Local on the concatenated batch.
 
 Shape suffixes: T tokens on this rank, K choices, E experts, P ranks, e = E/P experts on this rank,
-n parts, m = e/n experts of one part, R rows, N filled ones, D model width.
+n parts, m = e/n experts of one part, R rows, F filled ones, N = T·K assignments, D model width, X
+anything.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from moetrain.moe.packed import run_packed
 from moetrain.moe.rows import (
     combine_rows,
     gather_rows,
-    may_look,
+    is_eager_cpu,
     put_rows,
     reorder_experts,
     take_rows,
@@ -192,14 +193,14 @@ def _run(experts: Feed, rows_RD: Tensor, num_experts: int, counts: list[int] | N
     """
     if counts is not None:
         return experts(rows_RD, counts)
-    if not may_look(rows_RD):
+    if not is_eager_cpu(rows_RD):
         return experts(rows_RD.unflatten(0, (num_experts, -1)), None).view_as(rows_RD)
     is_filled_R = rows_RD.abs().amax(1) != 0
-    row_N = is_filled_R.nonzero().flatten()
-    results_ND = experts(
-        take_rows(rows_RD, row_N), is_filled_R.view(num_experts, -1).sum(1).tolist()
+    row_F = is_filled_R.nonzero().flatten()
+    results_FD = experts(
+        take_rows(rows_RD, row_F), is_filled_R.view(num_experts, -1).sum(1).tolist()
     )
-    return put_rows(results_ND, row_N, len(rows_RD))
+    return put_rows(results_FD, row_F, len(rows_RD))
 
 
 class Gathered(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moetrain.moe.packed import run_sorted
-from moetrain.moe.rows import may_look
+from moetrain.moe.rows import is_eager_cpu
 
 Feed: TypeAlias = Callable[[Tensor, list[int] | None], Tensor]
 """What experts do to their rows; see `Experts.forward`."""
@@ -72,7 +72,7 @@ class Experts(nn.Module):
 def _feed(rows: Tensor, counts: list[int] | None, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
     if counts is None:
         return torch.bmm(swiglu(torch.bmm(rows, w_gate_up)), w_down)
-    if may_look(rows):
+    if is_eager_cpu(rows):
         return run_sorted(rows, counts, w_gate_up, w_down)
     product = _grouped if _can_group(rows, w_gate_up, counts) else _looped
     return product(swiglu(product(rows, w_gate_up, counts)), w_down, counts)

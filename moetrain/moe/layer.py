@@ -22,7 +22,7 @@ from moetrain.moe.ledger import GateMass, Ledger, gate_mass, ledger
 from moetrain.moe.preferences import Preferences, preferences
 from moetrain.moe.router import Gate, Inputs, Router
 from moetrain.moe.routing import Routing, comparable
-from moetrain.moe.rows import may_look
+from moetrain.moe.rows import is_eager_cpu
 from moetrain.moe.spill import settle, spill
 
 Mode = Literal["train", "eval", "generate"]
@@ -263,7 +263,7 @@ def _without_padding(x_TD: Tensor, valid_T: Tensor) -> Tensor:
 
 def _is_known_to_be_full(valid_T: Tensor) -> bool:
     """Whether a CPU, which need not wait for the answer, sees that there is no padding."""
-    return may_look(valid_T) and bool(valid_T.all())
+    return is_eager_cpu(valid_T) and bool(valid_T.all())
 
 
 def place(

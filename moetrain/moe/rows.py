@@ -1,6 +1,6 @@
 """Rows on one rank: gathered by expert, put in another order, and summed per token again.
 
-Every gradient is a gather, too: no atomics, one order of summation.
+Every gradient is a gather, too, or a copy: no atomics, one order of summation.
 
 Shape suffixes: T tokens on this rank, K choices, E experts, R rows, N of them, D model width,
 A×B blocks.
@@ -79,7 +79,7 @@ def weigh_rows(
 
     Without autograd. An assignment without a row adds 0; with `all_exist` there is none.
     """
-    if may_look(rows_RD):
+    if is_eager_cpu(rows_RD):
         rows_RD, row_TK = _with_absent(rows_RD.to(dtype), row_TK, all_exist)
         return _weigh_bags(rows_RD, gate_TK, row_TK)
     y_TD = gate_TK[:, :1] * _rows_at(rows_RD, row_TK[:, 0])
@@ -92,7 +92,7 @@ def weigh_rows(
 
 def sum_rows(rows_RD: Tensor, row_TK: Tensor, all_exist: bool = False) -> Tensor:
     """Σ_k rows[row[t, k]], k in order, in fp32 at least; as `weigh_rows` without gates."""
-    if may_look(rows_RD):
+    if is_eager_cpu(rows_RD):
         rows_RD, row_TK = _with_absent(rows_RD, row_TK, all_exist)
         return F.embedding_bag(row_TK, rows_RD, mode="sum")
     wide = torch.promote_types(rows_RD.dtype, torch.float32)
@@ -109,12 +109,12 @@ def dot_rows(x_TD: Tensor, rows_RD: Tensor, row_TK: Tensor) -> Tensor:
     return grad_of_weights(x_TD, rows_RD, *bags, mode=0).view(num_tokens, k)
 
 
-def may_look(tensor: Tensor) -> bool:
-    """Whether code may depend on values at no cost: on a CPU, where there are values, while nothing
-    is compiled.
+def is_eager_cpu(tensor: Tensor) -> bool:
+    """Whether a tensor is on a CPU, has values, and nothing is compiled.
 
-    There experts go a few at a time, on filled rows, and rows are summed by the kernel of embedding
-    bags: one pass over them, in fp32 and in order, in a tenth of the time of gathers and sums.
+    There code may depend on values at no cost: experts go a few at a time, on filled rows. And rows
+    are summed by the kernel of embedding bags: one pass over them, in fp32 and in order, in a tenth
+    of the time of gathers and sums.
     """
     is_compiling = torch.compiler.is_compiling()
     return tensor.device.type == "cpu" and not is_compiling and not is_fake(tensor)
@@ -122,7 +122,7 @@ def may_look(tensor: Tensor) -> bool:
 
 def _clear_(rows_RD: Tensor, is_empty_R: Tensor) -> Tensor:
     """Zeros in empty rows, in place."""
-    if may_look(rows_RD):
+    if is_eager_cpu(rows_RD):
         return rows_RD.index_fill_(0, is_empty_R.nonzero().flatten(), 0)
     return rows_RD.masked_fill_(is_empty_R[:, None], 0)
 
@@ -193,7 +193,7 @@ def take_rows(rows_RD: Tensor, row_N: Tensor) -> Tensor:
 
 def put_rows(rows_ND: Tensor, row_N: Tensor, num_rows: int) -> Tensor:
     """Rows at their places among zeros, the opposite of `take_rows`: (R, D)."""
-    return _Put.apply(rows_ND, row_N, num_rows)  # type: ignore[return-value]
+    return rows_ND.new_zeros(num_rows, rows_ND.shape[1]).index_copy_(0, row_N, rows_ND)
 
 
 class _Take(torch.autograd.Function):
@@ -206,23 +206,7 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor):  # type: ignore[override]
         (row_N,) = ctx.saved_tensors
-        return _among_zeros(grad_ND, row_N, ctx.num_rows), None
-
-
-class _Put(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, row_N: Tensor, num_rows: int) -> Tensor:
-        ctx.save_for_backward(row_N)
-        return _among_zeros(rows_ND, row_N, num_rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor):  # type: ignore[override]
-        (row_N,) = ctx.saved_tensors
-        return grad_RD.index_select(0, row_N), None, None
-
-
-def _among_zeros(rows_ND: Tensor, row_N: Tensor, num_rows: int) -> Tensor:
-    return rows_ND.new_zeros(num_rows, rows_ND.shape[1]).index_copy_(0, row_N, rows_ND)
+        return put_rows(grad_ND, row_N, ctx.num_rows), None
 
 
 class Turn(NamedTuple):
