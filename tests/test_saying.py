@@ -16,7 +16,7 @@ from runs import train, write_config
 
 from moetrain import checkpoint, cli
 from moetrain.progress import LiveProgress, progress
-from moetrain.saying import say
+from moetrain.saying import forget, say
 from moetrain.sinks import read_metrics
 
 pytestmark = pytest.mark.skipif(
@@ -49,24 +49,20 @@ def test_a_run_that_nobody_hears_trains_to_its_end(tmp_path, way):
     assert checkpoint.latest(run) == run / "checkpoints" / "step-00000008"
 
 
-@contextmanager
-def closed_terminal() -> Iterator[TextIO]:
-    """A terminal whose window is gone, on which nothing but errors can be written."""
-    window, terminal = os.openpty()
-    with os.fdopen(terminal, "w") as file:
-        os.close(window)
-        assert file.isatty()
-        yield file
-
-
 def test_a_live_view_outlives_its_terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
-    with closed_terminal() as file, redirect_stdout(file), progress(8, has_experts=False) as view:
-        assert isinstance(view, LiveProgress)
-        for step in range(3):
-            view.update({"step": step})
-            view.note("a word")
-        assert not view._console._buffer, "what is lost is not kept"
+    window, terminal = os.openpty()
+    with os.fdopen(terminal, "w") as file, redirect_stdout(file):
+        with progress(8, has_experts=False) as view:
+            assert isinstance(view, LiveProgress)
+            os.close(window)
+            for step in range(3):
+                view.update({"step": step})
+                view.note("a word")
+            assert not view._console._buffer, "what is lost is not kept"
+        with pytest.raises(OSError, match="Input/output error"):
+            file.write("x" * 9999)
+        forget(file)
 
 
 @pytest.mark.parametrize(("way", "code"), [("full disk", 1), ("no reader", 141)])
