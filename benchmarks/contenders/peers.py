@@ -118,8 +118,9 @@ def deepspeed(cell: Cell, device: torch.device) -> LayerCase:
     return LayerCase(cell, device, DeepSpeedLayer(cell, device))
 
 
-MASK_BYTES = {"fp32": 16, "bf16": 12}
-"""Measured: what a step takes beyond the layer above for every entry of its (T, E, C) masks."""
+MASK_BYTES = {"fp32": (16, 36), "bf16": (12, 32)}
+"""Measured: what a step takes beyond the layer above for every entry of its (T, E, C) masks; with up
+to two choices for each token, and with more."""
 
 
 def deepspeed_einsum(cell: Cell, device: torch.device) -> LayerCase:
@@ -128,7 +129,7 @@ def deepspeed_einsum(cell: Cell, device: torch.device) -> LayerCase:
         raise AbsentError(f"not installed; {INSTALL}")
     shape, num_tokens = cell.shape, cell.tokens // cell.ranks
     slots = FACTOR * shape.top_k * num_tokens / shape.experts
-    needed = MASK_BYTES[cell.dtype] * num_tokens * shape.experts * slots * cell.ranks
+    needed = MASK_BYTES[cell.dtype][shape.top_k > 2] * num_tokens * shape.experts * slots * cell.ranks
     there = _memory(device)
     if needed > there / 2:  # those that are built later need some, too
         mask = f"{num_tokens}×{shape.experts}×{slots:.0f}"
