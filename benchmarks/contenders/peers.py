@@ -119,8 +119,8 @@ def deepspeed(cell: Cell, device: torch.device) -> LayerCase:
 
 
 MASK_BYTES = {"fp32": (16, 36), "bf16": (12, 32)}
-"""Measured: what a step takes beyond the layer above for every entry of its (T, E, C) masks; with up
-to two choices for each token, and with more."""
+"""Measured: what a step takes beyond the layer above for every entry of its (T, E, C) masks; with
+up to two choices for each token, and with more."""
 
 
 def deepspeed_einsum(cell: Cell, device: torch.device) -> LayerCase:
@@ -129,7 +129,8 @@ def deepspeed_einsum(cell: Cell, device: torch.device) -> LayerCase:
         raise AbsentError(f"not installed; {INSTALL}")
     shape, num_tokens = cell.shape, cell.tokens // cell.ranks
     slots = FACTOR * shape.top_k * num_tokens / shape.experts
-    needed = MASK_BYTES[cell.dtype][shape.top_k > 2] * num_tokens * shape.experts * slots * cell.ranks
+    of_entry = MASK_BYTES[cell.dtype][shape.top_k > 2]
+    needed = of_entry * num_tokens * shape.experts * slots * cell.ranks
     there = _memory(device)
     if needed > there / 2:  # those that are built later need some, too
         mask = f"{num_tokens}×{shape.experts}×{slots:.0f}"
