@@ -30,7 +30,7 @@ class Agent:
 
     def __init__(self, log: Path, *command: str, **variables: str) -> None:
         self.log = log
-        with log.open("wb") as file:
+        with log.open("ab") as file:
             self.process = subprocess.Popen(
                 command,
                 cwd=ROOT,
@@ -161,8 +161,11 @@ def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
 
 
 def test_nodes_come_and_go(tmp_path: Path) -> None:
-    """Two agents with a rank each: one comes later, dies with its rank, and another comes."""
-    config = write(tmp_path)
+    """Two agents with a rank each: one comes later, dies with its rank, and another comes.
+
+    They share a log: rank 0, which speaks, is with the agent whose process has the lowest number.
+    """
+    config, log = write(tmp_path), tmp_path / "log"
     port = free_port()
     command = ("launch/train.sh", str(config))
     variables = {
@@ -172,11 +175,11 @@ def test_nodes_come_and_go(tmp_path: Path) -> None:
         # for so long is given up, which must not happen to an agent that is short of time.
         "PET_RDZV_CONF": "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=15",
     }
-    first = Agent(tmp_path / "first", *command, **variables)
+    first = Agent(log, *command, **variables)
     with agents(first):
         first.wait_for("step 2/")
         command = first.command()  # what the script has become, without its checks
-        second = Agent(tmp_path / "second", *command, **variables)
+        second = Agent(log, *command, **variables)
         with agents(second):
             where = int(first.wait_for(r"stopped by a signal after step (\d+)")[1])
             joined = first.wait_for(rf"on 2 ranks \(cpu, fp32\), from step {where}\n")
@@ -184,7 +187,7 @@ def test_nodes_come_and_go(tmp_path: Path) -> None:
         # `second` is gone
         alone = first.wait_for(r"on 1 rank \(cpu, fp32\), from step (\d+)", joined.end())
         assert int(alone[1]) > where
-        again = Agent(tmp_path / "again", *command, **variables)
+        again = Agent(log, *command, **variables)
         with agents(again):
             stop = first.wait_for(r"stopped by a signal after step (\d+)", alone.end())
             where = int(stop[1])
