@@ -276,5 +276,7 @@ def _text(failure: ProcessFailure) -> str:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
+    for number in SIGNALS:  # the outcome stands, whatever comes while the process ends
+        signal.signal(number, signal.SIG_IGN)
     forget(sys.stderr)
     sys.exit(code)
