@@ -32,8 +32,8 @@ class Activations(NamedTuple):
     recomputed: int
     """What a block makes again for its backward pass, at most: one at a time has it."""
     logits: int
-    """Those that exist at one time: as computed, their softmax and its gradient in fp32 at least;
-    they are computed anew in the backward pass."""
+    """Those that exist at one time: as computed, and their softmax in fp32 at least, which becomes
+    their gradient."""
 
 
 def activations(config: Config, vocab_size: int) -> Activations:
@@ -187,4 +187,4 @@ def _logits(model: Transformer, config: Config) -> int:
     compute = compute_dtype(config.engine)
     wide = torch.promote_types(compute, torch.float32)
     tokens = min(CHUNK_TOKENS, config.train.micro_batch * config.data.seq_len)
-    return tokens * model.embedding.num_embeddings * (compute.itemsize + 2 * wide.itemsize)
+    return tokens * model.embedding.num_embeddings * (compute.itemsize + wide.itemsize)

@@ -275,8 +275,10 @@ def _apply_fsdp(model: Transformer, mesh: Mesh, precision: Precision) -> None:
     shard(model, mesh=mesh.dense)
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
-            unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
+            ranks = mesh.same_experts if isinstance(unit, MoE) else mesh.dense
+            if ranks.size() > 1:  # on one, dividing by 1 would take a pass over all gradients
+                unit.set_gradient_divide_factor(1.0)
     _prefetch(model)
 
 

@@ -94,17 +94,50 @@ def test_logits_of_all_tokens_never_exist():
     assert watch.numel == tokens * VOCAB  # the watch sees logits where there are some
 
 
-def test_no_logits_are_kept_for_the_backward_pass():
+def test_gradients_alone_are_kept_for_the_backward_pass():
     tokens = 64 * TOKENS
     hidden_TD, weight_VD, target_T = inputs(tokens)
-    kept: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
         cross_entropy_sum(hidden_TD, weight_VD, target_T, chunk_tokens=8)
-    inputs_alone = {t.untyped_storage().data_ptr() for t in (hidden_TD, weight_VD, target_T)}
-    others = sum(tensor.numel() for at, tensor in kept.items() if at not in inputs_alone)
-    assert others < tokens  # some scalars for each chunk
+    assert [tensor.shape for tensor in kept] == [hidden_TD.shape, weight_VD.shape]
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_gradient_is_computed_where_none_is_wanted():
+    hidden_TD, weight_VD, target_T = inputs()
+    with Products() as with_gradients:
+        loss = cross_entropy_sum(hidden_TD, weight_VD, target_T, chunk_tokens=4)
+    with torch.no_grad(), Products() as without:
+        close(cross_entropy_sum(hidden_TD, weight_VD, target_T, chunk_tokens=4), loss)
+    assert (without.number, with_gradients.number) == (TOKENS // 4, 3 * TOKENS // 4)
+
+
+def test_gradients_in_bf16_are_scaled_by_an_unrounded_factor():
+    hidden_TD, weight_VD, target_T = inputs(dtype=torch.bfloat16)
+    leaves, factor = [hidden_TD, weight_VD], 1 + 2**-8 - 2**-20  # rounded to bf16 it is 1
+    loss = cross_entropy_sum(hidden_TD, weight_VD, target_T)
+    plain = torch.autograd.grad(loss, leaves, retain_graph=True)
+    scaled = torch.autograd.grad(torch.tensor(factor) * loss, leaves)
+    for one, other in zip(plain, scaled, strict=True):
+        assert torch.equal(other, (factor * one.double()).to(torch.bfloat16))
+        assert not torch.equal(other, one)
+
+
+def test_parts_of_the_weights_gradient_are_not_added_up_in_bf16():
+    tokens = 1024 * TOKENS
+    hidden_TD, weight_VD, target_T = inputs(tokens, torch.bfloat16)
+    in_parts, whole = (
+        torch.autograd.grad(cross_entropy_sum(hidden_TD, weight_VD, target_T, chunk), weight_VD)[0]
+        for chunk in (8, tokens)
+    )
+    torch.testing.assert_close(in_parts, whole, rtol=1e-2, atol=0.5)

@@ -77,7 +77,7 @@ def test_memory_by_hand(precision, master, compute, world, ep, dp_replicate):
     assert found["Adam moments"] == 2 * shard * master
     assert found["gathered weights"] == (ends + dense + computed) * compute
     assert found["gradients under way"] == experts * (compute + master)
-    assert found["logits"] == 8 * 8 * 257 * (compute + 8)
+    assert found["logits"] == 8 * 8 * 257 * (compute + 4)
 
 
 # ---------------------------------------------------------------- a real step

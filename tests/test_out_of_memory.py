@@ -105,7 +105,7 @@ CALLED = {
     "routing": "moetrain.moe.router._logits",
     "slots of tokens on their way to experts": "torch.index_select",
     "inner activations of experts": "moetrain.moe.packed.swiglu_forward",
-    "logits": "torch.nn.functional.cross_entropy",
+    "logits": "torch.nn.functional.log_softmax",
     "gradients and activations": "torch.Tensor.backward",
     "gradients under way": f"{FSDP}.foreach_reduce",
     "the optimizer step": "torch.optim.AdamW.step",
