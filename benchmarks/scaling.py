@@ -5,7 +5,7 @@
 
 Forward and backward of the layer as training uses it: router, plan, rows to the experts and back,
 their sum, losses, ledger and its check; capacity factor 1.25 in every sequence, bf16 where the
-machine has instructions for it. All points of
+machine has instructions for it. Beside every point stand its experts' matrix products alone. All of
 a curve take turns in every round, and to every round an exponent is fitted: cost ∝ size^p. Tokens
 of the ranks curve are divided among the ranks; on a CPU they share its cores, so what it shows is
 what their transport and waiting adds. Writes scaling.{json,md,png} into results/ (scaling-cuda on
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,8 +25,9 @@ import harness
 import record
 import torch
 import torch.distributed as dist
-from contenders.cell import DTYPES
-from harness import AbsentError, Contender, Field
+from contenders.cell import DTYPES, Cell, Shape
+from contenders.limit import Limit
+from harness import AbsentError, Case, Contender, Field
 from stepping.own import lone_mesh
 from torch import nn
 
@@ -52,6 +53,12 @@ class Point(NamedTuple):
     ranks: int = 1
     dtype: str = "bf16"
     """Of tokens and experts."""
+
+    @property
+    def cell(self) -> Cell:
+        """What its matrix products are made of."""
+        shape = Shape(self.dim, self.expert_dim, self.experts, self.top_k)
+        return Cell(shape, self.tokens, "balanced", self.dtype, self.ranks)
 
 
 class Curve(NamedTuple):
@@ -149,11 +156,30 @@ def layer(point: Point, device: torch.device) -> MoE:
     return moe.to(device)
 
 
-def build(place: int, points: list[Point], device: torch.device) -> LayerStep:
-    """The point of a curve at a place, for the harness."""
+def limit(point: Point, device: torch.device) -> Limit:
+    """The matrix products of the layer, on the rows that its tokens ask for in equal groups."""
+    return Limit(point.cell, device)
+
+
+def build(
+    place: int,
+    make: Callable[[Point, torch.device], Case],
+    points: list[Point],
+    device: torch.device,
+) -> Case:
+    """What is made of the point of a curve at a place, for the harness."""
     if place >= len(points):
         raise AbsentError("this curve has fewer points")
-    return LayerStep(points[place], device)
+    return make(points[place], device)
+
+
+def contenders(ranks: list[int]) -> list[Contender]:
+    """At so many places of a curve, a layer and its products."""
+    return [
+        Contender(f"{make.__name__} {place}", partial(build, place, make), of_one)
+        for make in (LayerStep, limit)
+        for place, of_one in enumerate(ranks)
+    ]
 
 
 def main() -> None:
@@ -162,10 +188,7 @@ def main() -> None:
     chosen = [every[name] for name in options.curves]
     found = []
     for ranks, together in teams(chosen):
-        contenders = [
-            Contender(str(n), partial(build, n), of_one) for n, of_one in enumerate(ranks)
-        ]
-        with Field(contenders, options.device) as field:
+        with Field(contenders(ranks), options.device) as field:
             found += [measure(field, curve, options.rounds) for curve in together]
     name = "scaling-cuda" if options.device == "cuda" else "scaling"
     draw(found, name)
@@ -204,12 +227,14 @@ def arguments() -> argparse.Namespace:
 def measure(field: Field, curve: Curve, rounds: int) -> dict[str, Any]:
     """All points of a curve in turn."""
     print(f"{curve.what}: building", flush=True)
-    built = field.build(curve.points).values()
+    built = list(field.build(curve.points).values())
     facts = [ranks for ranks in built if not isinstance(ranks, AbsentError)]
     print(f"{curve.what}: measuring", flush=True)
-    samples = field.measure(rounds).values()
+    measured = list(field.measure(rounds).values())
     sizes = [getattr(point, curve.field) for point in curve.points]
+    samples, limits = measured[: len(sizes)], measured[len(sizes) :]
     seconds = [sample.seconds for sample in samples]
+    of_limits = [sample.seconds for sample in limits]
     fitted = fits.exponent(sizes, list(zip(*seconds, strict=True)))
     growth = harness.ratio(seconds[-1], seconds[0])
     print(f"{curve.what}: exponent {fitted.show()}", flush=True)
@@ -218,10 +243,12 @@ def measure(field: Field, curve: Curve, rounds: int) -> dict[str, Any]:
         "points": [point._asdict() for point in curve.points],
         "sizes": sizes,
         "seconds": seconds,
+        "limit_seconds": of_limits,
         "peak_bytes": [sample.peak_bytes for sample in samples],
-        "facts": facts,
+        "facts": facts[: len(sizes)],
         "exponent": fitted,
         "growth": growth,
+        "limit_growth": harness.ratio(of_limits[-1], of_limits[0]),
         "ideal": curve.ideal,
         "target": curve.target,
         "is_met": curve.is_met(fitted.value, growth.median),
@@ -238,19 +265,22 @@ def report(found: list[dict[str, Any]], name: str, options: argparse.Namespace) 
             f"{curve['sizes'][0]} to {curve['sizes'][-1]}",
             curve["exponent"].show(),
             curve["growth"].show(),
+            curve["limit_growth"].show(),
             curve["target"],
             {True: "yes", False: "**no**", None: ""}[curve["is_met"]],
         ]
         for curve in found
     ]
-    header = ["", "range", "exponent", "last / first", "target", "met"]
+    header = ["", "range", "exponent", "last / first", "products alone", "target", "met"]
     return "\n\n".join(
         [
             "# How the cost of a layer grows",
             f"Forward and backward of one MoE layer, {options.dtype}, capacity factor 1.25; "
             f"{options.rounds} rounds in which all points of a curve have a turn. The exponent p "
             "of cost ∝ size^p is the mean of those fitted to each round, with its range of 95 % "
-            "confidence; *last / first* is the median ratio of costs (least–most).",
+            "confidence; *last / first* is the median ratio of costs (least–most), and *products "
+            "alone* the same of the experts' matrix products without the rest of the layer, by the "
+            "fastest of the plain ways that torch has.",
             record.table(header, rows),
             "*Experts* are all of the same width; *finer experts* are narrower the more there are, "
             "and a token chooses more of them: both compute as much at every point. *Ranks* divide "
@@ -258,7 +288,7 @@ def report(found: list[dict[str, Any]], name: str, options: argparse.Namespace) 
             "stays as it is, and what grows is transport and waiting; ranks beyond the cores take "
             "turns on them. With a device for every rank the best exponent is -1. *Memory* is the "
             "most that a step takes beyond what is there before, of all ranks; *kept* are the "
-            "assignments that found a slot.",
+            "assignments that found a slot; *share* is what the products alone take of the cost.",
             f"![Cost by size]({name}.png)",
             *(details(curve) for curve in found),
         ]
@@ -268,18 +298,18 @@ def report(found: list[dict[str, Any]], name: str, options: argparse.Namespace) 
 def details(curve: dict[str, Any]) -> str:
     """The points of a curve."""
     first = curve["seconds"][0]
+    keys = "points", "seconds", "limit_seconds", "peak_bytes", "facts"
     rows = [
         [
             *(point[field] for field in ("tokens", "experts", "top_k", "expert_dim", "ranks")),
             harness.ratio(seconds, first).show(),
+            harness.ratio(of_limit, seconds).show(),
             f"{peak / 2**20:,.0f} MiB",
             kept(facts),
         ]
-        for point, seconds, peak, facts in zip(
-            *(curve[key] for key in ("points", "seconds", "peak_bytes", "facts")), strict=True
-        )
+        for point, seconds, of_limit, peak, facts in zip(*(curve[key] for key in keys), strict=True)
     ]
-    header = ["tokens", "experts", "K", "expert width", "ranks", "cost", "memory", "kept"]
+    header = ["tokens", "experts", "K", "expert width", "ranks", "cost", "share", "memory", "kept"]
     return f"## {curve['what'].capitalize()}\n\n{record.table(header, rows)}"
 
 

@@ -120,7 +120,9 @@ def test_a_layer_takes_its_step_on_its_ranks(ranks: int) -> None:
     point = scaling.Point(tokens=1024, experts=4, dim=16, expert_dim=16, ranks=ranks)
 
     def one_rank() -> dict[str, int]:
-        case = scaling.build(0, [point], torch.device("cpu"))
+        products = scaling.build(0, scaling.limit, [point], torch.device("cpu"))
+        products.step()
+        case = scaling.build(0, scaling.LayerStep, [point], torch.device("cpu"))
         case.step()
         return case.facts()
 
@@ -128,7 +130,7 @@ def test_a_layer_takes_its_step_on_its_ranks(ranks: int) -> None:
     assert sum(of_one["assigned"] for of_one in facts) == 2 * 1024
     assert 0.8 < sum(of_one["kept"] for of_one in facts) / (2 * 1024) <= 1
     with pytest.raises(AbsentError, match="fewer points"):
-        scaling.build(1, [point], torch.device("cpu"))
+        scaling.build(1, scaling.LayerStep, [point], torch.device("cpu"))
 
 
 def test_ranks_have_processes_of_their_own() -> None:

@@ -8,8 +8,8 @@ into the second product. Small experts in one product share its costs, and its t
 each; a large one is a group of its own.
 
 Products of bf16 are compiled for every new shape, which takes longer than most products do. So
-there experts have rows in multiples of FEW_ROWS, small or grouped ones in multiples of MANY_ROWS,
-the last ones zero: few shapes, met soon.
+there small or grouped experts have rows in multiples of MANY_ROWS, large ones in multiples of some
+32nd of theirs, the last ones zero: few shapes, met soon.
 
 Shape suffixes: T tokens, K choices, E experts, D model width, F expert hidden width, R filled rows,
 g experts of a group, n rows of each of them, P rows of all groups and one more.
@@ -29,7 +29,9 @@ from torch.autograd.function import once_differentiable
 from moetrain.moe.capacity import Plan
 from moetrain.moe.rows import dot_rows, sum_rows, weigh_rows
 
-FEW_ROWS, MANY_ROWS = 32, 128
+MANY_ROWS = 128
+LEAST_UNIT, MOST_UNIT = 8, 32
+"""Bounds of what the rows of a large expert are a multiple of."""
 GROUPS = (8, 4, 2)
 """Experts that are taken together, if they are alike; otherwise one."""
 MOST_NUMBERS = 1 << 21
@@ -68,7 +70,7 @@ def cut(counts: Sequence[int], dim: int, hidden_dim: int, dtype: torch.dtype) ->
         if dtype != torch.bfloat16:
             return max(counts)
         is_dear = len(counts) == 1 and MANY_ROWS * row_flops > EMPTY_FLOPS
-        multiple = FEW_ROWS if is_dear else MANY_ROWS
+        multiple = _unit(counts[0]) if is_dear else MANY_ROWS
         return -(-max(counts) // multiple) * multiple
 
     def are_alike(counts: Sequence[int]) -> bool:
@@ -90,6 +92,11 @@ def cut(counts: Sequence[int], dim: int, hidden_dim: int, dtype: torch.dtype) ->
         places = slice(before.places.stop, before.places.stop + size * room)
         groups.append(Group(mine, room, experts, rows, places))
     return groups
+
+
+def _unit(num_rows: int) -> int:
+    """The power of two from a 64th to a 32nd of the rows, within its bounds."""
+    return min(max(LEAST_UNIT, 1 << max(0, num_rows.bit_length() - 6)), MOST_UNIT)
 
 
 class Packing(NamedTuple):
