@@ -1,9 +1,9 @@
 """Does `moe.capacity_factor: auto` hold its target? The quickstart with it, beside fixed factors.
 
-    python benchmarks/autopilot.py [--steps 208] [--runs FOLDER] [--only TEXT]
+    python benchmarks/autopilot.py [--steps 208] [--seeds 0 1 2] [--runs FOLDER] [--only TEXT]
 
 Trains configs/quickstart.yaml on two processes with two targets and with two fixed factors, one
-after the other, all from the same seed. Runs that FOLDER holds already are not trained again, so
+after the other, from each of the seeds. Runs that FOLDER holds already are not trained again, so
 they may be trained one by one. Writes autopilot.{json,md,png} into results/ once all are there.
 """
 
@@ -20,12 +20,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import harness
 import record
 
 from moetrain.autopilot import FACTORS, STEPS
 
 Windows = Sequence[Mapping[str, Any]]
 """The steps that were decided on together, in sums."""
+Runs = Mapping[str, Sequence[Mapping[str, Any]]]
+"""By name, the runs of all seeds."""
 RUNS: dict[str, dict[str, Any]] = {
     "auto, target 1 %": {"capacity_factor": "auto", "target_drop_rate": 0.01},
     "factor 1.25": {"capacity_factor": 1.25},
@@ -40,6 +43,7 @@ COUNTS = ("assigned", "dropped", "slots", "kept")
 def main() -> None:
     parser = argparse.ArgumentParser(description="Does the capacity autopilot hold its target?")
     parser.add_argument("--steps", type=int, default=13 * STEPS, help="optimizer steps of each run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, help="folder that keeps the runs")
     parser.add_argument("--only", default="", help="just the runs whose name holds this")
     options = parser.parse_args()
@@ -48,7 +52,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as passing:
         folder = options.runs or Path(passing)
         chosen = [name for name in RUNS if options.only in name]
-        runs = {name: run_of(folder, name, options.steps) for name in chosen}
+        runs = {
+            name: [run_of(folder, name, seed, options.steps) for seed in options.seeds]
+            for name in chosen
+        }
     if len(runs) < len(RUNS):
         return
     data = {"config": "configs/quickstart.yaml", "settings": RUNS, "steps": options.steps}
@@ -57,15 +64,16 @@ def main() -> None:
     print((record.RESULTS / "autopilot.md").read_text())
 
 
-def run_of(folder: Path, name: str, steps: int) -> dict[str, Any]:
+def run_of(folder: Path, name: str, seed: int, steps: int) -> dict[str, Any]:
     """The held-out loss and the windows of one run."""
-    metrics = folder / str(list(RUNS).index(name)) / "metrics.jsonl"
+    run = f"{list(RUNS).index(name)}-seed-{seed}"
+    metrics = folder / run / "metrics.jsonl"
     if not (metrics.exists() and "eval_loss" in metrics.read_text()):
-        train(folder, name, steps)
+        train(folder, run, {"seed": seed, "train.steps": steps, "eval.every": steps}, RUNS[name])
     lines = [json.loads(line) for line in metrics.open()]
     starts = range(0, steps // STEPS * STEPS, STEPS)
-    windows = [window(lines[start : start + STEPS]) for start in starts]
-    return {"nats_per_byte": lines[-1]["eval_nats_per_byte"], "windows": windows}
+    seen = [window(lines[start : start + STEPS]) for start in starts]
+    return {"nats_per_byte": lines[-1]["eval_nats_per_byte"], "windows": seen}
 
 
 def window(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -78,11 +86,9 @@ def window(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"step": lines[-1]["step"], "layers": layers}
 
 
-def train(folder: Path, name: str, steps: int) -> None:
-    run = str(list(RUNS).index(name))
-    flags = {"name": run, "out": folder, "log.every": 1, "train.steps": steps}
-    flags |= {"eval.every": steps, "checkpoint.every": 0}
-    flags |= {f"moe.{field}": value for field, value in RUNS[name].items()}
+def train(folder: Path, run: str, flags: dict[str, Any], moe: Mapping[str, Any]) -> None:
+    flags = {"name": run, "out": folder, "log.every": 1, "checkpoint.every": 0, **flags}
+    flags |= {f"moe.{field}": value for field, value in moe.items()}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     settings = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
     command = ["-m", "moetrain", "train", str(record.ROOT / "configs" / "quickstart.yaml")]
@@ -92,33 +98,49 @@ def train(folder: Path, name: str, steps: int) -> None:
 # ---- figures -------------------------------------------------------------------------------------
 
 
-def share(windows: Windows, name: str, of: str, layer: int | None = None) -> float:
+def share(seen: Windows, name: str, of: str, layer: int | None = None) -> float:
     """Σ name / Σ of, over windows and over all layers or one."""
     layers = [
         each
-        for window in windows
+        for window in seen
         for number, each in enumerate(window["layers"])
         if layer in (None, number)
     ]
     return sum(each[name] for each in layers) / sum(each[of] for each in layers)
 
 
-def within(windows: Windows, target: float) -> str:
+def within(seen: Windows, target: float) -> str:
     """How many windows of a layer dropped no more than the target."""
-    layers = [each for window in windows for each in window["layers"]]
+    layers = [each for window in seen for each in window["layers"]]
     good = sum(each["dropped"] <= target * each["assigned"] for each in layers)
     return f"{good} of {len(layers)}"
 
 
-def mean_factor(windows: Windows) -> float:
-    return statistics.mean(each["capacity_factor"] for of in windows for each in of["layers"])
+def windows(of_seeds: Sequence[Mapping[str, Any]], first: int = 0) -> list[Mapping[str, Any]]:
+    """Those of all seeds, each from its `first` on."""
+    return [window for run in of_seeds for window in run["windows"][first:]]
 
 
-def moves(windows: Windows) -> tuple[int, int]:
+def losses(of_seeds: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Held out, by seed."""
+    return [run["nats_per_byte"] for run in of_seeds]
+
+
+def difference(one: Sequence[float], other: Sequence[float]) -> str:
+    """The mean over seeds, and its range."""
+    by_seed = [a - b for a, b in zip(one, other, strict=True)]
+    return harness.Spread(statistics.mean(by_seed), min(by_seed), max(by_seed)).show("+.4f")
+
+
+def mean_factor(seen: Windows) -> float:
+    return statistics.mean(each["capacity_factor"] for of in seen for each in of["layers"])
+
+
+def moves(seen: Windows) -> tuple[int, int]:
     """How often a layer went down, and up."""
     pairs = [
         (one["capacity_factor"], other["capacity_factor"])
-        for before, after in pairwise(windows)
+        for before, after in pairwise(seen)
         for one, other in zip(before["layers"], after["layers"], strict=True)
     ]
     return sum(was > now for was, now in pairs), sum(was < now for was, now in pairs)
@@ -127,30 +149,33 @@ def moves(windows: Windows) -> tuple[int, int]:
 # ---- what is written -----------------------------------------------------------------------------
 
 
-def report(runs: Mapping[str, Mapping[str, Any]], steps: int) -> str:
-    late = {name: run["windows"][WARM_UP:] for name, run in runs.items()}
-    usual = runs["factor 1.25"]["nats_per_byte"]
+def report(runs: Runs, steps: int) -> str:
+    late = {name: windows(of_seeds, WARM_UP) for name, of_seeds in runs.items()}
+    usual = losses(runs["factor 1.25"])
     rows = [
         [
             name,
-            f"{mean_factor(windows):.2f}",
-            f"{share(windows, 'dropped', 'assigned'):.2%}",
-            ", ".join(f"{share(windows, 'dropped', 'assigned', n):.2%}" for n in range(4)),
-            f"{1 - share(windows, 'kept', 'slots'):.1%}",
-            f"{runs[name]['nats_per_byte']:.4f} ({runs[name]['nats_per_byte'] - usual:+.4f})",
+            f"{mean_factor(seen):.2f}",
+            f"{share(seen, 'dropped', 'assigned'):.2%}",
+            ", ".join(f"{share(seen, 'dropped', 'assigned', n):.2%}" for n in range(4)),
+            f"{1 - share(seen, 'kept', 'slots'):.1%}",
+            f"{statistics.mean(losses(runs[name])):.4f}",
+            difference(losses(runs[name]), usual),
         ]
-        for name, windows in late.items()
+        for name, seen in late.items()
     ]
-    header = ["run", "mean factor", "dropped", "by layer", "slots empty", "held-out"]
+    header = ["run", "mean factor", "dropped", "by layer", "slots empty", "held-out", "less 1.25's"]
     return "\n".join(
         [
             "# The capacity autopilot on the quickstart",
             "",
-            f"`configs/quickstart.yaml`, {steps} steps on two processes, one seed; factor, drops "
-            f"and empty slots are of the steps after {WARM_UP * STEPS}. Held-out loss is in nats "
-            "per byte, evaluated at factor 2.0; in brackets, less that of factor 1.25. A target is "
-            "one of drops, not of loss: what a factor costs in loss it does not say. Speed was not "
-            "compared: it takes runs side by side on a machine without other work.",
+            f"`configs/quickstart.yaml`, {steps} steps on two processes from each of {len(usual)} "
+            f"seeds; factor, drops and empty slots are of the steps after {WARM_UP * STEPS}, over "
+            "all seeds. Held-out loss is in nats per byte, evaluated at factor 2.0: the mean over "
+            "seeds, and its mean difference from that of factor 1.25 at the same seed "
+            "(least–most). A target is one of drops, not of loss: what a factor costs in loss it "
+            "does not say. Speed was not compared: it takes runs side by side on a machine without "
+            "other work.",
             "",
             record.table(header, rows),
             "",
@@ -159,23 +184,26 @@ def report(runs: Mapping[str, Mapping[str, Any]], steps: int) -> str:
             "",
             record.table(
                 ["run", "1 %", "5 %", "layers went down", "up"],
-                [held(name, run["windows"]) for name, run in runs.items()],
+                [held(name, of_seeds) for name, of_seeds in runs.items()],
             ),
             "",
             "![Capacity factor of every layer and drop rate over steps](autopilot.png)",
+            "",
+            "The picture shows the first seed.",
         ]
     )
 
 
-def held(name: str, windows: Windows) -> list[object]:
+def held(name: str, of_seeds: Sequence[Mapping[str, Any]]) -> list[object]:
     cells = [
-        f"{within(windows, target)} ({within(windows[WARM_UP:], target)})"
+        f"{within(windows(of_seeds), target)} ({within(windows(of_seeds, WARM_UP), target)})"
         for target in (0.01, 0.05)
     ]
-    return [name, *cells, *moves(windows)]
+    changes = [moves(run["windows"]) for run in of_seeds]
+    return [name, *cells, *map(sum, zip(*changes, strict=True))]
 
 
-def draw(runs: Mapping[str, Mapping[str, Any]]) -> None:
+def draw(runs: Runs) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -184,17 +212,17 @@ def draw(runs: Mapping[str, Mapping[str, Any]]) -> None:
     figure, grid = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained", sharex=True)
     auto = [name for name in runs if "auto" in name]
     for (top, bottom), name in zip(grid.T, auto, strict=True):
-        windows, target = runs[name]["windows"], RUNS[name]["target_drop_rate"]
-        ends = [window["step"] for window in windows]
-        for layer in range(len(windows[0]["layers"])):
-            colour = plt.get_cmap("viridis")(0.9 * layer / (len(windows[0]["layers"]) - 1))
-            factors = [window["layers"][layer]["capacity_factor"] for window in windows]
+        seen, target = runs[name][0]["windows"], RUNS[name]["target_drop_rate"]
+        ends = [window["step"] for window in seen]
+        for layer in range(len(seen[0]["layers"])):
+            colour = plt.get_cmap("viridis")(0.9 * layer / (len(seen[0]["layers"]) - 1))
+            factors = [window["layers"][layer]["capacity_factor"] for window in seen]
             beside = [factor + 0.015 * layer for factor in factors]  # each other, not on top
             top.step(ends, beside, where="pre", color=colour, label=f"MoE layer {layer}")
-            rates = [100 * share([window], "dropped", "assigned", layer) for window in windows]
+            rates = [100 * share([window], "dropped", "assigned", layer) for window in seen]
             bottom.plot(ends, rates, "o-", markersize=3, color=colour)
         for fixed, colour in (("factor 1.25", "#d55e00"), ("factor 2.0", "#0072b2")):
-            rates = [100 * share([w], "dropped", "assigned") for w in runs[fixed]["windows"]]
+            rates = [100 * share([w], "dropped", "assigned") for w in runs[fixed][0]["windows"]]
             bottom.plot(ends, rates, "--", color=colour, linewidth=1, label=fixed)
         bottom.axhline(100 * target, color="#777777", linewidth=1)
         bottom.annotate("target", (ends[-1], 100 * target), ha="right", va="bottom", fontsize=8)
