@@ -126,12 +126,12 @@ def test_rates_are_of_counts_that_were_added_up() -> None:
     assert rates.late([*STEPS, *STEPS, STEPS[0]]) == [*STEPS, STEPS[0]]
 
 
-def test_empty_slots_count_as_executed_where_they_are_multiplied() -> None:
+def test_rows_that_are_multiplied_count_as_executed() -> None:
     config = settings.resolve(None, {"model": {"dim": 8}, "moe": {"expert_ffn_dim": 4}})
     of_row = 3 * 3 * 2 * 8 * 4  # three products, once forward and twice backward
     useful = of_row * (8 + 6 + 4 + 7) / 2
-    assert rates.flops(STEPS, config, multiplies_empty=True) == (useful, of_row * 20)
-    assert rates.flops(STEPS, config, multiplies_empty=False) == (useful, useful)
+    assert rates.slots(STEPS) == [20, 20]
+    assert rates.flops(STEPS, [16, 18], config) == (useful, of_row * 17)
 
 
 def test_a_curve_is_read_between_its_points_and_ends_where_it_ends() -> None:
@@ -164,10 +164,10 @@ def test_rows_of_trainings_are_compared_turn_by_turn() -> None:
     able, _ = plan.variants(BASE, {"capacity_factor": [1.25, 2.0]}, 4, 1)
 
     def live(turns: list[float], losses: list[float]) -> Live:
-        steps = [Step(step, 3.0, 1.0, STEPS[0]) for step in (3, 4)]
+        steps = [Step(step, 3.0, 1.0, STEPS[0], 20) for step in (3, 4)]
         held_out = [HeldOut(2 * n, loss, 0.1) for n, loss in enumerate(losses, start=1)]
         trail = Trail(steps, turns, held_out, HeldOut(4, 2.5, 0.0))
-        return Live(Facts(True, 64, 1024), [trail])
+        return Live(Facts(64, 1024), [trail])
 
     # The machine was twice as slow in the second turn.
     seen = [live([1.0, 2.0], [4.0, 2.0]), live([1.25, 2.5], [4.0, 1.0])]

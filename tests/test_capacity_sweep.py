@@ -14,7 +14,9 @@ from runs import train, write_config
 from moetrain import settings
 from moetrain.build import build_model
 from moetrain.mesh import Mesh, process_group
+from moetrain.moe import packed
 from moetrain.sinks import read_metrics
+from moetrain.step import Position
 from moetrain.testing import simulate_ranks
 from moetrain.train import set_up
 
@@ -100,6 +102,32 @@ def test_the_own_setting_trains_as_if_it_were_alone(
     # The other repeat starts alike, and reads what follows.
     assert other.held_out[0] == trail.held_out[0]
     assert other.steps[0].loss != trail.steps[0].loss
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(("world", "chunks"), [(1, 1), (2, 1), (2, 2)])
+def test_executed_rows_are_those_that_products_get(
+    config: Path, tmp_path: Path, world: int, chunks: int, precision: str
+) -> None:
+    """Counted where the experts' second products are made, one of which every row has."""
+    flags = {"parallel.ep": world, "parallel.overlap_chunks": chunks, "engine.precision": precision}
+    words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
+    rows, plain = [], packed.swiglu_forward
+
+    def counting(hidden: torch.Tensor) -> torch.Tensor:
+        rows.append(hidden.shape[:-1].numel())
+        return plain(hidden)
+
+    loaded = settings.load(config, words)
+
+    def of_rank() -> int:
+        run = set_up(loaded, tmp_path, Mesh(torch.device("cpu"), world))
+        return live.step(run, Position())[1].executed_rows
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "swiglu_forward", counting)
+        told = simulate_ranks(world, of_rank)
+    assert told == [sum(rows)] * world
 
 
 def test_variants_part_at_the_start_and_drop_by_their_factor(alone: list[live.Live]) -> None:

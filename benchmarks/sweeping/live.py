@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from harness import CLEAR_PEAK, Device, peak_bytes
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -29,8 +30,10 @@ from moetrain.evaluate import evaluate
 from moetrain.mesh import Mesh, gather
 from moetrain.metrics import LayerLine, drop_rate, layer_line
 from moetrain.moe import MoE
+from moetrain.moe.packed import cut
 from moetrain.objective import Means, reduce
-from moetrain.step import Position, Run, sample_indices, train_step
+from moetrain.precision import compute_dtype
+from moetrain.step import Position, Run, StepResult, sample_indices, train_step
 from moetrain.trace import TraceLog, num_ranked
 from moetrain.train import advance, set_up
 from sweeping.plan import Length, Variant, with_moe
@@ -53,6 +56,8 @@ class Step(NamedTuple):
     seconds: float
     """Of the slowest rank."""
     layers: list[LayerLine]
+    executed_rows: int
+    """That the experts of all layers and ranks multiplied, empty ones too."""
 
 
 class HeldOut(NamedTuple):
@@ -81,8 +86,6 @@ class Trail:
 class Facts(NamedTuple):
     """What does not depend on the text."""
 
-    multiplies_empty: bool
-    """Whether empty slots are multiplied."""
     all_to_all_bytes: int
     """That a rank sends in a step."""
     step_bytes: int | None
@@ -168,8 +171,7 @@ class Model:
             taken = max(gather(peak_bytes(lambda: train_step(run, self.position), device)))
         vocab = run.prepared.manifest.vocab_size
         sent = all_to_all_bytes(config, build_model(config, vocab), mesh.world)
-        needs_static_shapes = device == "cuda" or config.engine.compile
-        return Facts(needs_static_shapes, sent, taken)
+        return Facts(sent, taken)
 
     def wear(self, config: Config, state: State) -> Run:
         """The run of another setting, with these weights and moments."""
@@ -254,7 +256,27 @@ def step(run: Run, position: Position) -> tuple[Position, Step]:
     means: Means = reduce(result.parts, result.counts, run.mesh, result.batch_balance)
     factors = zip(means.layers, result.capacity_factors, strict=True)
     layers = [layer_line(layer, factor) for layer, factor in factors]
-    return position, Step(position.step, means.loss, seconds, layers)
+    return position, Step(position.step, means.loss, seconds, layers, executed_rows(run, result))
+
+
+def executed_rows(run: Run, result: StepResult) -> int:
+    """Rows that the experts of all layers and ranks multiplied in a step, empty ones too; a
+    collective."""
+    config, mesh = run.config, run.mesh
+    ledgers = [ledger for part in result.parts for ledger in part.ledgers]
+    if mesh.device.type == "cuda" or config.engine.compile:  # shapes are static
+        return sum(gather(sum(int(ledger.slots) for ledger in ledgers)))
+    row_NE = torch.stack([ledger.row_E for ledger in ledgers])
+    dist.all_reduce(row_NE, group=mesh.expert_parallel.get_group())
+    mine_Ne = row_NE.chunk(mesh.ep, dim=1)[mesh.expert_parallel.get_local_rank()]
+    dim, hidden_dim, dtype = config.model.dim, config.expert_ffn_dim, compute_dtype(config.engine)
+    groups = [
+        group
+        for part_Nn in mine_Ne.chunk(config.parallel.overlap_chunks, dim=1)
+        for counts in part_Nn.tolist()
+        for group in cut(counts, dim, hidden_dim, dtype)
+    ]
+    return sum(gather(sum(len(group.counts) * group.room for group in groups)))
 
 
 def with_setting(run: Run, config: Config) -> Run:

@@ -165,7 +165,7 @@ def _on_speed(base: Row) -> str:
         share = percent(1 - base.useful_flops / base.executed_flops)
         return (
             "There, slots cost products on accelerators and all-to-all between them. Here "
-            f"{share} of the experts' products at 1.25 are of empty slots, and what else a step "
+            f"{share} of the experts' products at 1.25 are of empty rows, and what else a step "
             "does weighs more in a small model."
         )
     return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moetrain.config import Config
 from moetrain.metrics import LayerLine
@@ -60,7 +60,7 @@ def drop_rate_by_layer(steps: Steps) -> list[float]:
     return [rates([column]).drop_rate for column in zip(*steps, strict=True)]
 
 
-def late(steps: Steps) -> Steps:
+def late(steps: Sequence[Any]) -> Sequence[Any]:
     """The second half: what a router does that is no longer quite young."""
     return steps[len(steps) // 2 :]
 
@@ -74,17 +74,20 @@ class Flops(NamedTuple):
     """Of rows that are multiplied."""
 
 
-def flops(steps: Steps, config: Config, multiplies_empty: bool) -> Flops:
-    """The mean of some steps: 18·D·F a row, three products of 2·D·F forward, twice that back."""
+def flops(steps: Steps, executed_rows: Sequence[int], config: Config) -> Flops:
+    """The mean of some steps: 18·D·F a row, three products of 2·D·F forward, twice that back.
+
+    `executed_rows` are those that are multiplied in each step, empty ones too.
+    """
     of_row = 18 * config.model.dim * config.expert_ffn_dim
-    useful = [sum(layer["kept"] + layer["spilled"] for layer in step) for step in steps]
-    executed = [sum(executed_rows(layer, multiplies_empty) for layer in step) for step in steps]
-    return Flops(of_row * statistics.fmean(useful), of_row * statistics.fmean(executed))
+    useful_rows = [_sum(step, "kept") + _sum(step, "spilled") for step in steps]
+    useful, executed = (of_row * statistics.fmean(rows) for rows in (useful_rows, executed_rows))
+    return Flops(useful, executed)
 
 
-def executed_rows(layer: LayerLine, multiplies_empty: bool) -> int:
-    """Rows of a layer that its experts multiply. Dropless there are no other slots."""
-    return layer["slots"] if multiplies_empty else layer["kept"] + layer["spilled"]
+def slots(steps: Steps) -> list[int]:
+    """Slots of all layers, filled or not, of every step: what shapes that are static multiply."""
+    return [_sum(step, "slots") for step in steps]
 
 
 def all_to_all_bytes(config: Config, model: Transformer, world: int) -> int:

@@ -13,7 +13,7 @@ from moetrain.replay import Replay, Setting, replay_all, ways_of
 from moetrain.trace import Trace
 from sweeping import plan
 from sweeping.plan import Refused, Variant
-from sweeping.rates import drop_rate_by_layer, drop_rate_of_step, flops, late, rates
+from sweeping.rates import drop_rate_by_layer, drop_rate_of_step, flops, late, rates, slots
 from sweeping.table import Row, setting_of
 
 
@@ -56,7 +56,7 @@ def rows(trace: Trace, found: Sequence[Variant], ep: int | None) -> list[Row]:
 def _row(variant: Variant, answer: Replay) -> Row:
     steps = [step["layers"] for step in answer.steps]
     counted, traffic = late(steps), [step["traffic"] for step in answer.steps]
-    cost = flops(counted, variant.config, multiplies_empty=True)
+    cost = flops(counted, slots(counted), variant.config)
     sent = [sum(line["all_to_all_bytes"] for line in lines) for lines in traffic]
     busiest = [line["straggler_factor"] for lines in traffic for line in lines]
     over_time = [(step["step"], drop_rate_of_step(step["layers"])) for step in answer.steps]

@@ -105,9 +105,9 @@ def live_rows(variants: Sequence[Variant], seen: Sequence[Live], own: Variant) -
 
 def _live_row(variant: Variant, live: Live, ratio: Spread, time_s: float, budget_s: float) -> Row:
     config, trails = variant.config, live.trails
-    by_repeat = [[step.layers for step in trail.steps] for trail in trails]
-    counted = [step for steps in by_repeat for step in late(steps)]
-    cost = flops(counted, config, live.facts.multiplies_empty)
+    steps = [step for trail in trails for step in late(trail.steps)]
+    counted = [step.layers for step in steps]
+    cost = flops(counted, [step.executed_rows for step in steps], config)
     held_out: list[Curve] = [[(one.step, one.loss) for one in trail.held_out] for trail in trails]
     loss_over_time = _mean_curve(held_out)
     start = loss_over_time[0][0]
