@@ -1,7 +1,7 @@
 """How fast rows travel between ranks: collectives against message size.
 
-    python benchmarks/collectives.py [--ranks 2] [--device cuda] [--rounds 9]
-    torchrun --nnodes 2 --nproc-per-node 8 ... benchmarks/collectives.py --device cuda
+    python benchmarks/collectives.py [--ranks 2] [--device cpu] [--rounds 9]
+    torchrun --nnodes 2 --nproc-per-node 8 ... benchmarks/collectives.py
 
 Gloo between processes of a CPU, NCCL between GPUs. Without a launcher it starts its own ranks;
 under torchrun it uses those that are there, on however many nodes. All kinds take turns in every
@@ -67,18 +67,23 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Bandwidth of collectives by message size.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--ranks", type=int, default=2, help="to start, where no launcher did")
+    harness.add_device(parser)
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        help="to start, where no launcher did: usually one for each GPU, or two on CPUs",
+    )
     parser.add_argument("--least", type=int, default=2**10, help="bytes of the smallest message")
     parser.add_argument("--most", type=int, default=2**26, help="bytes of the largest")
     parser.add_argument("--rounds", type=int, default=9, help="turns of every kind and size")
     options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs GPUs, and torch sees none; try --device cpu")
-    ranks, gpus = int(os.environ.get("WORLD_SIZE") or options.ranks), torch.cuda.device_count()
+    gpus, is_started = torch.cuda.device_count(), "WORLD_SIZE" in os.environ
+    if options.ranks is None:
+        options.ranks = gpus if options.device == "cuda" else 2
+    ranks = int(os.environ["WORLD_SIZE"]) if is_started else options.ranks
     if ranks < 2:
         parser.error(f"--ranks ({ranks}) must be at least 2: rows travel between ranks")
-    if options.device == "cuda" and "WORLD_SIZE" not in os.environ and ranks > gpus:
+    if options.device == "cuda" and not is_started and ranks > gpus:
         parser.error(f"--ranks ({ranks}) needs as many GPUs, and there are {gpus}")
     if not 2 * ROW <= options.least <= options.most:
         parser.error(

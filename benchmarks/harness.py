@@ -11,6 +11,7 @@ whose memory is whose. The same calls measure one process or several ranks, on C
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import gc
@@ -26,7 +27,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,31 @@ from moetrain.host_memory import keep_freed
 Device = Literal["cpu", "cuda"]
 CLEAR_PEAK = Path("/proc/self/clear_refs")
 """Where Linux takes the order to measure a process's peak memory anew."""
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device, so that a command runs on a GPU where torch sees one, and on CPUs elsewhere."""
+    parser.add_argument(
+        "--device",
+        type=_device,
+        default="cuda" if _sees_gpu() else "cpu",
+        metavar="{cpu,cuda}",
+        help="usually cuda where torch sees a GPU",
+    )
+
+
+def _device(text: str) -> Device:
+    if text == "cuda" and not _sees_gpu():
+        raise argparse.ArgumentTypeError("cuda needs a GPU, and torch sees none; try cpu")
+    if text not in get_args(Device):
+        raise argparse.ArgumentTypeError(f"{text} is neither cpu nor cuda")
+    return cast(Device, text)
+
+
+def _sees_gpu() -> bool:
+    # Unlike `is_available` without waking the driver, which afterwards would not notice that a
+    # process hides its GPUs from itself.
+    return torch.cuda.device_count() > 0
 
 
 class Case(Protocol):
@@ -82,7 +108,7 @@ class Field:
     """All contenders, each in its processes; a context manager."""
 
     def __init__(self, contenders: Sequence[Contender], device: Device = "cpu"):
-        self._contenders, self._device = contenders, device
+        self._contenders, self.device = contenders, device
         self._stack = contextlib.ExitStack()
         self._teams: dict[str, list[Connection]] = {}
         self._ready: list[str] = []
@@ -107,7 +133,7 @@ class Field:
     def _start(self, contender: Contender, rank: int, store: Path) -> Connection:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        arguments = theirs, contender, rank, store, self._device
+        arguments = theirs, contender, rank, store, self.device
         process = context.Process(target=_serve, args=arguments, daemon=True)
         with _on_path(contender.first_on_path):
             process.start()

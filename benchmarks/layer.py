@@ -1,13 +1,14 @@
 """One MoE layer, forward and backward: moetrain, other systems, and the limit of matrix products.
 
     python benchmarks/layer.py [--tokens 2048 8192] [--shapes e8] [--dtypes bf16] [--only moetrain]
-        [--routing balanced] [--ep 1] [--rounds 7] [--device cuda] [--add] [--profile]
+        [--routing balanced] [--ep 1] [--rounds 7] [--device cpu] [--add] [--profile]
 
 All get the same tokens, weights and choices, and are checked against an fp64 reference before any
 timing. The limit is the experts' matrix products on sorted rows in equal groups, and nothing else.
-Without arguments the whole grid, of which 32,768 tokens in fp32 take longest; bf16 is left out
-where the machine has no instructions for it. Peers are optional: see requirements-peers.txt.
-Writes layer.{json,md} into results/ (layer-cuda on a GPU).
+Without arguments the whole grid of the device: on CPUs 32,768 tokens in fp32 take longest, and a
+GPU gets the widths of Mixtral and OLMoE. bf16 is left out where the machine has no instructions for
+it. Peers are optional: see requirements-peers.txt. Writes layer.{json,md} into results/ (layer-cuda
+on a GPU).
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ SHAPES = {
     "mixtral": Shape(4096, 14336, 8, 2),
     "olmoe": Shape(2048, 1024, 64, 8),
 }
+USUAL = {
+    "cpu": (["e8", "e64"], [2048, 8192, 32_768]),
+    "cuda": (["mixtral", "olmoe"], [16_384]),
+}
+"""Shapes and tokens, by device."""
 ALWAYS = ("limit", "moetrain")
 """What the others are compared with."""
 PROFILED = ("limit", "moetrain dropless")
@@ -93,17 +99,16 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="One MoE layer against other systems' layers.")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768])
-    shapes = "; ".join(f"{name}: {shape}" for name, shape in SHAPES.items())
-    add = parser.add_argument
-    add("--shapes", nargs="+", choices=SHAPES, default=["e8", "e64"], help=shapes)
+    add, shapes = parser.add_argument, "; ".join(f"{name}: {s}" for name, s in SHAPES.items())
+    add("--tokens", type=int, nargs="+", help="the usual of a device, as --shapes")
+    add("--shapes", nargs="+", choices=SHAPES, help=shapes)
     usual = ["bf16", "fp32"] if multiplies_bf16() else ["fp32"]
     add("--dtypes", nargs="+", choices=DTYPES, default=usual)
     add("--routing", nargs="+", choices=get_args(Routing), default=list(get_args(Routing)))
     add("--ep", type=int, nargs="+", default=[1, 2], help="ranks that share the experts")
     add("--rounds", type=int, default=7, help=f"at most; three where they take {ENOUGH_S:.0f} s")
     add("--only", nargs="+", choices=SYSTEMS, help="besides the limit and moetrain")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
+    harness.add_device(parser)
     add(
         "--profile",
         action="store_true",
@@ -111,13 +116,13 @@ def arguments() -> argparse.Namespace:
     )
     add("--add", action="store_true", help="keep the results of cells that are not measured now")
     options = parser.parse_args()
+    shapes, tokens = USUAL[options.device]
+    options.shapes, options.tokens = options.shapes or shapes, options.tokens or tokens
     for shape, tokens, ranks in itertools.product(options.shapes, options.tokens, options.ep):
         if problem := Cell(SHAPES[shape], tokens, "balanced", "bf16", ranks).problem():
             parser.error(problem)
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: at least 1")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
     return options
 
 
@@ -169,7 +174,9 @@ def measure(field: Field, cell: Cell, wrong: dict[str, str], rounds: int) -> dic
             continue
         print(f"  {name:20} {_line(systems[name])}", flush=True)
     where = record.setting()
-    kept = {key: where[key] for key in ("date", "commit", "processor", "instructions", "cores")}
+    keys = ["date", "commit", "processor", "instructions", "cores"]
+    keys += ["gpu"] if field.device == "cuda" else []
+    kept = {key: where[key] for key in keys}
     return {"cell": {**cell._asdict(), "shape": cell.shape._asdict()}, **kept, "systems": systems}
 
 

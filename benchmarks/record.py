@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 
@@ -29,6 +31,7 @@ def setting() -> dict[str, Any]:
         "processor": _processor("model name") or platform.processor() or platform.machine(),
         "instructions": _instructions(),
         "cores": len(os.sched_getaffinity(0)),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.device_count() else {}),
     }
 
 

@@ -1,6 +1,6 @@
 """What routing costs: planning and bookkeeping beside the whole layer, and the experts alone.
 
-    python benchmarks/routing.py [--tokens 8192] [--experts 64] [--top-k 8] [--device cuda] ...
+    python benchmarks/routing.py [--tokens 8192] [--experts 64] [--top-k 8] [--device cpu] ...
 
 One layer, forward and backward, for every gate and drop policy, on one device. *Planning* is all
 before any row moves: router logits, gate, drop policy, slots. *Bookkeeping* is the ledger, its
@@ -16,6 +16,7 @@ import argparse
 from functools import partial
 from typing import Any
 
+import harness
 import record
 import torch
 from harness import Contender, Field, Sample, ratio
@@ -74,7 +75,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--capacity-factor", type=float, default=1.25)
     usual = "bfloat16" if multiplies_bf16() else "float32"
     parser.add_argument("--dtype", default=usual, help="of activations and experts")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    harness.add_device(parser)
     parser.add_argument("--repeats", type=int, default=7)
     return parser.parse_args()
 

@@ -1,7 +1,7 @@
 """How the cost of an MoE layer grows: with tokens, experts, choices and ranks.
 
     python benchmarks/scaling.py [--curves tokens experts finer choices ranks] [--dtype fp32]
-        [--device cuda]
+        [--device cpu]
 
 Forward and backward of the layer as training uses it: router, plan, rows to the experts and back,
 their sum, losses, ledger and its check; capacity factor 1.25 in every sequence, bf16 where the
@@ -208,7 +208,7 @@ def teams(chosen: list[Curve]) -> Iterator[tuple[list[int], list[Curve]]]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="How the cost of an MoE layer grows.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    harness.add_device(parser)
     parser.add_argument("--curves", nargs="+", choices=NAMES, default=list(NAMES))
     usual = "bf16" if multiplies_bf16() else "fp32"
     parser.add_argument("--dtype", choices=DTYPES, default=usual, help="of tokens and experts")
@@ -216,8 +216,6 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.rounds < 2:
         parser.error(f"--rounds ({options.rounds}) must be at least 2, to tell a range; try 9")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU, and torch sees none; try --device cpu")
     if most_ranks(options.device) < 2 and "ranks" in options.curves:
         options.curves = [name for name in options.curves if name != "ranks"]
         print("ranks: left out, since there is one GPU", flush=True)

@@ -1,7 +1,7 @@
 """Whole training steps: moetrain's against a Hugging Face Mixtral trained by plain PyTorch.
 
     python benchmarks/step.py [--shapes quickstart medium] [--precisions bf16 fp32] [--profile]
-    python benchmarks/step.py --device cuda
+        [--device cpu]
 
 All train the same model: the same shape, weights, text, batches, optimizer and precision; before
 anything is timed, their parameters are counted and their losses compared. moetrain's contender is
@@ -58,7 +58,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Whole training steps against a plain Mixtral's.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    harness.add_device(parser)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="models to train")
     usual = ["bf16" if multiplies_bf16() else "fp32"]
     parser.add_argument("--precisions", nargs="+", choices=("bf16", "fp32"), default=usual)
@@ -69,8 +69,6 @@ def arguments() -> argparse.Namespace:
     options.shapes = options.shapes or USUAL[options.device]
     if options.rounds < 1:
         parser.error(f"--rounds ({options.rounds}) must be at least 1; try 8")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU, and torch sees none; try --device cpu")
     return options
 
 

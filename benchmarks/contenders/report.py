@@ -102,7 +102,8 @@ def _all(cells: list[dict[str, Any]]) -> list[str]:
 
 def _where(entry: dict[str, Any]) -> str:
     """Cells may have been measured at different times and places."""
-    place = f"{entry['cores']} cores of {entry['processor']} ({entry['instructions']})"
+    cpu = f"{entry['cores']} cores of {entry['processor']} ({entry['instructions']})"
+    place = entry.get("gpu", cpu)
     return f"{entry['date']}, commit {entry['commit']}, {place}."
 
 
