@@ -52,6 +52,7 @@ class _CrossEntropySum(torch.autograd.Function):
                 part_VD = grad_logits.T @ hidden
                 # Several parts are added up as precisely as the loss.
                 grad_VD = part_VD if grad_VD is None else grad_VD.to(loss.dtype).add_(part_VD)
+                del grad_logits, part_VD  # before the next chunk has its own
         if keeps:
             ctx.save_for_backward(torch.cat(grads_TD), grad_VD)
             ctx.dtype = weight_VD.dtype

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import close
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moetrain.loss import IGNORED, cross_entropy_sum
@@ -92,6 +93,32 @@ def test_logits_of_all_tokens_never_exist():
     with Largest() as watch:
         cross_entropy_sum(hidden_TD, weight_VD, target_T, tokens).backward()
     assert watch.numel == tokens * VOCAB  # the watch sees logits where there are some
+
+
+class Living(TorchDispatchMode):
+    """Watches how many tensors of one size live together when one more is made."""
+
+    def __init__(self, numel: int):
+        super().__init__()
+        self._numel, self._seen, self.most = numel, [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.numel() == self._numel:
+            self._seen.append(StorageWeakRef(made.untyped_storage()))
+            self.most = max(self.most, len({ref.cdata for ref in self._seen if not ref.expired()}))
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_logits_of_a_chunk_are_gone_before_those_of_the_next(dtype):
+    hidden_TD, weight_VD, target_T = inputs(4 * TOKENS, dtype)
+    most = []
+    for tokens in (TOKENS, 4 * TOKENS):
+        with Living(TOKENS * VOCAB) as watch:
+            cross_entropy_sum(hidden_TD[:tokens], weight_VD, target_T[:tokens], TOKENS)
+        most.append(watch.most)
+    assert most[0] == most[1] > 0
 
 
 def test_gradients_alone_are_kept_for_the_backward_pass():

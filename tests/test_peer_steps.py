@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import VOCAB, initialised, small_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -25,6 +26,7 @@ from moetrain.sizes import sizes
 from moetrain.testing import simulate_ranks
 
 CPU = torch.device("cpu")
+aten = torch.ops.aten
 
 
 def config(layers: int, tie: bool) -> Config:
@@ -78,6 +80,33 @@ def test_the_objective_of_a_layer_and_all_its_gradients_are_a_mixtrals() -> None
     expected = mixtral.renamed(gradients)  # type: ignore[arg-type]
     for name, weight in theirs.named_parameters():
         torch.testing.assert_close(weight.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+class ProductDtypes(TorchDispatchMode):
+    """Notes what matrix products are made of, in the backward pass too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (aten.mm.default, aten.bmm.default, aten._grouped_mm.default):
+            self.found += [args[0].dtype, args[1].dtype]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["eager", "grouped_mm"])
+def test_a_mixtral_in_bf16_has_no_other_products(kind: mixtral.Kind) -> None:
+    wide = {"model": {"dim": 16}, "moe": {"expert_ffn_dim": 16}}  # grouped products take no less
+    theirs = mixtral.mixtral(small_config(**wide), VOCAB, kind, CPU)
+    number = own.count(theirs)
+    if kind == "grouped_mm":
+        mixtral.cast_experts(theirs)
+    assert own.count(theirs) == number
+    with torch.autocast("cpu", torch.bfloat16), ProductDtypes() as products:
+        mixtral.outputs(theirs, batch()).loss.backward()
+    assert set(products.found) == {torch.bfloat16}
+    assert {weight.grad.dtype for weight in theirs.parameters()} == {torch.float32}
 
 
 def test_a_mixtral_starts_from_the_weights_of_a_run() -> None:

@@ -1,7 +1,8 @@
 """Hugging Face's Mixtral, trained by plain PyTorch: the loop that one writes without a framework.
 
-fp32 weights, `torch.autocast` where the precision is bf16, fused AdamW, `clip_grad_norm_`. It reads
-the batches that moetrain's step reads, and starts from the same weights.
+fp32 weights, `torch.autocast` where the precision is bf16, fused AdamW, `clip_grad_norm_`. Autocast
+does not know grouped products, which would be of fp32: there the experts' weights are rounded by
+hand. It reads the batches that moetrain's step reads, and starts from the same weights.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import torch
 from harness import AbsentError
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from moetrain.build import build_model
 from moetrain.config import Config
@@ -37,6 +39,8 @@ class MixtralStep:
         vocab_size = config.model.vocab_size or prepared.manifest.vocab_size
         self.model = mixtral(config, vocab_size, kind, device)
         self.model.load_state_dict(renamed(first_weights(config, vocab_size, device)))
+        if kind == "grouped_mm":
+            cast_experts(self.model)
         self.optimizer = adamw(self.model, config)
 
     def step(self) -> None:
@@ -44,7 +48,8 @@ class MixtralStep:
         num_batches = self.config.accumulation(1)
         for batch in batches(self.config, self.samples, self.position, self.device):
             is_low = computes_in(self.config.engine) == "bf16"
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=is_low):
+            low = torch.autocast(self.device.type, torch.bfloat16, enabled=is_low)
+            with low, parametrize.cached():
                 loss = outputs(self.model, batch).loss
             (loss / num_batches).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
@@ -102,6 +107,23 @@ def mixtral(config: Config, vocab_size: int, kind: Kind, device: torch.device) -
         built = MixtralForCausalLM._from_config(shape, attn_implementation="sdpa")
     built.set_experts_implementation(kind)
     return built.train()
+
+
+class AsAutocast(nn.Module):
+    """A weight as `torch.autocast` gives it to the products that it knows."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        kind = weight.device.type
+        is_low = torch.is_autocast_enabled(kind)
+        return weight.to(torch.get_autocast_dtype(kind)) if is_low else weight
+
+
+def cast_experts(model: nn.Module) -> None:
+    """Let grouped products have what others have under autocast."""
+    experts = [module for module in model.modules() if hasattr(module, "gate_up_proj")]
+    for module in experts:
+        for name in ("gate_up_proj", "down_proj"):
+            parametrize.register_parametrization(module, name, AsAutocast())
 
 
 def outputs(model: Any, batch: Batch) -> Any:
