@@ -66,7 +66,7 @@ def main() -> None:
 
 def run_of(folder: Path, name: str, seed: int, steps: int) -> dict[str, Any]:
     """The held-out loss and the windows of one run."""
-    run = f"{list(RUNS).index(name)}-seed-{seed}"
+    run = f"{list(RUNS).index(name)}-seed-{seed}-steps-{steps}"
     metrics = folder / run / "metrics.jsonl"
     if not (metrics.exists() and "eval_loss" in metrics.read_text()):
         train(folder, run, {"seed": seed, "train.steps": steps, "eval.every": steps}, RUNS[name])

@@ -25,6 +25,12 @@ from typing import Annotated, Any
 
 import torch.distributed as dist
 import tyro
+
+try:
+    import plotly  # noqa: F401
+except ImportError:
+    print("error: capacity.py draws with plotly: pip install -e '.[bench]'", file=sys.stderr)
+    raise SystemExit(2) from None
 from sweeping import live, plan, replayed
 from sweeping.advice import advise
 from sweeping.table import Sweep, live_rows
@@ -100,18 +106,35 @@ def parse(args: Sequence[str]) -> Options:
 def run(options: Options) -> int:
     """Sweep, write the report, and say what it recommends."""
     end_with_launcher()
-    sweep = on_trace(options) if options.config.is_dir() else trained(options)
-    if sweep is not None:
-        home = Path(sweep.config["out"]) / f"{sweep.name}-capacity"
-        for path in write(sweep, options.out or home):
-            say(str(path))
-        print(advise(sweep.rows).headline)
+    trace = Trace.open(options.config) if options.config.is_dir() else None
+    base = trace.settings if trace else settings.resolve(options.config, options.flags)
+    home = options.out or Path(base.out) / f"{base.name}-capacity"
+    with writing_to(home):
+        sweep = on_trace(options, trace) if trace else trained(options, base)
+        if sweep is not None:
+            for path in write(sweep, home):
+                say(str(path))
+            print(advise(sweep.rows).headline)
     return 0
 
 
-def trained(options: Options) -> Sweep | None:
+@contextlib.contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Find out first whether a report can be written there, on the rank that will do it."""
+    try:
+        if rank_and_world()[0] == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        yield
+    except OSError as error:
+        if error.filename is None or not Path(error.filename).is_relative_to(folder):
+            raise
+        raise UserError(f"--out ({folder}) cannot be written: {error.strerror}") from None
+
+
+def trained(options: Options, base: Config) -> Sweep | None:
     """Train the variants of a config; None on ranks that have nothing to tell."""
-    base = settings.resolve(options.config, options.flags)
     if base.moe.capacity_factor == "auto":
         raise UserError(
             "moe.capacity_factor (auto) chooses by itself in every layer; give a number to compare "
@@ -143,11 +166,10 @@ def recording() -> Iterator[Path]:
         dist.barrier()
 
 
-def on_trace(options: Options) -> Sweep:
+def on_trace(options: Options, trace: Trace) -> Sweep:
     """Replay the variants on the routing of a run."""
     if rank_and_world()[1] > 1:
         raise UserError(f"{options.config} is a run: one process replays its trace; start one")
-    trace = Trace.open(options.config)
     ep = options.flags.get("parallel", {}).get("ep")
     given = {section: fields for section, fields in options.flags.items() if fields != {}}
     if given not in ({}, {"parallel": {"ep": ep}}):

@@ -78,6 +78,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help="turns of every kind and size")
     options = parser.parse_args()
     gpus, is_started = torch.cuda.device_count(), "WORLD_SIZE" in os.environ
+    if options.device == "cuda" and gpus < 2 and not is_started:
+        parser.error("rows travel between GPUs, and one is here; try --device cpu")
     if options.ranks is None:
         options.ranks = gpus if options.device == "cuda" else 2
     ranks = int(os.environ["WORLD_SIZE"]) if is_started else options.ranks
@@ -213,19 +215,14 @@ def turn(work: Callable[[], object], times: int, device: torch.device) -> float:
     """Seconds of one of `times` repetitions, on the slowest rank; a collective."""
     work()
     dist.barrier()
-    wait(device)
+    harness.synchronize(device.type)
     started = time.perf_counter()
     for _ in range(times):
         work()
-    wait(device)
+    harness.synchronize(device.type)
     seconds = torch.tensor((time.perf_counter() - started) / times, dtype=torch.float64)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)  # between CPUs, also of NCCL's ranks
     return seconds.item()
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 # ---- report --------------------------------------------------------------------------------------

@@ -27,13 +27,15 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Protocol, Self, cast, get_args
+from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar, cast, get_args
 
 import torch
 import torch.distributed as dist
 
 from moetrain.host_memory import keep_freed
+from moetrain.precision import multiplies_bf16
 
+T = TypeVar("T")
 Device = Literal["cpu", "cuda"]
 CLEAR_PEAK = Path("/proc/self/clear_refs")
 """Where Linux takes the order to measure a process's peak memory anew."""
@@ -56,6 +58,11 @@ def _device(text: str) -> Device:
     if text not in get_args(Device):
         raise argparse.ArgumentTypeError(f"{text} is neither cpu nor cuda")
     return cast(Device, text)
+
+
+def usual_dtype(device: Device) -> Literal["bf16", "fp32"]:
+    """bf16 where the device has instructions for its products."""
+    return "bf16" if multiplies_bf16(on_cpu=device == "cpu") else "fp32"
 
 
 def _sees_gpu() -> bool:
@@ -102,6 +109,13 @@ class Sample(NamedTuple):
     peak_bytes: int
     """The most memory that a step took beyond what was there before it, of all its ranks together:
     of the process on a CPU, of torch's allocator on a GPU."""
+
+
+def turns(contenders: Sequence[T], number: int) -> list[T]:
+    """The order of a round: forwards and backwards, and after both another one begins."""
+    first = number // 2 % max(1, len(contenders))
+    order = [*contenders[first:], *contenders[:first]]
+    return order[::-1] if number % 2 else order
 
 
 class Field:
@@ -166,8 +180,8 @@ class Field:
         """Let every contender that is ready have a turn in each of so many rounds.
 
         A turn is a step that is not counted and then as many as fill about `turn_s` seconds; or one
-        step, where that takes longer. Who begins, and so who follows whom, changes from round to
-        round. After `enough_s` seconds no round begins but the first `least` ones.
+        step, where that takes longer. Who begins and who follows whom changes from round to round.
+        After `enough_s` seconds no round begins but the first `least` ones.
         """
         steps = {name: self._pace(name, turn_s) for name in self._ready}
         seconds: dict[str, list[float]] = {name: [] for name in self._ready}
@@ -175,8 +189,7 @@ class Field:
         for number in range(rounds):
             if number >= least and time.perf_counter() - started > enough_s:
                 break
-            first = number % max(1, len(self._ready))
-            for name in self._ready[first:] + self._ready[:first]:
+            for name in turns(self._ready, number):
                 seconds[name].append(max(self._ask(name, "turn", steps[name])))
         peaks = {name: sum(self._ask(name, "peak", None)) for name in self._ready}
         return {name: Sample(seconds[name], peaks[name]) for name in self._ready}

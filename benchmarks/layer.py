@@ -29,9 +29,7 @@ from contenders import limit, own, peers
 from contenders.case import Facts
 from contenders.cell import DTYPES, Cell, Routing, Shape, reference
 from contenders.report import report
-from harness import AbsentError, Contender, Field, Sample
-
-from moetrain.precision import multiplies_bf16
+from harness import AbsentError, Contender, Field, Sample, usual_dtype
 
 SHAPES = {
     "e8": Shape(512, 1024, 8, 2),
@@ -102,8 +100,7 @@ def arguments() -> argparse.Namespace:
     add, shapes = parser.add_argument, "; ".join(f"{name}: {s}" for name, s in SHAPES.items())
     add("--tokens", type=int, nargs="+", help="the usual of a device, as --shapes")
     add("--shapes", nargs="+", choices=SHAPES, help=shapes)
-    usual = ["bf16", "fp32"] if multiplies_bf16() else ["fp32"]
-    add("--dtypes", nargs="+", choices=DTYPES, default=usual)
+    add("--dtypes", nargs="+", choices=DTYPES, help="usually fp32, and bf16 if the device has it")
     add("--routing", nargs="+", choices=get_args(Routing), default=list(get_args(Routing)))
     add("--ep", type=int, nargs="+", default=[1, 2], help="ranks that share the experts")
     add("--rounds", type=int, default=7, help=f"at most; three where they take {ENOUGH_S:.0f} s")
@@ -118,6 +115,7 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     shapes, tokens = USUAL[options.device]
     options.shapes, options.tokens = options.shapes or shapes, options.tokens or tokens
+    options.dtypes = options.dtypes or list(dict.fromkeys([usual_dtype(options.device), "fp32"]))
     for shape, tokens, ranks in itertools.product(options.shapes, options.tokens, options.ep):
         if problem := Cell(SHAPES[shape], tokens, "balanced", "bf16", ranks).problem():
             parser.error(problem)
@@ -176,7 +174,9 @@ def measure(field: Field, cell: Cell, wrong: dict[str, str], rounds: int) -> dic
     where = record.setting()
     keys = ["date", "commit", "processor", "instructions", "cores"]
     keys += ["gpu"] if field.device == "cuda" else []
-    kept = {key: where[key] for key in keys}
+    installed = record.versions("torch", "deepspeed", "transformers")
+    beside = record.versions("deepspeed", "torchtitan", folder=peers.FOLDER)
+    kept = {**{key: where[key] for key in keys}, "versions": [*installed, *beside]}
     return {"cell": {**cell._asdict(), "shape": cell.shape._asdict()}, **kept, "systems": systems}
 
 
@@ -233,7 +233,7 @@ def join(before: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[dict
 
 
 def _place(entry: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    return entry["cell"], entry["instructions"]
+    return entry["cell"], entry.get("gpu", entry["instructions"])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ def setting() -> dict[str, Any]:
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": version("torch"),
+        "beside it": ", ".join(versions("deepspeed", "transformers")),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor("model name") or platform.processor() or platform.machine(),
         "instructions": _instructions(),
@@ -41,6 +42,13 @@ def write(name: str, data: dict[str, Any], text: str, folder: Path = RESULTS) ->
     (folder / f"{name}.json").write_text(json.dumps({"setting": kept, **data}, indent=1) + "\n")
     lines = [f"- {key}: `{value}`" for key, value in kept.items()]
     (folder / f"{name}.md").write_text("\n".join([text, "", "## Setting", "", *lines]) + "\n")
+
+
+def versions(*names: str, folder: Path | None = None) -> list[str]:
+    """Of packages, those that are installed, or that a folder holds: name and version."""
+    path = {"path": [str(folder)]} if folder else {}
+    found = {one.name.lower(): one.version for one in distributions(**path)}
+    return [f"{name} {found[name]}" for name in names if name in found]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

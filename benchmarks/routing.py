@@ -1,13 +1,11 @@
-"""What routing costs: planning and bookkeeping beside the whole layer, and the experts alone.
+"""What routing costs: planning and bookkeeping beside the whole layer.
 
     python benchmarks/routing.py [--tokens 8192] [--experts 64] [--top-k 8] [--device cpu] ...
 
 One layer, forward and backward, for every gate and drop policy, on one device. *Planning* is all
 before any row moves: router logits, gate, drop policy, slots. *Bookkeeping* is the ledger, its
-check and the losses. The *limit* is the experts' matrix products, forward and backward, on as many
-rows in equal groups. All are measured in turn, in
-processes of their own; the table shows medians of ratios and their range. Writes routing.{json,md}
-into results/ (routing-cuda on a GPU).
+check and the losses. All are measured in turn, in processes of their own; the table shows medians
+of ratios and their range. Writes routing.{json,md} into results/ (routing-cuda on a GPU).
 """
 
 from __future__ import annotations
@@ -19,12 +17,13 @@ from typing import Any
 import harness
 import record
 import torch
+from contenders.cell import DTYPES
 from harness import Contender, Field, Sample, ratio
-from torch import Tensor
 
+from moetrain.mesh import Mesh
 from moetrain.moe import Draws, Gate, MoE, keyed
 from moetrain.moe.ledger import is_conserved
-from moetrain.precision import multiplies_bf16
+from moetrain.parallel import connect_experts
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("topk", {}),
@@ -43,7 +42,8 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("expert_choice", {}),
 )
 OWN_TOP_K = {"switch": 1, "gshard": 2}
-PARTS = ("planning", "bookkeeping", "layer", "limit")
+PARTS = ("planning", "bookkeeping", "layer")
+HIERARCHICAL_GROUPS, OPEN_GROUPS = 8, 4
 
 
 def main() -> None:
@@ -73,11 +73,26 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--expert-dim", type=int, default=512)
     parser.add_argument("--capacity-factor", type=float, default=1.25)
-    usual = "bfloat16" if multiplies_bf16() else "float32"
-    parser.add_argument("--dtype", default=usual, help="of activations and experts")
+    parser.add_argument("--dtype", choices=DTYPES, help="of activations and experts")
     harness.add_device(parser)
     parser.add_argument("--repeats", type=int, default=7)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.dtype = options.dtype or harness.usual_dtype(options.device)
+    for name in ("tokens", "group", "dim", "expert_dim", "capacity_factor", "repeats", "top_k"):
+        if getattr(options, name) <= 0:
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} ({getattr(options, name)}) must be above 0")
+    if options.tokens % options.group:
+        parser.error(f"--tokens ({options.tokens}) must be a multiple of --group ({options.group})")
+    if options.experts % HIERARCHICAL_GROUPS or options.experts < HIERARCHICAL_GROUPS:
+        parser.error(f"--experts ({options.experts}) must be a multiple of {HIERARCHICAL_GROUPS}")
+    if options.top_k % OPEN_GROUPS or options.top_k > options.experts // 2:
+        parser.error(
+            f"--top-k ({options.top_k}) must be a multiple of {OPEN_GROUPS}, and at most half of "
+            f"--experts ({options.experts}): hierarchical chooses in {OPEN_GROUPS} groups of "
+            f"{HIERARCHICAL_GROUPS}"
+        )
+    return options
 
 
 def top_k_of(options: argparse.Namespace, name: str) -> int:
@@ -92,8 +107,9 @@ class Part:
     ):
         name, settings = case
         torch.manual_seed(0)
-        groups = 8 if name == "hierarchical" else 1
-        gate = Gate(name, top_k_of(options, name), groups=groups, top_groups=min(4, groups))
+        groups = HIERARCHICAL_GROUPS if name == "hierarchical" else 1
+        is_open = {"groups": groups, "top_groups": min(OPEN_GROUPS, groups)}
+        gate = Gate(name, top_k_of(options, name), **is_open)
         factor = settings.get("capacity_factor", options.capacity_factor)
         policy = settings.get("drop_policy", "position")
         shape = (options.dim, options.expert_dim, options.experts)
@@ -102,17 +118,15 @@ class Part:
         ).to(device)
         for parameter in self.moe.parameters():
             torch.nn.init.normal_(parameter, std=options.dim**-0.5)
-        self.moe.experts.to(getattr(torch, options.dtype))
+        self.moe.experts.to(DTYPES[options.dtype])
+        connect_experts(self.moe, Mesh(device))
         x_TD = torch.randn(options.tokens, options.dim, device=device)
-        self.x_BLD = x_TD.to(getattr(torch, options.dtype)).view(-1, options.group, options.dim)
+        self.x_BLD = x_TD.to(DTYPES[options.dtype]).view(-1, options.group, options.dim)
         valid_BL = torch.ones_like(self.x_BLD[..., 0], dtype=torch.bool)
         token_BL = torch.randint(0, 50_000, valid_BL.shape, device=device)
         draws = Draws(keyed.step_key(0, 1, device), torch.arange(options.tokens, device=device))
         self.beside = (valid_BL, "train", draws, token_BL)
         self.routed = self.moe.route(self.x_BLD, *self.beside)
-        plan = self.routed.plan
-        num_rows = int(plan.count_E.sum() if plan.rows_per_expert is None else len(plan.source_R))
-        self.rows_ERD = self._rows(num_rows)
         self.step = getattr(self, part)
 
     def facts(self) -> None:
@@ -131,35 +145,19 @@ class Part:
         loss.backward()
         self.moe.zero_grad()
 
-    def limit(self) -> None:
-        self.moe.experts(self.rows_ERD, None).float().sum().backward()
-        self.moe.zero_grad()
-
-    def _rows(self, num_rows: int) -> Tensor:
-        experts, dim = self.moe.num_experts, self.x_BLD.shape[-1]
-        rows = torch.randn(experts, num_rows // experts, dim, device=self.x_BLD.device)
-        return rows.to(self.x_BLD.dtype).requires_grad_()
-
 
 def row(name: str, settings: dict[str, Any], top_k: int, samples: dict[str, Sample]) -> list[str]:
     factor = settings.get("capacity_factor", "capacity")
     kind = "dropless" if factor is None else settings.get("drop_policy", "position")
     shares = [
         ratio(samples[part].seconds, samples["layer"].seconds)
-        for part in ("planning", "bookkeeping", "limit")
+        for part in ("planning", "bookkeeping")
     ]
-    return [name, str(top_k), kind, *(s.show(".1%") for s in shares[:2]), shares[2].show()]
+    return [name, str(top_k), kind, *(share.show(".1%") for share in shares)]
 
 
 def report(options: argparse.Namespace, rows: list[list[str]]) -> str:
-    header = [
-        "gate",
-        "K",
-        "drop policy",
-        "planning / layer",
-        "bookkeeping / layer",
-        "limit / layer",
-    ]
+    header = ["gate", "K", "drop policy", "planning / layer", "bookkeeping / layer"]
     return f"""# What routing costs
 
 {options.tokens} tokens in groups of {options.group}, {options.experts} experts, model width
@@ -170,8 +168,7 @@ def report(options: argparse.Namespace, rows: list[list[str]]) -> str:
 {record.table(header, rows)}
 
 *Planning*: router logits, gate, drop policy, slots. *Bookkeeping*: the ledger, the check that it
-adds up, and the losses, forward. *Limit*: the experts' matrix products alone, forward and backward,
-on as many rows."""
+adds up, and the losses, forward."""
 
 
 if __name__ == "__main__":

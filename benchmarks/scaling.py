@@ -6,9 +6,11 @@
 Forward and backward of the layer as training uses it: router, plan, rows to the experts and back,
 their sum, losses, ledger and its check; capacity factor 1.25 in every sequence, bf16 where the
 machine has instructions for it. Beside every point stand its experts' matrix products alone. All of
-a curve take turns in every round, and to every round an exponent is fitted: cost ∝ size^p. Tokens
+a curve take turns in every round, and to every round an exponent is fitted: cost ∝ size^p. A cost
+counts what found a slot alone: what is dropped is not computed, and makes no curve flat. Tokens
 of the ranks curve are divided among the ranks; on a CPU they share its cores, so what it shows is
-what their transport and waiting adds. Writes scaling.{json,md,png} into results/ (scaling-cuda on
+what their transport and waiting adds. `--profile` adds where the ends of a curve that misses its
+target spend their time. Writes scaling.{json,md,png} into results/ (scaling-cuda on
 GPUs).
 """
 
@@ -22,6 +24,7 @@ from typing import Any, NamedTuple
 
 import fits
 import harness
+import operators
 import record
 import torch
 import torch.distributed as dist
@@ -35,7 +38,6 @@ from moetrain.mesh import Mesh
 from moetrain.moe import Gate, MoE
 from moetrain.moe.ledger import is_conserved
 from moetrain.parallel import connect_experts
-from moetrain.precision import multiplies_bf16
 
 SEQUENCE = 512
 BALANCE_COEF, Z_COEF = 0.01, 0.001
@@ -190,6 +192,11 @@ def main() -> None:
     for ranks, together in teams(chosen):
         with Field(contenders(ranks), options.device) as field:
             found += [measure(field, curve, options.rounds) for curve in together]
+    if options.profile:
+        for curve, entry in zip([c for _, of in teams(chosen) for c in of], found, strict=True):
+            if entry["is_met"] is False:
+                print(f"{curve.what}: profiling", flush=True)
+                entry["profiles"] = profiles(curve, options.device)
     name = "scaling-cuda" if options.device == "cuda" else "scaling"
     draw(found, name)
     record.write(name, {"options": vars(options), "curves": found}, report(found, name, options))
@@ -210,14 +217,17 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="How the cost of an MoE layer grows.")
     harness.add_device(parser)
     parser.add_argument("--curves", nargs="+", choices=NAMES, default=list(NAMES))
-    usual = "bf16" if multiplies_bf16() else "fp32"
-    parser.add_argument("--dtype", choices=DTYPES, default=usual, help="of tokens and experts")
+    parser.add_argument("--dtype", choices=DTYPES, help="of tokens and experts")
     parser.add_argument("--rounds", type=int, default=9, help="turns of every point")
+    parser.add_argument("--profile", action="store_true", help="say what a missed target is due to")
     options = parser.parse_args()
+    options.dtype = options.dtype or harness.usual_dtype(options.device)
     if options.rounds < 2:
         parser.error(f"--rounds ({options.rounds}) must be at least 2, to tell a range; try 9")
     if most_ranks(options.device) < 2 and "ranks" in options.curves:
         options.curves = [name for name in options.curves if name != "ranks"]
+        if not options.curves:
+            parser.error("--curves ranks needs two GPUs, and one is here; try --device cpu")
         print("ranks: left out, since there is one GPU", flush=True)
     return options
 
@@ -231,7 +241,11 @@ def measure(field: Field, curve: Curve, rounds: int) -> dict[str, Any]:
     measured = list(field.measure(rounds).values())
     sizes = [getattr(point, curve.field) for point in curve.points]
     samples, limits = measured[: len(sizes)], measured[len(sizes) :]
-    seconds = [sample.seconds for sample in samples]
+    shares = [kept(ranks) for ranks in facts[: len(sizes)]]
+    seconds = [
+        [second / share for second in sample.seconds]
+        for sample, share in zip(samples, shares, strict=True)
+    ]
     of_limits = [sample.seconds for sample in limits]
     fitted = fits.exponent(sizes, list(zip(*seconds, strict=True)))
     growth = harness.ratio(seconds[-1], seconds[0])
@@ -243,7 +257,7 @@ def measure(field: Field, curve: Curve, rounds: int) -> dict[str, Any]:
         "seconds": seconds,
         "limit_seconds": of_limits,
         "peak_bytes": [sample.peak_bytes for sample in samples],
-        "facts": facts[: len(sizes)],
+        "kept": shares,
         "exponent": fitted,
         "growth": growth,
         "limit_growth": harness.ratio(of_limits[-1], of_limits[0]),
@@ -251,6 +265,22 @@ def measure(field: Field, curve: Curve, rounds: int) -> dict[str, Any]:
         "target": curve.target,
         "is_met": curve.is_met(fitted.value, growth.median),
     }
+
+
+def kept(ranks: list[dict[str, int]]) -> float:
+    """Share of all ranks' assignments that found a slot."""
+    return sum(rank["kept"] for rank in ranks) / sum(rank["assigned"] for rank in ranks)
+
+
+def profiles(curve: Curve, device: harness.Device) -> list[list[dict[str, Any]]]:
+    """The operators of the first point and of the last."""
+    ends = [
+        Contender(str(place), partial(operators.Profiled, partial(build, place, LayerStep)))
+        for place in (0, len(curve.points) - 1)
+    ]
+    with Field(ends, device) as field:
+        answers = field.build(curve.points).values()
+    return [ranks[0] for ranks in answers if not isinstance(ranks, AbsentError)]
 
 
 # ---- report --------------------------------------------------------------------------------------
@@ -276,9 +306,10 @@ def report(found: list[dict[str, Any]], name: str, options: argparse.Namespace) 
             f"Forward and backward of one MoE layer, {options.dtype}, capacity factor 1.25; "
             f"{options.rounds} rounds in which all points of a curve have a turn. The exponent p "
             "of cost ∝ size^p is the mean of those fitted to each round, with its range of 95 % "
-            "confidence; *last / first* is the median ratio of costs (least–most), and *products "
-            "alone* the same of the experts' matrix products without the rest of the layer, by the "
-            "fastest of the plain ways that torch has.",
+            "confidence. A cost is seconds by the share of assignments that found a slot, since "
+            "what is dropped is not computed. *Last / first* is the median ratio of costs "
+            "(least–most), and *products alone* the same of the experts' matrix products without "
+            "the rest of the layer, by the fastest of the plain ways that torch has.",
             record.table(header, rows),
             "*Experts* are all of the same width; *finer experts* are narrower the more there are, "
             "and a token chooses more of them: both compute as much at every point. *Ranks* divide "
@@ -296,25 +327,23 @@ def report(found: list[dict[str, Any]], name: str, options: argparse.Namespace) 
 def details(curve: dict[str, Any]) -> str:
     """The points of a curve."""
     first = curve["seconds"][0]
-    keys = "points", "seconds", "limit_seconds", "peak_bytes", "facts"
+    keys = "points", "seconds", "limit_seconds", "peak_bytes", "kept"
     rows = [
         [
             *(point[field] for field in ("tokens", "experts", "top_k", "expert_dim", "ranks")),
             harness.ratio(seconds, first).show(),
             harness.ratio(of_limit, seconds).show(),
             f"{peak / 2**20:,.0f} MiB",
-            kept(facts),
+            f"{share:.1%}",
         ]
-        for point, seconds, of_limit, peak, facts in zip(*(curve[key] for key in keys), strict=True)
+        for point, seconds, of_limit, peak, share in zip(*(curve[key] for key in keys), strict=True)
     ]
     header = ["tokens", "experts", "K", "expert width", "ranks", "cost", "share", "memory", "kept"]
-    return f"## {curve['what'].capitalize()}\n\n{record.table(header, rows)}"
-
-
-def kept(facts: list[dict[str, int]]) -> str:
-    """Share of all ranks' assignments that found a slot."""
-    share = sum(rank["kept"] for rank in facts) / sum(rank["assigned"] for rank in facts)
-    return f"{share:.1%}"
+    parts = [f"## {curve['what'].capitalize()}", record.table(header, rows)]
+    ends = curve["sizes"][0], curve["sizes"][-1]
+    for size, found in zip(ends, curve.get("profiles", ()), strict=False):
+        parts += [f"Where {size} {curve['what']} spend their time:", operators.table(found)]
+    return "\n\n".join(parts)
 
 
 def draw(found: list[dict[str, Any]], name: str) -> None:

@@ -32,12 +32,13 @@ def spelled_out(config: Config) -> Config:
 
 
 @cache
-def multiplies_bf16() -> bool:
+def multiplies_bf16(on_cpu: bool = False) -> bool:
     """Whether the device that training takes here has instructions for products of bf16.
 
-    Others emulate them: CPUs without AVX-512 number by number, far slower than fp32.
+    Others emulate them: CPUs without AVX-512 number by number, far slower than fp32. `on_cpu` asks
+    of the CPU whatever device is there.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not on_cpu:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     has_onednn = torch.backends.mkldnn.is_available()
     return has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()

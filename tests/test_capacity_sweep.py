@@ -275,3 +275,24 @@ def test_mistakes_are_one_message(
     assert said.startswith("moetrain: error: ")
     assert message in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("source", ["config", "recorded"])
+def test_a_report_that_cannot_be_written_is_known_before_anything_is_done(
+    source: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "report"
+    assert capacity.main([str(request.getfixturevalue(source)), "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert said == f"moetrain: error: --out ({out}) cannot be written: Not a directory\n"
+
+
+def test_a_start_that_diverges_is_said_at_once(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = "--train.lr 1e30 --train.warmup-steps 0 --train.max-bad-steps 2 --warm-start 9"
+    assert capacity.main([str(config), *flags.split(), "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "(topk, K 2, E 4): loss or gradient was not finite up to step" in said
+    assert "try a train.lr below 1e+30" in said

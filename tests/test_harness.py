@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import operators  # noqa: E402
-from harness import AbsentError, Contender, Field, ratio, spread  # noqa: E402
+from harness import AbsentError, Contender, Field, ratio, spread, turns  # noqa: E402
 
 MIB = 2**20
 
@@ -68,9 +69,14 @@ def test_contenders_take_turns_and_another_one_begins_each_round(
     notes = tmp_path / "notes"
     assert field.build(Job(str(notes))) == {"a": [(0, 1)], "b": [(0, 2), (1, 2)]}
     samples = field.measure(3, turn_s=0)
-    warming, rounds, memory = "ab", "abbaab", "ab"
+    warming, rounds, memory = "ab", "abbaba", "ab"
     assert notes.read_text() == warming + rounds + memory
     assert [len(sample.seconds) for sample in samples.values()] == [3, 3]
+
+
+def test_everyone_follows_everyone_in_turn() -> None:
+    orders = ["".join(turns("abc", number)) for number in range(6)]
+    assert sorted(orders) == sorted(map("".join, permutations("abc")))
 
 
 def test_rounds_end_when_they_have_taken_long_enough(field: Field) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import operators
 import torch
+from harness import synchronize
 from torch import Tensor
 
 from moetrain.optim import StepOutcome
@@ -43,10 +44,10 @@ class _Timed:
         return self._engine.state()
 
     def _time(self, phase: str, work: Callable[[], Any]) -> Any:
-        _wait(self._device)
+        synchronize(self._device.type)
         started = time.perf_counter()
         result = work()
-        _wait(self._device)
+        synchronize(self._device.type)
         self.seconds[phase] += time.perf_counter() - started
         return result
 
@@ -57,7 +58,7 @@ def phases(case: OwnStep, device: torch.device) -> dict[str, float]:
     for number in range(operators.WARM_UP + operators.STEPS):
         timed = _Timed(run.engine, device)
         case.run = replace(run, engine=timed)
-        _wait(device)
+        synchronize(device.type)
         started = time.perf_counter()
         case.step()
         whole = time.perf_counter() - started
@@ -67,8 +68,3 @@ def phases(case: OwnStep, device: torch.device) -> dict[str, float]:
             shares.append({name: seconds / whole for name, seconds in parts.items()})
     case.run = run
     return {name: statistics.median(share[name] for share in shares) for name in shares[0]}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

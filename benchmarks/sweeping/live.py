@@ -12,20 +12,21 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from harness import CLEAR_PEAK, Device, peak_bytes
+from harness import CLEAR_PEAK, Device, peak_bytes, synchronize, turns
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from moetrain.build import build_model
 from moetrain.config import Config
+from moetrain.errors import UserError
 from moetrain.evaluate import evaluate
 from moetrain.mesh import Mesh, gather
 from moetrain.metrics import LayerLine, drop_rate, layer_line
@@ -126,7 +127,7 @@ def sweep(
             for variant, trail in zip(variants, trails, strict=True)
         ]
         for number in range(math.ceil(length.steps / TURN)):
-            for contender in _rotated(contenders, number):
+            for contender in turns(contenders, number):
                 contender.turn(min(TURN, length.steps - number * TURN))
             done = min(length.steps, (number + 1) * TURN)
             say(f"repeat {repeat + 1} of {repeats}: {done} of {length.steps} steps of each variant")
@@ -145,12 +146,6 @@ def _at_home(config: Config, base: Config) -> Config:
     )
 
 
-def _rotated(contenders: list[_Contender], by: int) -> Iterator[_Contender]:
-    first = by % len(contenders)
-    yield from contenders[first:]
-    yield from contenders[:first]
-
-
 class Model:
     """A model that stands for one variant after the other."""
 
@@ -159,6 +154,12 @@ class Model:
         self.run, self.position = set_up(config, folder, mesh), Position()
         for _ in range(length.warm_start):
             self.position, _ = step(self.run, self.position)
+            if self.position.bad_in_a_row >= config.train.max_bad_steps:
+                raise UserError(
+                    f"{length.warm_start} steps as a start ({config.moe.router}, K "
+                    f"{config.moe.top_k}, E {config.moe.experts}): loss or gradient was not finite "
+                    f"up to step {self.position.step}; try a train.lr below {config.train.lr:g}"
+                )
         self.start = hold(self.run)
 
     def facts(self, config: Config) -> Facts:
@@ -247,10 +248,10 @@ def record(model: Model, config: Config, steps: int, folder: Path) -> None:
 
 def step(run: Run, position: Position) -> tuple[Position, Step]:
     """One optimizer step, timed without what is only told; a collective."""
-    _wait(run.mesh)
+    synchronize(run.mesh.device.type)
     started = time.perf_counter()
     result = train_step(run, position)
-    _wait(run.mesh)
+    synchronize(run.mesh.device.type)
     seconds = max(gather(time.perf_counter() - started))
     position = advance(position, run.config, result)
     means: Means = reduce(result.parts, result.counts, run.mesh, result.batch_balance)
@@ -264,7 +265,8 @@ def executed_rows(run: Run, result: StepResult) -> int:
     collective."""
     config, mesh = run.config, run.mesh
     ledgers = [ledger for part in result.parts for ledger in part.ledgers]
-    if mesh.device.type == "cuda" or config.engine.compile:  # shapes are static
+    is_compiled = config.engine.compile and config.moe.capacity_factor is not None
+    if mesh.device.type == "cuda" or is_compiled:  # shapes are static
         return sum(gather(sum(int(ledger.slots) for ledger in ledgers)))
     row_NE = torch.stack([ledger.row_E for ledger in ledgers])
     dist.all_reduce(row_NE, group=mesh.expert_parallel.get_group())
@@ -313,8 +315,3 @@ def _local(tensor: Tensor) -> Tensor:
 def layers_of(model: torch.nn.Module) -> list[MoE]:
     """The layers of experts, first to last."""
     return [module for module in model.modules() if isinstance(module, MoE)]
-
-
-def _wait(mesh: Mesh) -> None:
-    if mesh.device.type == "cuda":
-        torch.cuda.synchronize(mesh.device)

@@ -31,7 +31,7 @@ ST_MOE_5: dict[str, dict[float | None, float]] = {
     "with balance loss": {0.75: 10.6, 1.25: 0.3, 2.0: 0.0},
     "without": {0.75: 15.6, 1.25: 2.9, 2.0: 0.4, 4.0: 0.0},
 }
-"""% of tokens dropped in training, by training factor."""
+"""% of tokens dropped, by training factor, of models that are fine-tuned."""
 ST_MOE_8: dict[str, dict[float | None, float]] = {
     "top-1": {0.75: -1.428, 1.0: -1.397, 1.25: -1.378},
     "top-2": {0.75: -1.424, 1.0: -1.392, 1.25: -1.375, 2.0: -1.360},
@@ -69,11 +69,14 @@ def _drops(ours: Ours, scale: str) -> Table:
         mine = [_cell(ours.get(factor), lambda row: percent(row.rates.drop_rate))]
         lines.append([_name(factor), *known, *mine])
     header = ["factor", *(f"ST-MoE Table 5, {name}" for name in ST_MOE_5), "here"]
-    return Table("Assignments dropped in training", header, lines, list(_on_drops(ours, scale)))
+    return Table("Drops in training", header, lines, list(_on_drops(ours, scale)))
 
 
 def _on_drops(ours: Ours, scale: str) -> Iterator[str]:
-    yield f"There: billions of parameters, evenly used after many steps. Here: {scale}."
+    yield (
+        "There: tokens, of models with billions of parameters that were trained for long and are "
+        f"fine-tuned. Here: assignments, of {scale}."
+    )
     shared = sorted(f for f in ours if f is not None and f in ST_MOE_5["without"])
     more = [f for f in shared if 100 * ours[f].rates.drop_rate > ST_MOE_5["without"][f]]
     if more:

@@ -96,11 +96,17 @@ def live_rows(variants: Sequence[Variant], seen: Sequence[Live], own: Variant) -
     ratios = [_ratio(live, reference) for live in seen]
     times = [base_s * ratio.median for ratio in ratios]
     steps = max(len(trail.steps) for live in seen for trail in live.trails)
-    budget_s = steps * min(times)
+    sound = [time_s for live, time_s in zip(seen, times, strict=True) if _is_sound(live)]
+    budget_s = steps * min(sound or times)
     return [
         _live_row(variant, live, ratio, time_s, budget_s)
         for variant, live, ratio, time_s in zip(variants, seen, ratios, times, strict=True)
     ]
+
+
+def _is_sound(live: Live) -> bool:
+    """Whether it did not diverge: steps that are not taken cost less."""
+    return all(math.isfinite(trail.held_out[-1].loss) for trail in live.trails)
 
 
 def _live_row(variant: Variant, live: Live, ratio: Spread, time_s: float, budget_s: float) -> Row:

@@ -79,7 +79,9 @@ def results(rows: Sequence[Row], advice: Advice) -> list[Table]:
     costs = [_costs(row) for row in rows]
     on_costs = [
         "*useful* and *executed*: floating-point operations of the experts' products in a step, "
-        "forward and backward, over all ranks: of filled rows, and of all that are multiplied.",
+        "forward and backward, over all ranks: of filled rows, and of all that are multiplied, "
+        "empty ones too (on recorded routing all slots, as on a GPU); what is computed again for "
+        "the backward pass does not count.",
         "*dropped of own choices*: what this setting would have dropped of the choices that the "
         "config's own setting made, in the second half of its first repeat.",
         "*step memory MiB*: what a step takes at most beyond what is there before it, on the rank "

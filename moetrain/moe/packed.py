@@ -8,8 +8,8 @@ into the second product. Small experts in one product share its costs, and its t
 each; a large one is a group of its own.
 
 Products of bf16 are compiled for every new shape, which takes longer than most products do. So
-there small or grouped experts have rows in multiples of MANY_ROWS, large ones in multiples of some
-32nd of theirs, the last ones zero: few shapes, met soon.
+there small or grouped experts have rows in multiples of MANY_ROWS, large ones in smaller multiples
+(`_unit`), the last ones zero: few shapes, met soon.
 
 Shape suffixes: T tokens, K choices, E experts, D model width, F expert hidden width, R filled rows,
 g experts of a group, n rows of each of them, P rows of all groups and one more.
