@@ -37,7 +37,7 @@ SHAPES = {
     "mixtral": Shape(4096, 14336, 8, 2),
     "olmoe": Shape(2048, 1024, 64, 8),
 }
-USUAL = {
+USUAL: dict[str, tuple[list[str], list[int]]] = {
     "cpu": (["e8", "e64"], [2048, 8192, 32_768]),
     "cuda": (["mixtral", "olmoe"], [16_384]),
 }
@@ -113,12 +113,14 @@ def arguments() -> argparse.Namespace:
     )
     add("--add", action="store_true", help="keep the results of cells that are not measured now")
     options = parser.parse_args()
-    shapes, tokens = USUAL[options.device]
-    options.shapes, options.tokens = options.shapes or shapes, options.tokens or tokens
+    usual_shapes, usual_tokens = USUAL[options.device]
+    options.shapes = options.shapes or usual_shapes
+    options.tokens = options.tokens or usual_tokens
     options.dtypes = options.dtypes or list(dict.fromkeys([usual_dtype(options.device), "fp32"]))
-    for shape, tokens, ranks in itertools.product(options.shapes, options.tokens, options.ep):
-        if problem := Cell(SHAPES[shape], tokens, "balanced", "bf16", ranks).problem():
-            parser.error(problem)
+    for shape in options.shapes:
+        for tokens, ranks in itertools.product(options.tokens, options.ep):
+            if problem := Cell(SHAPES[shape], tokens, "balanced", "bf16", ranks).problem():
+                parser.error(problem)
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: at least 1")
     return options

@@ -46,8 +46,8 @@ def write(name: str, data: dict[str, Any], text: str, folder: Path = RESULTS) ->
 
 def versions(*names: str, folder: Path | None = None) -> list[str]:
     """Of packages, those that are installed, or that a folder holds: name and version."""
-    path = {"path": [str(folder)]} if folder else {}
-    found = {one.name.lower(): one.version for one in distributions(**path)}
+    path = [str(folder)] if folder else sys.path
+    found = {one.name.lower(): one.version for one in distributions(path=path)}
     return [f"{name} {found[name]}" for name in names if name in found]
 
 

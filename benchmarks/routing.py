@@ -108,8 +108,8 @@ class Part:
         name, settings = case
         torch.manual_seed(0)
         groups = HIERARCHICAL_GROUPS if name == "hierarchical" else 1
-        is_open = {"groups": groups, "top_groups": min(OPEN_GROUPS, groups)}
-        gate = Gate(name, top_k_of(options, name), **is_open)
+        top_k, top_groups = top_k_of(options, name), min(OPEN_GROUPS, groups)
+        gate = Gate(name, top_k, groups=groups, top_groups=top_groups)
         factor = settings.get("capacity_factor", options.capacity_factor)
         policy = settings.get("drop_policy", "position")
         shape = (options.dim, options.expert_dim, options.experts)

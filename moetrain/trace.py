@@ -39,6 +39,8 @@ TRACE_FOLDER = "trace"
 FORMAT = 1
 """To be raised when what is written changes."""
 FEWEST_RANKED = 4
+HEADER = {"world", "step", "config", "capacity_factors", "top_k"}
+"""What a file says of itself, beside its format."""
 DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
 """What numpy and json raise for a file that is not what it should be."""
 
@@ -275,6 +277,8 @@ def _read_header(path: Path) -> dict[str, Any]:
                 f"{path} has format {header['format']}, not {FORMAT}; record the trace again, or "
                 "read it with the moetrain that wrote it"
             )
+        if missing := HEADER - header.keys():
+            raise ValueError(f"its header lacks {', '.join(sorted(missing))}")
         return header
 
 

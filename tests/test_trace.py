@@ -129,7 +129,12 @@ def test_arrays_that_cannot_be_are_refused(tmp_path, name, value, message):
 
 
 @pytest.mark.parametrize(
-    ("header", "message"), [(b'{"format": 7}', "has format 7, not 1"), (b"[]", "damaged")]
+    ("header", "message"),
+    [
+        (b'{"format": 7}', "has format 7, not 1"),
+        (b"[]", "damaged"),
+        (b'{"format": 1, "step": 5}', "damaged: its header lacks capacity_factors, config, top_k"),
+    ],
 )
 def test_headers_of_another_kind_are_left_out(tmp_path, header, message):
     for step in (1, 2):
