@@ -109,27 +109,26 @@ def run(options: Options) -> int:
     trace = Trace.open(options.config) if options.config.is_dir() else None
     base = trace.settings if trace else settings.resolve(options.config, options.flags)
     home = options.out or Path(base.out) / f"{base.name}-capacity"
-    with writing_to(home):
-        sweep = on_trace(options, trace) if trace else trained(options, base)
-        if sweep is not None:
-            for path in write(sweep, home):
-                say(str(path))
-            print(advise(sweep.rows).headline)
+    if rank_and_world()[0] == 0:  # it will write: better known before hours of training
+        with writing_to(home), tempfile.TemporaryFile(dir=home):
+            pass
+    sweep = on_trace(options, trace) if trace else trained(options, base)
+    if sweep is not None:
+        with writing_to(home):
+            paths = write(sweep, home)
+        for path in paths:
+            say(str(path))
+        print(advise(sweep.rows).headline)
     return 0
 
 
 @contextlib.contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Find out first whether a report can be written there, on the rank that will do it."""
+    """Make a folder; UserError where nothing can be written there."""
     try:
-        if rank_and_world()[0] == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+        folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        if error.filename is None or not Path(error.filename).is_relative_to(folder):
-            raise
         raise UserError(f"--out ({folder}) cannot be written: {error.strerror}") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import capacity  # noqa: E402
+from harness import CLEAR_PEAK  # noqa: E402
 from sweeping import live, plan, rates, replayed, table  # noqa: E402
 from sweeping.plan import Length, Variant  # noqa: E402
 
@@ -148,7 +150,25 @@ def test_variants_part_at_the_start_and_drop_by_their_factor(alone: list[live.Li
 def test_facts_of_a_variant(alone: list[live.Live]) -> None:
     tight, _, dropless = (one.facts for one in alone)
     assert (tight.all_to_all_bytes, dropless.all_to_all_bytes) == (0, 0)
-    assert tight.step_bytes is None or tight.step_bytes >= 0
+
+
+@pytest.mark.skipif(not CLEAR_PEAK.exists(), reason="Linux alone tells of peak memory")
+def test_the_memory_of_a_step_is_what_it_takes_at_most(config: Path, tmp_path: Path) -> None:
+    loaded, plain, taken = settings.load(config), live.train_step, 64 << 20
+
+    def greedy(*args: Any) -> Any:
+        torch.ones(taken, dtype=torch.uint8)
+        return plain(*args)
+
+    def step_bytes() -> int | None:
+        mesh = Mesh(torch.device("cpu"))
+        return live.Model(loaded, Length(0, 2), mesh, tmp_path).facts(loaded).step_bytes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live, "train_step", greedy)
+        (found,) = simulate_ranks(1, step_bytes)
+    assert found is not None
+    assert 0.9 * taken < found < 2 * taken  # Linux counts in batches
 
 
 def test_ranks_with_experts_of_their_own_sweep_to_the_same(
@@ -286,6 +306,23 @@ def test_a_report_that_cannot_be_written_is_known_before_anything_is_done(
     assert capacity.main([str(request.getfixturevalue(source)), "--out", str(out)]) == 2
     said = capsys.readouterr().err
     assert said == f"moetrain: error: --out ({out}) cannot be written: Not a directory\n"
+
+
+def test_a_report_that_cannot_be_written_in_the_end_is_no_traceback(
+    recorded: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(capacity, "write", full)
+    assert capacity.main([str(recorded), "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said == f"moetrain: error: --out ({tmp_path}) cannot be written: No space left on device\n"
+    )
 
 
 def test_a_start_that_diverges_is_said_at_once(
