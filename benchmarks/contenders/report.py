@@ -21,7 +21,8 @@ MOST_MEMORY = 1.0
 
 
 def report(cells: list[dict[str, Any]]) -> str:
-    """A summary, and a table for every cell."""
+    """A summary, and a table for every cell; those of one machine and dtype stand together."""
+    cells = sorted(cells, key=_order)
     return "\n".join(["# One MoE layer, forward and backward", "", *_summary(cells), *_all(cells)])
 
 
@@ -73,6 +74,11 @@ def _summary(cells: list[dict[str, Any]]) -> list[str]:
         "the leanest peer. They were set for 8 experts in bf16 on AMX, and are marked everywhere"
     )
     return [SUMMARY.format(targets=targets), "", record.table(header, rows), ""]
+
+
+def _order(entry: dict[str, Any]) -> tuple[Any, ...]:
+    shape, ranks, tokens, routing, dtype = _place(_cell(entry))
+    return _device(entry), dtype, shape.experts, ranks, tokens, routing
 
 
 def _device(entry: dict[str, Any]) -> str:
