@@ -226,6 +226,33 @@ class Replay:
         return run(self.path, wanted, self.out)
 
 
+@app.command(name="export")
+@dataclass(frozen=True)
+class Export:
+    """Write the model of a checkpoint in a format of Hugging Face, for transformers, vLLM and
+    others."""
+
+    path: RunPath
+    """Folder of a run (its newest checkpoint) or of one checkpoint."""
+    out: Positional[Annotated[Path, arg(metavar="OUT")]]
+    """Folder to write; must not exist."""
+    format: Literal["mixtral", "olmoe", "qwen3_moe"]
+    """Whose configuration and names of tensors."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """What the tensors are written in."""
+    approximate: bool = False
+    """Export what the format expresses only approximately, too, and say in which ways."""
+
+    def run(self) -> int:
+        """Write, say what is approximate, and print the path."""
+        from moetrain.hf import export
+
+        stated = export(self.path, self.out, self.format, self.dtype, self.approximate)
+        _warn([f"{self.format}: {line}" for line in stated])
+        print(self.out)
+        return 0
+
+
 @checkpoint_app.command(name="list")
 @dataclass(frozen=True)
 class CheckpointList:

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -79,17 +79,21 @@ def convert(
     found = checkpoint.resolve(path)
     # Copies get checksums of their own, which would cover up any damage.
     source = Source(found, open_checkpoint(found, hashed=True), weights_only, bf16)
-    with _written_beside(out) as place:
+    with written_beside(out) as place:
         if target == "moetrain":
             _write_checkpoint(place, source)
         elif target == "safetensors":
-            write_safetensors(place, source, SHARD_BYTES)
+            manifest = source.manifest
+            config = json.dumps(manifest.extra.get("config"))
+            header = {"format": "pt", "step": str(manifest.step), "config": config}
+            sizes = {name: source.num_bytes(name) for name in source.names}
+            write_safetensors(place, sizes, source.read, header, SHARD_BYTES)
         else:
             _write_torch(place, source)
 
 
 @contextmanager
-def _written_beside(out: Path) -> Iterator[Path]:
+def written_beside(out: Path) -> Iterator[Path]:
     """A path to write to; what is there takes the name `out` once it is complete."""
     if os.path.lexists(out):
         raise UserError(f"OUT ({out}) exists; name a place that does not")
@@ -126,14 +130,20 @@ def _write_torch(place: Path, source: Source) -> None:
         torch.save(content, file)
 
 
-def write_safetensors(place: Path, source: Source, shard_bytes: int) -> None:
+def write_safetensors(
+    place: Path,
+    sizes: Mapping[str, int],
+    read: Callable[[list[str]], dict[str, Tensor]],
+    header: dict[str, str],
+    shard_bytes: int,
+) -> None:
     """Write a folder of safetensors files with at most `shard_bytes` each, and their index.
 
-    Files and index are named as the `transformers` library does; step and settings of the run are
-    in the header of each file. One file at a time is in memory, twice.
+    `sizes` are bytes by name, `read` gives some of the tensors, and `header` stands in each file.
+    Files and index are named as the `transformers` library does. One file at a time is in memory,
+    twice.
     """
     place.mkdir()
-    sizes = {name: source.num_bytes(name) for name in source.names}
     groups = shards(sizes, shard_bytes)
     files = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
     if len(groups) == 1:
@@ -142,11 +152,8 @@ def write_safetensors(place: Path, source: Source, shard_bytes: int) -> None:
         places = {name: file for file, group in zip(files, groups, strict=True) for name in group}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         (place / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
-    manifest = source.manifest
-    config = json.dumps(manifest.extra.get("config"))
-    header = {"format": "pt", "step": str(manifest.step), "config": config}
     for file, group in zip(files, groups, strict=True):
-        (place / file).write_bytes(serialize(source.read(group), metadata=header))
+        (place / file).write_bytes(serialize(read(group), metadata=header))
 
 
 def shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

@@ -223,12 +223,14 @@ def test_tokenizer_train(calls):
 REFUSED = {
     "no command": (
         [],
-        "Expected one of {train, check, eval, generate, replay, checkpoint, data, tokenizer}.",
+        "Expected one of {train, check, eval, generate, replay, export, checkpoint, data, "
+        "tokenizer}.",
     ),
     "unknown command": (
         ["trian"],
         "Unrecognized options: trian\n"
-        "Available subcommands: train, check, eval, generate, replay, checkpoint, data, tokenizer",
+        "Available subcommands: train, check, eval, generate, replay, export, checkpoint, data, "
+        "tokenizer",
     ),
     "no config": (
         ["train"],

@@ -4,14 +4,23 @@ from moetrain.data.cache import Prepared, prepare
 from moetrain.data.corpus import open_source
 from moetrain.data.samples import Batch, Samples
 from moetrain.data.shards import Manifest, verify
-from moetrain.data.tokenizer import Tokenizer, is_on_hub, load_tokenizer, train_bpe
+from moetrain.data.tokenizer import (
+    BYTES,
+    Tokenizer,
+    bytes_as_json,
+    is_on_hub,
+    load_tokenizer,
+    train_bpe,
+)
 
 __all__ = [
+    "BYTES",
     "Batch",
     "Manifest",
     "Prepared",
     "Samples",
     "Tokenizer",
+    "bytes_as_json",
     "is_on_hub",
     "load_tokenizer",
     "open_source",

@@ -76,6 +76,23 @@ class ByteTokenizer:
         """Nothing to write."""
 
 
+def bytes_as_json() -> str:
+    """The content of a tokenizer.json that gives the ids of `ByteTokenizer`, for other programs."""
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import decoders, models, pre_tokenizers
+
+    # The library writes bytes as characters: those that can be seen as themselves, others from 256.
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in seen]
+    alphabet = {chr(byte): byte for byte in seen}
+    alphabet |= {chr(256 + place): byte for place, byte in enumerate(others)}
+    inner: Any = Inner(models.BPE(vocab=alphabet, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([END_OF_TEXT])
+    return inner.to_str()
+
+
 class JsonTokenizer:
     """A tokenizer of the `tokenizers` library, read from a `tokenizer.json`."""
 

@@ -1,0 +1,143 @@
+"""What `moetrain export` does: write a checkpoint as a model of Hugging Face."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from moetrain import restore
+from moetrain.checkpoint.checks import is_model
+from moetrain.checkpoint.manifest import Manifest
+from moetrain.checkpoint.reading import open_checkpoint, read_tensor
+from moetrain.config import Config
+from moetrain.convert import SHARD_BYTES, write_safetensors, written_beside
+from moetrain.data import BYTES, Tokenizer, bytes_as_json
+from moetrain.errors import UserError
+from moetrain.hf.formats import FormatName, Part, approximations, parts, refusals, settings_of
+from moetrain.restore import TOKENIZER_FILE
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def export(
+    path: Path,
+    out: Path,
+    name: FormatName,
+    dtype: str = "bf16",
+    approximate: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> list[str]:
+    """Write the model of a checkpoint to the folder `out`, which must not exist; verified first.
+
+    `path` names a run (its newest checkpoint) or a checkpoint, `dtype` is fp32 or bf16. The folder
+    has config.json, generation_config.json, the tokenizer, and tensors in safetensors of at most
+    `shard_bytes` each; one file at a time is in memory, twice, and a tensor of the checkpoint.
+    Returns in which ways the model is another one there.
+
+    Raises UserError where the format cannot express the model, or only approximately and
+    `approximate` is False, where tensors are missing or have no place in the format, and where
+    `out` is in the way or cannot be written; it is then not there.
+    """
+    found = restore.find(path)
+    config, manifest = found.config, open_checkpoint(found.path, hashed=True)
+    if reasons := refusals(name, config):
+        raise UserError("\n".join(reasons))
+    stated = approximations(config)
+    if stated and not approximate:
+        told = "\n".join(f"{name}: {line}" for line in stated)
+        raise UserError(f"{told}\nexport it all the same with --approximate")
+    wanted = list(parts(name, config))
+    _require_alike(wanted, manifest)
+    tokenizer = restore.tokenizer(found)
+    vocab_size = manifest.tensors["model.embedding.weight"].shape[0]
+    described = settings_of(name, config, vocab_size, tokenizer.eos_id)
+    torch_name = str(DTYPES[dtype]).removeprefix("torch.")
+    with written_beside(out) as place:
+        _write_tensors(place, found.path, manifest, wanted, DTYPES[dtype], shard_bytes)
+        _write_json(place / "config.json", {**described, "dtype": torch_name})
+        _write_json(place / "generation_config.json", {"eos_token_id": tokenizer.eos_id})
+        _write_tokenizer(place, config, tokenizer)
+    return stated
+
+
+def _require_alike(wanted: Sequence[Part], manifest: Manifest) -> None:
+    """UserError with the list of tensors that are missing or have no place in the format."""
+    needed = {f"model.{part.ours}" for part in wanted}
+    there = {name for name in manifest.tensors if is_model(name)}
+    lists = [
+        f"{what}: {', '.join(sorted(names))}"
+        for what, names in (
+            ("missing in the checkpoint", needed - there),
+            ("without a place in the format", there - needed),
+        )
+        if names
+    ]
+    if lists:
+        raise UserError("\n".join(lists))
+
+
+def _write_tensors(
+    place: Path,
+    found: Path,
+    manifest: Manifest,
+    wanted: Sequence[Part],
+    dtype: torch.dtype,
+    shard_bytes: int,
+) -> None:
+    by_name = {part.name: part for part in wanted}
+
+    @lru_cache(maxsize=1)  # the experts of a layer are parts of one tensor
+    def ours(name: str) -> Tensor:
+        return read_tensor(found, manifest.tensors[f"model.{name}"])
+
+    def read(names: Sequence[str]) -> dict[str, Tensor]:
+        tensors = {}
+        # An expert's matrices are of two tensors; each of these is read once.
+        for name in sorted(names, key=lambda name: by_name[name].ours):
+            part = by_name[name]
+            theirs = part.of(ours(part.ours)).to(dtype)
+            tensors[name] = theirs.clone(memory_format=torch.contiguous_format)
+            progress.advance(task)
+        return {name: tensors[name] for name in names}
+
+    with torch.device("meta"):
+        shapes = {
+            part.name: part.of(torch.empty(manifest.tensors[f"model.{part.ours}"].shape))
+            for part in wanted
+        }
+    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in shapes.items()}
+    terminal = Console(stderr=True)
+    with Progress(console=terminal, transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("tensors", total=len(wanted))
+        write_safetensors(place, sizes, read, {"format": "pt"}, shard_bytes)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(place: Path, config: Config, tokenizer: Tokenizer) -> None:
+    """What `AutoTokenizer` reads: tokenizer.json and tokenizer_config.json."""
+    from tokenizers import Tokenizer as Inner
+
+    target = place / TOKENIZER_FILE
+    if config.data.tokenizer == BYTES:
+        target.write_text(bytes_as_json(), encoding="utf-8")
+    else:
+        tokenizer.save(target)
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": Inner.from_file(str(target)).id_to_token(tokenizer.eos_id),
+        "model_max_length": config.data.seq_len,
+        "clean_up_tokenization_spaces": False,
+    }
+    _write_json(place / "tokenizer_config.json", described)

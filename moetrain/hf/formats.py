@@ -1,0 +1,208 @@
+"""Hugging Face's formats of mixture-of-experts models: their settings, and the names of tensors.
+
+Names are those of published checkpoints, one tensor for each matrix of an expert, which
+transformers, vLLM and others read. Checked against transformers 5.24.
+
+Shape suffixes: E experts, D model width, F expert hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from moetrain.config import Config
+
+FormatName = Literal["mixtral", "olmoe", "qwen3_moe"]
+
+
+class Format(NamedTuple):
+    """What a format calls things, and what it is fixed to."""
+
+    architecture: str
+    """The class of transformers."""
+    layer: str
+    """The module of experts, in a block."""
+    matrices: tuple[str, str, str]
+    """An expert's gate, up and down projection."""
+    qk_norm: Literal["none", "head", "full"]
+    always_renormalizes: bool = False
+    """Whether gates add up to 1 always."""
+    has_head_dim: bool = True
+    """Whether heads may be of another width than dim/heads."""
+    has_dense_blocks: bool = False
+    """Whether some blocks may have no experts."""
+
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+FORMATS: dict[FormatName, Format] = {
+    "mixtral": Format("MixtralForCausalLM", "block_sparse_moe", ("w1", "w3", "w2"), "none", True),
+    "olmoe": Format("OlmoeForCausalLM", "mlp", PROJECTIONS, "full", has_head_dim=False),
+    "qwen3_moe": Format("Qwen3MoeForCausalLM", "mlp", PROJECTIONS, "head", has_dense_blocks=True),
+}
+ROUTERS = ("topk", "switch", "gshard")
+"""Gates that are a top-k of a softmax where nothing is drawn."""
+
+
+def renormalizes(config: Config) -> bool:
+    """Whether the gates of a token's choices are divided by their sum."""
+    moe = config.moe
+    return moe.router == "gshard" or (moe.router == "topk" and moe.renormalize)
+
+
+def refusals(name: FormatName, config: Config) -> list[str]:
+    """Why the format cannot express a model, if it cannot."""
+    format_, model, moe = FORMATS[name], config.model, config.moe
+    blocks = moe.block_indices(model.layers)
+    checks = {
+        f"moe.experts ({moe.experts}) must be 1 or more": moe.experts > 0,
+        f"moe.router ({moe.router}) must be one of {', '.join(ROUTERS)}": moe.router in ROUTERS,
+        f"moe.renormalize (false, as {moe.router} has it) must be true": (
+            renormalizes(config) or not format_.always_renormalizes
+        ),
+        f"model.qk_norm ({model.qk_norm}) must be {format_.qk_norm}": (
+            model.qk_norm == format_.qk_norm
+        ),
+        f"moe.shared_experts ({moe.shared_experts}) must be 0": moe.shared_experts == 0,
+        f"model.head_dim ({model.head_dim}) must be dim/heads": (
+            format_.has_head_dim or model.attention_head_dim * model.heads == model.dim
+        ),
+        f"moe.every ({moe.every}) and moe.first_dense ({moe.first_dense}) must leave no block "
+        "without experts": format_.has_dense_blocks or len(blocks) == model.layers,
+    }
+    return [f"{name}: {what}" for what, holds in checks.items() if not holds]
+
+
+def approximations(config: Config) -> list[str]:
+    """What is left out of what the model does in training and evaluation."""
+    moe, found = config.moe, []
+    factors = {
+        "moe.capacity_factor": moe.capacity_factor,
+        "moe.eval_capacity_factor": moe.eval_capacity_factor,
+    }
+    for setting, factor in factors.items():
+        if factor is not None:
+            found.append(f"{setting} ({factor}) drops assignments; there, none is dropped")
+    if moe.router == "gshard" and moe.random_second:
+        found.append(
+            "moe.random_second (true) leaves out second experts in training; there, both are used"
+        )
+    return found
+
+
+def settings_of(name: FormatName, config: Config, vocab_size: int, eos_id: int) -> dict[str, Any]:
+    """The content of config.json; `vocab_size` is the embedding's."""
+    format_, model, moe = FORMATS[name], config.model, config.moe
+    found = {
+        "architectures": [format_.architecture],
+        "model_type": name,
+        "vocab_size": vocab_size,
+        "hidden_size": model.dim,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "max_position_embeddings": config.data.seq_len,
+        "tie_word_embeddings": model.tie_embeddings,
+        "bos_token_id": None,
+        "eos_token_id": eos_id,
+        "pad_token_id": None,
+        "num_experts_per_tok": moe.top_k,
+        # Theirs is K at perfect balance, ours 1.
+        "router_aux_loss_coef": moe.balance_coef / moe.top_k,
+        "use_cache": True,
+    }
+    if format_.has_head_dim:
+        found["head_dim"] = model.attention_head_dim
+    if name == "mixtral":
+        return found | {
+            "num_local_experts": moe.experts,
+            "intermediate_size": config.expert_ffn_dim,
+            "sliding_window": None,
+        }
+    found |= {"num_experts": moe.experts, "norm_topk_prob": renormalizes(config)}
+    if name == "olmoe":
+        return found | {"intermediate_size": config.expert_ffn_dim, "clip_qkv": None}
+    return found | {
+        "moe_intermediate_size": config.expert_ffn_dim,
+        "intermediate_size": model.dense_ffn_dim,
+        "decoder_sparse_step": moe.every,
+        "mlp_only_layers": list(range(moe.first_dense)),
+        "use_sliding_window": False,
+        "sliding_window": None,
+    }
+
+
+# ---- tensors -------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """A tensor of theirs, as a part of one of ours."""
+
+    name: str
+    """Theirs."""
+    ours: str
+    expert: int | None = None
+    """Whose matrix it is, if any expert's."""
+    half: int | None = None
+    """Of the gate and up projections, which are one matrix of ours: 0 or 1."""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """It as a view of ours. Matrices are (out, in), but those of our experts (in, out)."""
+        matrix = tensor if self.expert is None else tensor[self.expert].mT
+        return matrix if self.half is None else matrix.chunk(2)[self.half]
+
+
+PLAIN = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "attention.wq.weight": "self_attn.q_proj.weight",
+    "attention.wk.weight": "self_attn.k_proj.weight",
+    "attention.wv.weight": "self_attn.v_proj.weight",
+    "attention.wo.weight": "self_attn.o_proj.weight",
+}
+QK_NORMS = {
+    "attention.q_norm.weight": "self_attn.q_norm.weight",
+    "attention.k_norm.weight": "self_attn.k_norm.weight",
+}
+"""Ours and theirs, inside a block."""
+
+
+def parts(name: FormatName, config: Config) -> Iterator[Part]:
+    """All tensors of theirs, in the order of the model."""
+    format_, model, moe = FORMATS[name], config.model, config.moe
+    sparse = moe.block_indices(model.layers)
+    yield Part("model.embed_tokens.weight", "embedding.weight")
+    for layer in range(model.layers):
+        there, here = f"model.layers.{layer}", f"blocks.{layer}"
+        for ours, theirs in (PLAIN if model.qk_norm == "none" else PLAIN | QK_NORMS).items():
+            yield Part(f"{there}.{theirs}", f"{here}.{ours}")
+        if layer in sparse:
+            yield from _experts(format_, f"{there}.{format_.layer}", f"{here}.moe", moe.experts)
+        else:
+            yield from _dense(f"{there}.mlp", f"{here}.feed_forward")
+    yield Part("model.norm.weight", "norm.weight")
+    if not model.tie_embeddings:
+        yield Part("lm_head.weight", "head.weight")
+
+
+def _experts(format_: Format, there: str, here: str, experts: int) -> Iterator[Part]:
+    gate, up, down = format_.matrices
+    yield Part(f"{there}.gate.weight", f"{here}.router.weight")
+    for expert in range(experts):
+        prefix = f"{there}.experts.{expert}"
+        yield Part(f"{prefix}.{gate}.weight", f"{here}.experts.w_gate_up", expert, half=0)
+        yield Part(f"{prefix}.{up}.weight", f"{here}.experts.w_gate_up", expert, half=1)
+        yield Part(f"{prefix}.{down}.weight", f"{here}.experts.w_down", expert)
+
+
+def _dense(there: str, here: str) -> Iterator[Part]:
+    for half, theirs in enumerate(PROJECTIONS[:2]):
+        yield Part(f"{there}.{theirs}.weight", f"{here}.w_gate_up.weight", half=half)
+    yield Part(f"{there}.{PROJECTIONS[2]}.weight", f"{here}.w_down.weight")
