@@ -56,11 +56,12 @@ def refusals(name: FormatName, config: Config) -> list[str]:
     """Why the format cannot express a model, if it cannot."""
     format_, model, moe = FORMATS[name], config.model, config.moe
     blocks = moe.block_indices(model.layers)
+    if not moe.experts:
+        return [f"{name}: moe.experts (0) must be 1 or more"]
     checks = {
-        f"moe.experts ({moe.experts}) must be 1 or more": moe.experts > 0,
         f"moe.router ({moe.router}) must be one of {', '.join(ROUTERS)}": moe.router in ROUTERS,
         f"moe.renormalize (false, as {moe.router} has it) must be true": (
-            renormalizes(config) or not format_.always_renormalizes
+            renormalizes(config) or not format_.always_renormalizes or moe.router not in ROUTERS
         ),
         f"model.qk_norm ({model.qk_norm}) must be {format_.qk_norm}": (
             model.qk_norm == format_.qk_norm
