@@ -204,11 +204,7 @@ def held(name: str, of_seeds: Sequence[Mapping[str, Any]]) -> list[object]:
 
 
 def draw(runs: Runs) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = record.pyplot()
     figure, grid = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained", sharex=True)
     auto = [name for name in runs if "auto" in name]
     for (top, bottom), name in zip(grid.T, auto, strict=True):

@@ -16,6 +16,7 @@ recorded. Writes capacity.{html,md,json,csv,png}.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -93,6 +94,8 @@ def parse(args: Sequence[str]) -> Options:
     settings.check_flag_names(args)
     with settings.one_message(args):
         options = tyro.cli(Options, prog="capacity.py", args=args, registry=settings.REGISTRY)
+    if not options.capacity_factors:
+        raise UserError("--capacity-factors needs a number or null; leave it out to have six")
     for name, value, least in (
         ("warm-start", options.warm_start, 0),
         ("steps", options.steps, 2),
@@ -159,10 +162,12 @@ def trained(options: Options, base: Config) -> Sweep | None:
 
 @contextlib.contextmanager
 def recording() -> Iterator[Path]:
-    """A folder for a trace, the same on all ranks of this node, until all are done with it."""
+    """A folder for a trace, of the same name on all ranks, until all are done with it."""
     with tempfile.TemporaryDirectory() as own:
-        yield Path(gather(own)[0])
+        shared = Path(gather(own)[0])
+        yield shared
         dist.barrier()
+        shutil.rmtree(shared, ignore_errors=True)  # other nodes have one of their own
 
 
 def on_trace(options: Options, trace: Trace) -> Sweep:

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+import harness
 import record
 import torch
 
@@ -82,12 +83,11 @@ def measure(folder: Path, rounds: int, steps: int) -> list[Round]:
     }
     found, done = [], 0
     for number in range(rounds + 1):
-        turns: Round = {}
-        first = number % len(WAYS)  # whoever begins, and so follows whom, changes
-        for way in WAYS[first:] + WAYS[:first]:
-            turns[way] = take_turn(run, savers.get(way), folder / way, done, steps)
+        seen: Round = {}
+        for way in harness.turns(WAYS, number):
+            seen[way] = take_turn(run, savers.get(way), folder / way, done, steps)
             done += steps
-        found.append(turns)
+        found.append(seen)
     return found[1:]
 
 

@@ -125,20 +125,16 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[Size]:
     for message in sizes(options.least, options.most):
         rows = rows_of(message, ranks)
         works = {COPY: copy(rows, device), **collectives(rows, device)}
-        turns = {kind: pace(work, device) for kind, work in works.items()}
+        times = {kind: pace(work, device) for kind, work in works.items()}
         seconds: dict[str, list[float]] = {kind: [] for kind in works}
         for number in range(options.rounds):
-            order = list(works)
-            first = number % len(order)
-            for kind in order[first:] + order[:first]:
-                seconds[kind].append(turn(works[kind], turns[kind], device))
+            for kind in harness.turns(list(works), number):
+                seconds[kind].append(turn(works[kind], times[kind], device))
         num_bytes = rows * 2 * ROW
         found.append(Size(num_bytes, leaving(num_bytes, ranks), seconds))
         if dist.get_rank() == 0:
-            times = [harness.spread(of_kind).median for of_kind in seconds.values()]
-            told = ", ".join(
-                f"{kind} {t / times[0]:.3g}" for kind, t in zip(works, times, strict=True)
-            )
+            medians = {kind: harness.spread(of_kind).median for kind, of_kind in seconds.items()}
+            told = ", ".join(f"{kind} {s / medians[COPY]:.3g}" for kind, s in medians.items())
             print(f"{show_bytes(num_bytes)}, times of a copy: {told}", flush=True)
     return found
 
@@ -241,7 +237,7 @@ def write(options: argparse.Namespace, found: list[Size]) -> None:
         "lines": {kind: of_kind._asdict() for kind, of_kind in lines.items()},
     }
     draw(found, lines, name, on_gpu)
-    record.write(name, data, report(found, lines, name, on_gpu, f"{ranks} ranks, {nodes} node(s)"))
+    record.write(name, data, report(found, lines, name, ranks, nodes))
     print((record.RESULTS / f"{name}.md").read_text())
 
 
@@ -268,26 +264,29 @@ def bandwidth(size: Size, kind: str, scale: float) -> harness.Spread:
 
 
 def report(
-    found: list[Size], lines: dict[str, fits.Transport], name: str, on_gpu: bool, where: str
+    found: list[Size], lines: dict[str, fits.Transport], name: str, ranks: int, nodes: int
 ) -> str:
+    on_gpu = name.endswith("-cuda")
     scale, every = unit(found, on_gpu), (*KINDS, COPY)
     what = "GB/s" if on_gpu else "shares of the bandwidth of a plain copy of the largest message"
     rows = [
         [show_bytes(size.message), *(bandwidth(size, k, scale).show(".2g") for k in every)]
         for size in found
     ]
-    fitted = [fit_row(kind, lines[kind], scale, on_gpu) for kind in KINDS]
+    fitted = [fit_row(kind, lines[kind], scale, on_gpu, ranks) for kind in KINDS]
     latency = ["latency, µs"] if on_gpu else []
     header = ["", "bandwidth", "half of it at", *latency, "off by at most"]
     return "\n\n".join(
         [
             "# Collectives against message size",
-            f"{where}, {'NCCL' if on_gpu else 'Gloo'}; {len(found[0].seconds[COPY])} rounds in "
+            f"{ranks} ranks, {nodes} node(s), {'NCCL' if on_gpu else 'Gloo'}; "
+            f"{len(found[0].seconds[COPY])} rounds in "
             f"which all kinds have a turn: median (least–most). Bandwidths in {what}: bytes that "
             "leave a rank, on average, by the seconds of the slowest rank. A message is what one "
             "rank sends, to itself too; of an all-gather, what all ranks have together. *Uneven* "
-            "sends the n-th rank an n-th of what the first gets. *Copy* moves the whole message on "
-            "its rank, each rank its own.",
+            "sends the n-th rank an n-th of what the first gets. *Of moetrain* makes room for what "
+            "comes every time, as a layer does; the others write to memory that is there. *Copy* "
+            "moves the whole message on its rank, each rank its own.",
             record.table(["message", *KINDS, COPY], rows),
             f"![Bandwidth by message size]({name}.png)",
             "## Latency and bandwidth",
@@ -298,8 +297,7 @@ def report(
     )
 
 
-def fit_row(kind: str, fitted: fits.Transport, scale: float, on_gpu: bool) -> list[str]:
-    ranks = dist.get_world_size()
+def fit_row(kind: str, fitted: fits.Transport, scale: float, on_gpu: bool, ranks: int) -> list[str]:
     half = show_bytes(fitted.half * ranks / (ranks - 1))
     latency = [f"{fitted.latency * 1e6:.1f}"] if on_gpu else []
     return [kind, f"{fitted.bandwidth / scale:.2g}", half, *latency, f"{fitted.off:.0%}"]
@@ -315,11 +313,7 @@ def show_bytes(number: float) -> str:
 
 
 def draw(found: list[Size], lines: dict[str, fits.Transport], name: str, on_gpu: bool) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = record.pyplot()
     figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     scale, messages = unit(found, on_gpu), [size.message for size in found]
     for kind, colour in zip(KINDS, COLOURS, strict=True):

@@ -28,7 +28,7 @@ import torch
 from contenders import limit, own, peers
 from contenders.case import Facts
 from contenders.cell import DTYPES, Cell, Routing, Shape, reference
-from contenders.report import report
+from contenders.report import LARGE, report
 from harness import AbsentError, Contender, Field, Sample, usual_dtype
 
 SHAPES = {
@@ -42,9 +42,9 @@ USUAL: dict[str, tuple[list[str], list[int]]] = {
     "cuda": (["mixtral", "olmoe"], [16_384]),
 }
 """Shapes and tokens, by device."""
-ALWAYS = ("limit", "moetrain")
+ALWAYS = ("limit", LARGE, "moetrain")
 """What the others are compared with."""
-PROFILED = ("limit", "moetrain dropless")
+PROFILED = ("limit", "moetrain", "moetrain dropless")
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 """Distance from the reference in relation to its size: outputs, and input gradients."""
 ENOUGH_S = 12.0
@@ -58,12 +58,15 @@ class System(NamedTuple):
     first_on_path: Path | None = None
     alone: str = ""
     """Why it takes part on one rank only, if so."""
+    is_for_gpus: bool = False
+    """Whether it is left out on CPUs."""
 
 
 ALONE = "its block does not spread experts over ranks"
 SYSTEMS = {
     "limit": System(limit.Limit),
     "limit, given memory": System(limit.Given),
+    LARGE: System(limit.Large, is_for_gpus=True),
     "moetrain": System(own.capacity),
     "moetrain dropless": System(own.dropless),
     "DeepSpeed": System(peers.deepspeed),
@@ -83,7 +86,7 @@ def main() -> None:
         if options.device == "cuda" and torch.cuda.device_count() < ranks:
             print(f"EP {ranks} is left out: {torch.cuda.device_count()} GPUs are there", flush=True)
             continue
-        with Field(contenders(options.only, ranks), options.device) as field:
+        with Field(contenders(options.only, ranks, options.device), options.device) as field:
             for shape, dtype in itertools.product(options.shapes, options.dtypes):
                 wrong = check(field, SHAPES[shape], dtype, ranks, options.device)
                 for tokens, routing in itertools.product(options.tokens, options.routing):
@@ -109,7 +112,7 @@ def arguments() -> argparse.Namespace:
     add(
         "--profile",
         action="store_true",
-        help=f"say where {' and '.join(PROFILED)} spend their time",
+        help=f"say where {', '.join(PROFILED)} spend their time",
     )
     add("--add", action="store_true", help="keep the results of cells that are not measured now")
     options = parser.parse_args()
@@ -126,13 +129,15 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def contenders(only: Sequence[str] | None, ranks: int) -> list[Contender]:
-    """Those that can take part on so many ranks."""
+def contenders(only: Sequence[str] | None, ranks: int, device: harness.Device) -> list[Contender]:
+    """Those that can take part on so many ranks of such a device."""
     chosen = SYSTEMS if only is None else {*ALWAYS, *only}
     return [
         Contender(name, system.build, ranks, system.first_on_path)
         for name, system in SYSTEMS.items()
-        if name in chosen and not (ranks > 1 and system.alone)
+        if name in chosen
+        and not (ranks > 1 and system.alone)
+        and not (device == "cpu" and system.is_for_gpus)
     ]
 
 

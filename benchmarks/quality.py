@@ -134,11 +134,7 @@ def report(by_model: dict[str, list[dict[str, Any]]], steps: int) -> str:
 
 
 def draw(by_model: dict[str, list[dict[str, Any]]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = record.pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for colour, (model, runs) in zip(
         ("#777777", "#0072b2", "#d55e00"), by_model.items(), strict=True

@@ -57,11 +57,22 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
+def pyplot() -> Any:
+    """matplotlib's, drawing without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
 def _commit() -> str:
-    """The commit that ran, with a plus where files had changed since."""
+    """The commit that ran, with a plus where files other than results had changed since."""
     git = ("git", "-C", str(ROOT))
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    others = [*git, "status", "--porcelain", "--", ".", ":!benchmarks/results"]
+    changed = subprocess.run(others, capture_output=True, text=True)
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 

@@ -31,10 +31,9 @@ import torch.distributed as dist
 from contenders.cell import DTYPES, Cell, Shape
 from contenders.limit import Limit
 from harness import AbsentError, Case, Contender, Field
-from stepping.own import lone_mesh
+from stepping.own import mesh_of
 from torch import nn
 
-from moetrain.mesh import Mesh
 from moetrain.moe import Gate, MoE
 from moetrain.moe.ledger import is_conserved
 from moetrain.parallel import connect_experts
@@ -153,7 +152,7 @@ def layer(point: Point, device: torch.device) -> MoE:
     generator = torch.Generator().manual_seed(0)
     for weight in moe.parameters():
         nn.init.normal_(weight, std=point.dim**-0.5, generator=generator)
-    mesh = Mesh(device, point.ranks) if point.ranks > 1 else lone_mesh(device)
+    mesh = mesh_of(device, point.ranks)
     connect_experts(moe, mesh)
     return moe.to(device)
 
@@ -347,11 +346,7 @@ def details(curve: dict[str, Any]) -> str:
 
 
 def draw(found: list[dict[str, Any]], name: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = record.pyplot()
     figure, every = plt.subplots(1, len(found), figsize=(3.2 * len(found), 3.3), squeeze=False)
     for axes, curve in zip(every[0], found, strict=True):
         sizes, first = curve["sizes"], curve["seconds"][0]

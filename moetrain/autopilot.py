@@ -1,9 +1,9 @@
 """Capacity autopilot: of each layer the capacity factor that keeps its drops within a target.
 
 What a factor drops follows from how often each expert is asked in each routing group, and that is
-known whatever the layer ran with. So every step tells exactly, in integers that no layout changes,
-what each of FACTORS would have dropped; nothing is tried out, and nothing is estimated. Every
-STEPS steps a layer looks at their sums:
+known whatever the layer ran with. So every step tells exactly, in integers that no layout changes
+(unless a group is a micro-batch), what each of FACTORS would have dropped; nothing is tried out,
+and nothing is estimated. Every STEPS steps a layer looks at their sums:
 
 - Where its factor dropped more than the target, it goes up at once, to the smallest that would not
   have, or to the largest.
@@ -30,7 +30,8 @@ STEPS = 16
 """Steps that a decision looks back on."""
 MARGIN = 0.75
 """Share of the target up to which a smaller factor may drop. What 16 steps drop varies by a tenth
-or so, even of small batches, so what was within three quarters of the target stays within it."""
+or so, even of small batches, so what was within three quarters of the target mostly stays within
+it."""
 
 
 @dataclass(frozen=True)

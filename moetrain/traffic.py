@@ -56,7 +56,8 @@ def traffic(config: Config, model: Transformer, world_size: int) -> list[Traffic
     """What one rank takes part in during one optimizer step; groups of one rank are left out.
 
     `model` may be on the meta device. Rows of dropless experts count as if they were evenly loaded
-    and no token were padding: their number is exact, and so are the bytes of all ranks together.
+    and no token were padding: their number is exact, and so are the bytes of all ranks together,
+    unless `moe.random_second` leaves second choices out: then those are the most there can be.
     Where `moe.capacity_factor` is auto, rows are those of the largest factor.
 
     DeepSpeed's are those of its default settings. Where a rank's weights do not fit into one of its

@@ -10,7 +10,6 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
-from harness import Spread  # noqa: E402
 from sweeping.plan import Refused  # noqa: E402
 from sweeping.rates import Rates  # noqa: E402
 from sweeping.table import Row, Sweep  # noqa: E402
@@ -58,8 +57,9 @@ def trained(
         drops,
         padding=0.0 if factor is None else 1 - (1 - drops) / factor / 1.5,
         step_time_s=time_s,
-        time_ratio=Spread(time_s, 0.9 * time_s, 1.1 * time_s),
+        turn_ratios=[0.9 * time_s, time_s, 1.1 * time_s],
         tokens_per_s=4096 / time_s,
+        held_bytes=2**27,
         step_bytes=int(2**28 * time_s),
         losses=list(losses),
         own_loss=mean + drops,

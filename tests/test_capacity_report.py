@@ -167,7 +167,7 @@ def test_rows_of_trainings_are_compared_turn_by_turn() -> None:
         steps = [Step(step, 3.0, 1.0, STEPS[0], 20) for step in (3, 4)]
         held_out = [HeldOut(2 * n, loss, 0.1) for n, loss in enumerate(losses, start=1)]
         trail = Trail(steps, turns, held_out, HeldOut(4, 2.5, 0.0))
-        return Live(Facts(64, 1024), [trail])
+        return Live(Facts(64, 2048, 1024), [trail])
 
     # The machine was twice as slow in the second turn.
     seen = [live([1.0, 2.0], [4.0, 2.0]), live([1.25, 2.5], [4.0, 1.0])]
@@ -227,6 +227,16 @@ def test_the_fastest_is_recommended_that_loses_nothing() -> None:
 )
 def test_headlines(rows: list[Any], headline: str) -> None:
     assert advise(rows).headline == headline
+
+
+def test_a_difference_in_speed_that_may_be_noise_is_none() -> None:
+    tight = trained(1.0, 0.1, 1.0, 2.0, turn_ratios=[1.0, 1.0, 1.0, 1.0])
+    slower = {"turn_ratios": [0.9, 1.3, 0.8, 1.24]}  # by 0.06 in the mean, give or take 0.12
+    roomy = trained(2.0, 0.01, 1.06, 2.0, **slower)
+    assert table.time_noise(roomy, tight) == pytest.approx(0.12356, rel=1e-4)
+    assert advise([tight, roomy]).pick == "2.0"
+    surely = trained(2.0, 0.01, 1.06, 2.0, turn_ratios=[1.06, 1.05, 1.07, 1.06])
+    assert advise([tight, surely]).pick == "1.0"
 
 
 def test_who_diverged_is_told_and_never_recommended() -> None:
@@ -317,11 +327,16 @@ def test_numbers_are_kept_as_they_were_measured(written: Path) -> None:
 
 
 def test_published_tables_stand_beside_ours() -> None:
-    drops, quality, speed = published.tables(ROWS, "so little")
-    assert drops.rows[0] == ["0.75", "10.6 %", "15.6 %", "17.0 %"]
-    assert drops.rows[-1] == ["dropless", "", "", "0 %"]
-    assert "At 0.75 more is dropped here than there" in drops.remarks[1]
+    uneven = replace(ROWS[2], rates=ROWS[2].rates._replace(token_drop_rate=0.004))
+    rows = [*ROWS[:2], uneven, *ROWS[3:]]
+    drops, quality, speed = published.tables(rows, "1.25", "so little")
+    assert drops.rows[0] == ["0.75", "10.6 %", "15.6 %", "4.2 %", "17.0 %"]
+    assert drops.rows[-1] == ["dropless", "", "", "0 %", "0 %"]
+    assert drops.remarks[1:3] == [
+        "Compared with those with balance loss, more tokens are dropped here at 1.25.",
+        "Compared with those without, more tokens are dropped here at none of the shared factors.",
+    ]
     assert quality.rows[1][:7] == ["1", "1.572", "1.561", "80.1", "62.8", "1.397", "1.392"]
-    assert quality.rows[1][7:] == ["2.0795", "2.0989"]
-    assert "rises there by 0.007 to 0.032, here by 0.029 after so little" in quality.remarks[1]
+    assert quality.rows[1][7:] == ["2.1395", "2.0795", "2.0989"]
+    assert "rises there by 0.007 to 0.032, here by 0.089 after so little" in quality.remarks[1]
     assert speed.rows[-2] == ["2", "0.94", "1.06", "1.02", "1.14", "1.11"]

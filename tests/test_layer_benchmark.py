@@ -179,12 +179,27 @@ def test_a_peer_that_computes_something_else_is_shown_and_not_ranked() -> None:
     }
     operators = [{"name": "aten::mm", "share": 0.5, "calls": 3.0}]
     text = report([{"cell": cell, **where, "systems": SYSTEMS, "profiles": {"limit": operators}}])
-    assert "2026-01-02, commit abc, 2 cores of a chip (avx2)." in text
+    assert "2 rounds, 2026-01-02, commit abc, 2 cores of a chip (avx2)." in text
     assert "Where limit spends its time:" in text
     assert "| `aten::mm` | 50.0% | 3 |" in text
-    assert "| torchtitan | 500.0 | not ranked | not ranked | 0 | 0.0% |" in text
+    assert "| torchtitan | not ranked | not ranked | 0 | 0.0% |" in text
     assert "- torchtitan: 0.1 away from the reference." in text
     assert "- Mixtral eager: no such package." in text
+
+
+def test_a_gpu_is_held_to_a_large_product_and_told_in_absolute_figures() -> None:
+    asked = Cell(layer.SHAPES["olmoe"], 16_384, "balanced", "bf16")
+    systems = {
+        **{name: entry([0.001, 0.001], flops=10**11) for name in ("limit", "large product")},
+        "moetrain": entry([0.001, 0.001], flops=3 * 10**10),
+        "moetrain dropless": entry([0.001, 0.001], flops=5 * 10**10),
+        "DeepSpeed": entry([0.001, 0.001], flops=4 * 10**10),
+    }
+    where = {"date": "2026-01-02", "commit": "abc", "gpu": "a GPU", "instructions": "", "cores": 2}
+    cell = {**asked._asdict(), "shape": asked.shape._asdict()}
+    text = report([{"cell": cell, **where, "processor": "a chip", "systems": systems}])
+    assert "| a GPU | **0.30 (0.30–0.30)** | 0.50 (0.50–0.50) | DeepSpeed | **0.75" in text
+    assert "| moetrain dropless | 1.00 | 50 | 0.50 (0.50–0.50) | 1.67" in text
 
 
 def test_cells_that_are_measured_again_on_such_a_machine_replace_those_before() -> None:

@@ -132,6 +132,8 @@ def test_every_shape_is_a_run_of_steady_steps(shape: str) -> None:
     given = config_of(Cell(shape, "bf16"), 1.25)
     assert given.moe.capacity_factor == 1.25
     assert given.accumulation(1) * given.train.micro_batch == given.train.global_batch
+    spread = config_of(Cell(shape, "bf16", ranks=2), 1.25)
+    assert (spread.parallel.ep, spread.accumulation(2)) == (2, given.accumulation(1))
     assert tokens_per_step(given) == given.train.global_batch * given.data.seq_len
     counted, flops = step.model_sizes(Cell(shape, "bf16"))
     assert counted.active < counted.total

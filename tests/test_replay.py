@@ -153,7 +153,9 @@ def test_other_settings_agree_with_the_oracle(kind: str) -> None:
         setting = Setting(factor, policy, None, case.min_capacity, case.depth)  # type: ignore[arg-type]
         try:
             ways = ways_of(record, setting)
-        except UserError:  # a policy that could never act
+        except UserError as refused:  # a policy that could never act
+            if not str(refused).startswith("moe.drop_policy ("):
+                raise
             assume(False)
         layer = replay_step(record, ways)["layers"][0]
         book = answer(changed(case, factor=factor), record, policy)

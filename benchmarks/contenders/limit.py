@@ -1,4 +1,5 @@
 """The limit: the experts' matrix products, on rows that lie sorted in equal groups, and no more.
+And one large product, which tells what a GPU can do.
 
 Shape suffixes: e experts on this rank, R rows of one of them, D model width, F hidden width.
 """
@@ -20,6 +21,8 @@ from contenders.cell import DTYPES, Cell, useful_flops, weights
 Pair = tuple[Tensor, Tensor]
 """Two factors, (e, …, …) each."""
 Way = Callable[[Pair], object]
+LARGE = 8192
+"""Larger ones are hardly faster on any GPU of today."""
 
 
 def batched(pair: Pair) -> object:
@@ -77,6 +80,19 @@ class Given(Limit):
     def step(self) -> None:
         for pair, result in zip(self.products, self.results, strict=True):
             torch.bmm(*pair, out=result)
+
+
+class Large:
+    """See `harness.Case`: a single product of square matrices of side LARGE."""
+
+    def __init__(self, cell: Cell, device: torch.device):
+        self.factor = torch.randn(LARGE, LARGE, device=device).to(DTYPES[cell.dtype])
+
+    def step(self) -> None:
+        torch.mm(self.factor, self.factor)
+
+    def facts(self) -> Facts:
+        return Facts(2 * LARGE**3, 1, 1, None, f"{LARGE}³")
 
 
 def products(cell: Cell, rank: int, device: torch.device) -> list[Pair]:

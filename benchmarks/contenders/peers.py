@@ -176,6 +176,8 @@ class HuggingFaceLayer:
             self.module: Any = MixtralSparseMoeBlock(MixtralConfig(**settings)).to(
                 DTYPES[cell.dtype]
             )
+        if not hasattr(self.module.experts, "gate_up_proj"):
+            raise AbsentError("transformers is older than 5; pip install 'transformers>=5'")
         given = weights(cell, dist.get_rank(), device)
         with torch.no_grad():
             self.module.gate.weight.copy_(given.router_ED)

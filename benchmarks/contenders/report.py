@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import operators
 import record
@@ -10,14 +13,16 @@ from harness import Spread, ratio
 
 from contenders.cell import Cell, Shape
 
-LIMIT, OWN, DROPLESS = "limit", "moetrain", "moetrain dropless"
-NO_PEERS = ("limit", "limit, given memory", OWN, DROPLESS)
+LIMIT, OWN, DROPLESS, LARGE = "limit", "moetrain", "moetrain dropless", "large product"
+NO_PEERS = (LIMIT, "limit, given memory", LARGE, OWN, DROPLESS)
 LEAST_SHARE, LEAST_SHARE_FEW, FEW_TOKENS = 0.90, 0.85, 2048
-"""Targets: of the limit, where there are more tokens than a few, and where there are not."""
+"""Targets on CPUs: of the limit, where there are more tokens than a few and where there are not."""
 LEAST_SPEED, LEAST_SPEED_DEEPSPEED, MANY_TOKENS = 1.25, 2.0, 32_768
 """Times the fastest peer; times DeepSpeed where there are many tokens."""
 MOST_MEMORY = 1.0
 """Times the leanest peer's."""
+LEAST_OF_LARGE, LEAST_OF_LARGE_FINE, MANY_EXPERTS = 0.60, 0.40, 64
+"""Targets on GPUs: of a large product's FLOP/s, of a few experts and of many; and ahead of all."""
 
 
 def report(cells: list[dict[str, Any]]) -> str:
@@ -59,13 +64,13 @@ def _cell(entry: dict[str, Any]) -> Cell:
 
 def _summary(cells: list[dict[str, Any]]) -> list[str]:
     header = [
-        "layer", "EP", "tokens", "routing", "dtype", "on", "moetrain: share of the limit",
+        "layer", "EP", "tokens", "routing", "dtype", "on",
+        f"moetrain: share of {'a large product' if _is_on_gpu(cells[0]) else 'the limit'}",
         "dropless", "fastest peer", "moetrain ÷ it", "dropless ÷ it", "leanest peer",
         "memory of moetrain ÷ it", "dropless ÷ it",
     ]  # fmt: skip
     rows = [
-        [*_place(_cell(entry)), _device(entry), *_standing(_cell(entry), entry["systems"])]
-        for entry in cells
+        [*_place(_cell(entry)), _device(entry), *_standing(_cell(entry), entry)] for entry in cells
     ]
     few, others = f"{LEAST_SHARE_FEW} (of {FEW_TOKENS:,} tokens)", f"{LEAST_SHARE} (of more)"
     targets = (
@@ -73,6 +78,11 @@ def _summary(cells: list[dict[str, Any]]) -> list[str]:
         f"{MANY_TOKENS:,} tokens, {LEAST_SPEED_DEEPSPEED:g} times DeepSpeed; no more memory than "
         "the leanest peer. They were set for 8 experts in bf16 on AMX, and are marked everywhere"
     )
+    if _is_on_gpu(cells[0]):
+        targets = (
+            f"at least {LEAST_OF_LARGE} of the FLOP/s of a large product (of {MANY_EXPERTS} "
+            f"experts {LEAST_OF_LARGE_FINE}), and no slower than the fastest peer"
+        )
     return [SUMMARY.format(targets=targets), "", record.table(header, rows), ""]
 
 
@@ -85,29 +95,53 @@ def _device(entry: dict[str, Any]) -> str:
     return entry.get("gpu", entry["instructions"])
 
 
+def _is_on_gpu(entry: dict[str, Any]) -> bool:
+    return "gpu" in entry
+
+
 def _place(cell: Cell) -> list[Any]:
     return [cell.shape, cell.ranks, cell.tokens, cell.routing, cell.dtype]
 
 
-def _standing(cell: Cell, systems: dict[str, Any]) -> list[str]:
+class _Targets(NamedTuple):
+    """What a cell is held to."""
+
+    over: str
+    """Whose useful FLOP/s a share is taken of."""
+    share: float
+    speed: float
+    memory: float
+
+
+def _targets(cell: Cell, entry: dict[str, Any]) -> _Targets:
+    if _is_on_gpu(entry):
+        is_fine = cell.shape.experts >= MANY_EXPERTS
+        return _Targets(LARGE, LEAST_OF_LARGE_FINE if is_fine else LEAST_OF_LARGE, 1.0, math.inf)
+    share = LEAST_SHARE if cell.tokens > FEW_TOKENS else LEAST_SHARE_FEW
+    return _Targets(LIMIT, share, LEAST_SPEED, MOST_MEMORY)
+
+
+def _standing(cell: Cell, entry: dict[str, Any]) -> list[str]:
+    systems, targets = entry["systems"], _targets(cell, entry)
     fastest, leanest = fastest_peer(systems), leanest_peer(systems)
     mine = [name for name in (OWN, DROPLESS) if name in systems]
-    wanted = LEAST_SHARE if cell.tokens > FEW_TOKENS else LEAST_SHARE_FEW
-    shares = [_at_least(wanted, useful_rate(systems, name, LIMIT)) for name in mine]
-    row = [*shares, *["–"] * (2 - len(mine))]
-    for peer, how in ((fastest, _speed), (leanest, _memory)):
-        found = [how(systems, name, peer) for name in mine] if peer else []
-        row += [peer or "–", *found, *["–"] * (2 - len(found))]
-    return row
 
+    def share(name: str) -> str:
+        return _at_least(targets.share, useful_rate(systems, name, targets.over))
 
-def _speed(systems: dict[str, Any], name: str, peer: str) -> str:
-    return _at_least(LEAST_SPEED, useful_rate(systems, name, peer))
+    def speed(name: str) -> str:
+        return _at_least(targets.speed, useful_rate(systems, name, fastest or ""))
 
+    def memory(name: str) -> str:
+        times = systems[name]["peak_bytes"] / max(1, systems[leanest or ""]["peak_bytes"])
+        return _marked(f"{times:.2f}", is_short=round(times, 2) > targets.memory)
 
-def _memory(systems: dict[str, Any], name: str, peer: str) -> str:
-    times = systems[name]["peak_bytes"] / max(1, systems[peer]["peak_bytes"])
-    return _marked(f"{times:.2f}", is_short=round(times, 2) > MOST_MEMORY)
+    def cells(compare: Callable[[str], str], is_known: bool) -> list[str]:
+        found = [compare(name) for name in mine if is_known]
+        return [*found, *["–"] * (2 - len(found))]
+
+    compared = [fastest or "–", *cells(speed, fastest is not None)]
+    return [*cells(share, True), *compared, leanest or "–", *cells(memory, leanest is not None)]
 
 
 def _at_least(wanted: float, found: Spread) -> str:
@@ -122,7 +156,7 @@ def _all(cells: list[dict[str, Any]]) -> list[str]:
     lines = []
     for entry in cells:
         cell = _cell(entry)
-        lines += [f"## {cell}", "", _table(cell, entry["systems"]), "", _where(entry), ""]
+        lines += [f"## {cell}", "", _table(cell, entry), "", _where(entry), ""]
         for name, found in entry.get("profiles", {}).items():
             lines += [f"Where {name} spends its time:", "", operators.table(found), ""]
         missing = {n: e["absent"] for n, e in entry["systems"].items() if "absent" in e}
@@ -134,32 +168,36 @@ def _all(cells: list[dict[str, Any]]) -> list[str]:
 
 
 def _where(entry: dict[str, Any]) -> str:
-    """Cells may have been measured at different times and places."""
+    """Cells may have been measured at different times and places, and in as many rounds as their
+    time allowed."""
+    rounds = len(entry["systems"][LIMIT]["seconds"])
     cpu = f"{entry['cores']} cores of {entry['processor']} ({entry['instructions']})"
-    place = [entry["date"], f"commit {entry['commit']}", entry.get("gpu", cpu)]
+    place = [f"{rounds} rounds", entry["date"], f"commit {entry['commit']}", entry.get("gpu", cpu)]
     return f"{', '.join([*place, *entry.get('versions', [])])}."
 
 
-def _table(cell: Cell, systems: dict[str, Any]) -> str:
-    header = [
-        "system", "ms", "share of the limit", "speed ÷ moetrain's", "MiB a step takes", "dropped",
-    ]  # fmt: skip
+def _table(cell: Cell, entry: dict[str, Any]) -> str:
+    """Of a GPU with absolute times and rates."""
+    systems, on_gpu = entry["systems"], _is_on_gpu(entry)
+    header = ["system", *(["ms", "TFLOP/s"] if on_gpu else []), "share of the limit"]
+    header += ["speed ÷ moetrain's", "MiB a step takes", "dropped"]
     rows = []
-    for name, entry in systems.items():
-        if "absent" in entry:
+    for name, found in systems.items():
+        if "absent" in found:
             continue
-        milliseconds = sorted(1e3 * second for second in entry["seconds"])
-        dropped = 1 - entry["kept"] / entry["assigned"]
+        second = statistics.median(found["seconds"])
+        absolute = [f"{1e3 * second:.2f}", f"{found['flops'] / second / 1e12:.0f}"]
+        dropped = 1 - found["kept"] / found["assigned"]
         share, speed = (useful_rate(systems, name, over) for over in (LIMIT, OWN))
         is_near = name == "DeepSpeed" and speed.median > 1 / LEAST_SPEED_DEEPSPEED
-        is_short = is_near and cell.tokens >= MANY_TOKENS
+        is_short = is_near and cell.tokens >= MANY_TOKENS and not on_gpu
         compared = [share.show(), _marked(speed.show(), is_short)]
         rows.append(
             [
-                f"{name} ({entry['remark']})" if entry["remark"] else name,
-                f"{milliseconds[len(milliseconds) // 2]:.1f}",
-                *(["not ranked"] * 2 if entry["wrong"] else compared),
-                f"{entry['peak_bytes'] / 2**20:.0f}",
+                f"{name} ({found['remark']})" if found["remark"] else name,
+                *(absolute if on_gpu else []),
+                *(["not ranked"] * 2 if found["wrong"] else compared),
+                f"{found['peak_bytes'] / 2**20:.0f}",
                 f"{dropped:.1%}",
             ]
         )

@@ -1,17 +1,21 @@
 """Hugging Face's Mixtral, trained by plain PyTorch: the loop that one writes without a framework.
 
-fp32 weights, `torch.autocast` where the precision is bf16, fused AdamW, `clip_grad_norm_`. Autocast
+fp32 weights, `torch.autocast` where the precision is bf16, fused AdamW, `clip_grad_norm_`, and
+`DistributedDataParallel` where there are several ranks, all of which hold all experts. Autocast
 does not know grouped products, which would be of fp32: there the experts' weights are rounded by
 hand. It reads the batches that moetrain's step reads, and starts from the same weights.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from harness import AbsentError
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from moetrain.build import build_model
@@ -21,7 +25,7 @@ from moetrain.optim import decays
 from moetrain.parallel import initial_values
 from moetrain.precision import computes_in
 from moetrain.step import Position
-from stepping.own import after, batches, count, first_batch, lone_mesh
+from stepping.own import after, batches, count, first_batch, mesh_of
 from stepping.shapes import Cell, config_of
 
 Kind = Literal["eager", "grouped_mm"]
@@ -42,16 +46,23 @@ class MixtralStep:
         if kind == "grouped_mm":
             cast_experts(self.model)
         self.optimizer = adamw(self.model, config)
+        self.trained = self.model
+        if cell.ranks > 1:
+            self.trained = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
     def step(self) -> None:
         """One optimizer step on the next batch."""
-        num_batches = self.config.accumulation(1)
-        for batch in batches(self.config, self.samples, self.position, self.device):
+        ranks = dist.get_world_size()
+        num_batches = self.config.accumulation(ranks)
+        read = batches(self.config, self.samples, self.position, self.device)
+        for number, batch in enumerate(read, start=1):
             is_low = computes_in(self.config.engine) == "bf16"
             low = torch.autocast(self.device.type, torch.bfloat16, enabled=is_low)
-            with low, parametrize.cached():
-                loss = outputs(self.model, batch).loss
-            (loss / num_batches).backward()
+            is_early = ranks > 1 and number < num_batches
+            with self.trained.no_sync() if is_early else nullcontext():
+                with low, parametrize.cached():
+                    loss = outputs(self.trained, batch).loss
+                (loss / num_batches).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -148,7 +159,7 @@ def first_weights(config: Config, vocab_size: int, device: torch.device) -> dict
     """What a moetrain run of this configuration starts from."""
     model = build_model(config, vocab_size)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    values = initial_values(model, lone_mesh(device), config.seed)
+    values = initial_values(model, mesh_of(device, ep=1), config.seed)
     return {names[id(parameter)]: value for _, parameter, value in values}
 
 

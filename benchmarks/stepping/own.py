@@ -25,7 +25,7 @@ class OwnStep:
 
     def __init__(self, cell: Cell, device: torch.device, capacity_factor: float | None):
         self.config = config_of(cell, capacity_factor)
-        self.run = set_up(self.config, Path(), lone_mesh(device))
+        self.run = set_up(self.config, Path(), mesh_of(device, cell.ranks))
         self.position = Position()
 
     def step(self) -> None:
@@ -55,12 +55,12 @@ def dropless_step(cell: Cell, device: torch.device) -> OwnStep:
     return OwnStep(cell, device, capacity_factor=None)
 
 
-def lone_mesh(device: torch.device) -> Mesh:
-    """The mesh of a run on one device, which has a process group as any run."""
+def mesh_of(device: torch.device, ep: int) -> Mesh:
+    """The mesh of a run; a process that has no group yet is alone."""
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
-    return Mesh(device)
+    return Mesh(device, ep)
 
 
 def model_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -81,8 +81,9 @@ def after(position: Position, config: Config) -> Position:
 def batches(
     config: Config, samples: Samples, position: Position, device: torch.device
 ) -> Iterator[Batch]:
-    """The micro-batches of a step, as `train_step` reads them."""
-    for indices in sample_indices(config, rank=0, world=1, first=position.samples):
+    """This rank's micro-batches of a step, as `train_step` reads them."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for indices in sample_indices(config, rank, world, first=position.samples):
         yield on_device(samples.batch(indices), device)
 
 

@@ -47,12 +47,15 @@ class Cell(NamedTuple):
 
     shape: str
     precision: Precision
+    ranks: int = 1
+    """That train together, each on as many tokens as a single one."""
 
 
 def config_of(cell: Cell, capacity_factor: float | None) -> Config:
-    """The run of a cell on one device."""
+    """The run of a cell, its experts spread over all ranks."""
     given = SHAPES[cell.shape]
     path = record.ROOT / "configs" / "quickstart.yaml" if cell.shape == "quickstart" else None
+    train = settings.resolve(path, {"train": {**given.get("train", {}), **STEADY}}).train
     sections = {
         "model": given.get("model", {}),
         "moe": {
@@ -61,10 +64,10 @@ def config_of(cell: Cell, capacity_factor: float | None) -> Config:
             "capacity_factor": capacity_factor,
             "eval_capacity_factor": None,
         },
-        "parallel": {"ep": 1},
+        "parallel": {"ep": cell.ranks},
         "engine": {"precision": cell.precision},
         "data": {**given.get("data", {}), "source": "stdlib", "tokenizer": "bytes"},
-        "train": {**given.get("train", {}), **STEADY},
+        "train": {**train.model_dump(), "global_batch": cell.ranks * train.global_batch},
         "eval": {"every": 0},
         "checkpoint": {"every": 0},
     }

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from sweeping.table import Row, noise
+from sweeping.table import Row, noise, time_noise
 
 FEW_DROPS = 0.01
 """Share of assignments whose loss is taken for harmless where no loss was measured."""
@@ -19,8 +19,8 @@ TOLERANCE = 0.005
 
 LIVE_RULE = (
     "Of the variants whose held-out loss is the lowest, or above it by no more than noise, the "
-    f"fastest is taken. Where others are within {100 * EQUALLY_FAST:.0f} % of its step time, it is "
-    "the one of them that drops least."
+    f"fastest is taken. Where others are within {100 * EQUALLY_FAST:.0f} % of its step time, or "
+    "slower by no more than noise, it is the one of them that drops least."
 )
 TRACE_RULE = (
     f"Nothing was trained, so the fewest slots that drop at most {100 * FEW_DROPS:.0f} % of the "
@@ -55,8 +55,8 @@ def advise(rows: Sequence[Row]) -> Advice:
         return Advice(None, headline, diverged, LIVE_RULE)
     best, margin = min(sound, key=_loss), _margin(sound)
     equal = [row for row in sound if _loss(row) - _loss(best) <= margin]
-    limit_s = (1 + EQUALLY_FAST) * min(map(_time, equal))
-    as_fast = [row for row in equal if _time(row) <= limit_s]
+    fastest = min(equal, key=_time)
+    as_fast = [row for row in equal if _is_as_fast(row, fastest)]
     pick = min(as_fast, key=lambda row: (row.rates.drop_rate, _time(row)))
     reasons = [_on_noise(sound, margin), *_on_others(sound, pick, best, margin)]
     reasons += [*_cautions(pick, equal), *diverged]
@@ -135,6 +135,11 @@ def _cautions(pick: Row, equal: Sequence[Row]) -> Iterator[str]:
     if roomier:
         other = min(roomier, key=_time)
         yield f"To be on the safe side take {other.label}: {_compared(other, pick)}."
+
+
+def _is_as_fast(row: Row, fastest: Row) -> bool:
+    """Whether it is hardly slower, or not for sure."""
+    return _time(row) / _time(fastest) - 1 <= max(EQUALLY_FAST, 2 * time_noise(row, fastest))
 
 
 def _margin(rows: Sequence[Row]) -> float:

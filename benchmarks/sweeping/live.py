@@ -33,6 +33,7 @@ from moetrain.metrics import LayerLine, drop_rate, layer_line
 from moetrain.moe import MoE
 from moetrain.moe.packed import cut
 from moetrain.objective import Means, reduce
+from moetrain.parallel import allow_graphs
 from moetrain.precision import compute_dtype
 from moetrain.step import Position, Run, StepResult, sample_indices, train_step
 from moetrain.trace import TraceLog, num_ranked
@@ -42,6 +43,8 @@ from sweeping.rates import all_to_all_bytes
 
 TURN = 10
 """Optimizer steps of a turn."""
+MEMORY_STEPS = 3
+"""Whose median peak counts: on a CPU that varies with where the allocator finds room."""
 
 State = dict[str, Tensor]
 """Weights, buffers and moments of this rank, in host memory."""
@@ -89,6 +92,8 @@ class Facts(NamedTuple):
 
     all_to_all_bytes: int
     """That a rank sends in a step."""
+    held_bytes: int
+    """Weights and moments, on the rank that holds most."""
     step_bytes: int | None
     """The most memory that a step takes beyond what is there before it, on the rank that takes
     most: of the process on a CPU, of torch's allocator on a GPU; None where it cannot be told."""
@@ -118,7 +123,10 @@ def sweep(
         if variant.shape not in models:
             router, top_k, experts = variant.shape
             say(f"{length.warm_start} steps as a start: {router}, K {top_k}, E {experts}")
-            models[variant.shape] = Model(_at_home(variant.config, base), length, mesh, folder)
+            home, alike = _at_home(variant.config, base), [v.shape for v in variants]
+            if home.engine.compile:
+                allow_graphs(home.model.layers, 1 + alike.count(variant.shape))
+            models[variant.shape] = Model(home, length, mesh, folder)
     facts = [models[variant.shape].facts(variant.config) for variant in variants]
     trails = [[Trail() for _ in range(repeats)] for _ in variants]
     for repeat in range(repeats):
@@ -169,10 +177,15 @@ class Model:
         train_step(run, self.position)  # what is made once is there already
         taken = None
         if device == "cuda" or CLEAR_PEAK.exists():
-            taken = max(gather(peak_bytes(lambda: train_step(run, self.position), device)))
+            peaks = [
+                peak_bytes(lambda: train_step(run, self.position), device)
+                for _ in range(MEMORY_STEPS)
+            ]
+            taken = max(gather(round(statistics.median(peaks))))
+        held = max(gather(sum(tensor.nbytes for tensor in self.start.values())))
         vocab = run.prepared.manifest.vocab_size
         sent = all_to_all_bytes(config, build_model(config, vocab), mesh.world)
-        return Facts(sent, taken)
+        return Facts(sent, held, taken)
 
     def wear(self, config: Config, state: State) -> Run:
         """The run of another setting, with these weights and moments."""

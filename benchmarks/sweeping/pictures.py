@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import record
 from matplotlib.ticker import MaxNLocator
 
 from moetrain.plots.panels import STYLE
@@ -28,14 +29,10 @@ def draw(rows: Sequence[Row], own: str, path: Path) -> None:
 
     Losses below are compared with that of the variant `own`.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = record.pyplot()
     is_live = rows[0].loss is not None
     pairs = [("drops", "speed"), ("drops", "loss"), ("loss", "speed")]
-    with matplotlib.rc_context(dict(STYLE)):
+    with plt.rc_context(dict(STYLE)):
         figure, grid = plt.subplots(2, 3, figsize=(13, 7.6), layout="constrained")
         for axes, pair in zip(grid[0], pairs if is_live else [("drops", "padding")], strict=False):
             _trade(axes, rows, *pair)

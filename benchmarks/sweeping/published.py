@@ -31,7 +31,7 @@ ST_MOE_5: dict[str, dict[float | None, float]] = {
     "with balance loss": {0.75: 10.6, 1.25: 0.3, 2.0: 0.0},
     "without": {0.75: 15.6, 1.25: 2.9, 2.0: 0.4, 4.0: 0.0},
 }
-"""% of tokens dropped, by training factor, of models that are fine-tuned."""
+"""% of tokens that no expert takes, by training factor, of models that are fine-tuned."""
 ST_MOE_8: dict[str, dict[float | None, float]] = {
     "top-1": {0.75: -1.428, 1.0: -1.397, 1.25: -1.378},
     "top-2": {0.75: -1.424, 1.0: -1.392, 1.25: -1.375, 2.0: -1.360},
@@ -44,13 +44,13 @@ ST_MOE_9: dict[str, dict[float | None, float]] = {
 """Seconds per step."""
 
 
-def tables(rows: Sequence[Row], scale: str) -> list[Table]:
-    """The published tables with a column of ours, of the variants that differ from the first in
-    the factor alone. `scale` says how large and how long ours were."""
-    first = rows[0]
-    ours = {row.capacity_factor: row for row in rows if _but_factor(row) == _but_factor(first)}
+def tables(rows: Sequence[Row], own: str, scale: str) -> list[Table]:
+    """The published tables with a column of ours, of the variants that differ from the one that is
+    labelled `own` in the factor alone. `scale` says how large and how long ours were."""
+    base = next(row for row in rows if row.label == own)
+    ours = {row.capacity_factor: row for row in rows if _but_factor(row) == _but_factor(base)}
     tables = [_drops(ours, scale)]
-    if first.loss is not None:
+    if base.loss is not None:
         tables += [_quality(ours, scale), _speed(ours)]
     return tables
 
@@ -66,27 +66,33 @@ def _drops(ours: Ours, scale: str) -> Table:
     lines = []
     for factor in _factors(ours, *ST_MOE_5.values()):
         known = [_cell(column.get(factor), "{} %") for column in ST_MOE_5.values()]
-        mine = [_cell(ours.get(factor), lambda row: percent(row.rates.drop_rate))]
+        mine = [
+            _cell(ours.get(factor), lambda row: percent(row.rates.token_drop_rate)),
+            _cell(ours.get(factor), lambda row: percent(row.rates.drop_rate)),
+        ]
         lines.append([_name(factor), *known, *mine])
-    header = ["factor", *(f"ST-MoE Table 5, {name}" for name in ST_MOE_5), "here"]
+    known = [f"ST-MoE Table 5, {name}" for name in ST_MOE_5]
+    header = ["factor", *known, "here, tokens", "here, assignments"]
     return Table("Drops in training", header, lines, list(_on_drops(ours, scale)))
 
 
 def _on_drops(ours: Ours, scale: str) -> Iterator[str]:
     yield (
-        "There: tokens, of models with billions of parameters that were trained for long and are "
-        f"fine-tuned. Here: assignments, of {scale}."
+        "There: tokens that no expert takes, of models with billions of parameters that were "
+        f"trained for long and are fine-tuned. Here: {scale}; a token whose other choice found "
+        "a slot counts among the assignments alone."
     )
-    shared = sorted(f for f in ours if f is not None and f in ST_MOE_5["without"])
-    more = [f for f in shared if 100 * ours[f].rates.drop_rate > ST_MOE_5["without"][f]]
-    if more:
-        named = ", ".join(f"{f:g}" for f in more)
-        yield (
-            f"At {named} more is dropped here than there even without a balance loss: a young "
-            "router is uneven, and a routing group of one sequence holds fewer tokens to even out."
-        )
-    elif shared:
-        yield "Where both are known, no more is dropped here than there without a balance loss."
+    for name, column in ST_MOE_5.items():
+        shared = sorted(f for f in ours if f is not None and f in column)
+        more = [f for f in shared if round(100 * ours[f].rates.token_drop_rate, 1) > column[f]]
+        if shared:
+            named = ", ".join(f"{f:g}" for f in more) or "none of the shared factors"
+            yield f"Compared with those {name}, more tokens are dropped here at {named}."
+    group = next(iter(ours.values())).group
+    yield (
+        "A router that was trained for so short is uneven, and a small routing group (here: "
+        f"{group}) has fewer tokens to even out."
+    )
 
 
 def _quality(ours: Ours, scale: str) -> Table:
@@ -101,6 +107,7 @@ def _quality(ours: Ours, scale: str) -> Table:
                 *(_cell(known, lambda known: f"{-known[0]:.3f}") for known in switch),
                 *(_cell(known, lambda known: f"{known[1]:.1f}") for known in switch),
                 *(_cell(known, lambda known: f"{-known:.3f}") for known in st_moe),
+                _cell(mine, lambda row: _nats(row.own_loss)),
                 _cell(mine, lambda row: _nats(row.loss)),
                 _cell(mine, lambda row: _nats(row.equal_time_loss)),
             ]
@@ -110,8 +117,9 @@ def _quality(ours: Ours, scale: str) -> Table:
         *(f"Switch Table 1, {name}" for name in SWITCH_1),
         *(f"Switch Table 1, {name}: hours to 1.50" for name in SWITCH_1),
         *(f"ST-MoE Table 8, {name}" for name in ST_MOE_8),
-        "here, equal steps",
-        "here, equal time",
+        "here, the same factor in evaluation",
+        "here, one factor in evaluation",
+        "the same at equal time",
     ]
     remarks = [
         "Nats per token, of other text and other tokens: compare the differences in a column. "
@@ -124,15 +132,16 @@ def _quality(ours: Ours, scale: str) -> Table:
 
 def _on_quality(ours: Ours, scale: str) -> Iterator[str]:
     pairs = [(a, b) for a, b in ((1.0, 2.0), (1.0, 1.25), (1.25, 2.0)) if a in ours and b in ours]
-    for tight, roomy in pairs[:1]:
-        gaps = [-column[tight][0] + column[roomy][0] for column in SWITCH_1.values()]
-        gaps.append(ST_MOE_8["top-2"][roomy] - ST_MOE_8["top-2"][tight])
-        mine = (ours[tight].loss or 0.0) - (ours[roomy].loss or 0.0)
-        yield (
-            f"From {roomy:g} to {tight:g} the loss rises there by {min(gaps):.3f} to "
-            f"{max(gaps):.3f}, here by {mine:.3f} after {scale}: a sweep this short shows what "
-            "drops do to young experts, not what they cost in the end."
-        )
+    if not pairs:
+        return
+    tight, roomy = pairs[0]
+    gaps = [-column[tight][0] + column[roomy][0] for column in SWITCH_1.values()]
+    gaps.append(ST_MOE_8["top-2"][roomy] - ST_MOE_8["top-2"][tight])
+    mine = (ours[tight].own_loss or 0.0) - (ours[roomy].own_loss or 0.0)
+    yield (
+        f"From {roomy:g} to {tight:g}, with the same factor in evaluation, the loss rises there by "
+        f"{min(gaps):.3f} to {max(gaps):.3f}, here by {mine:.3f} after {scale}."
+    )
 
 
 def _speed(ours: Ours) -> Table:

@@ -58,7 +58,6 @@ def _row(variant: Variant, answer: Replay) -> Row:
     counted, traffic = late(steps), [step["traffic"] for step in answer.steps]
     cost = flops(counted, slots(counted), variant.config)
     sent = [sum(line["all_to_all_bytes"] for line in lines) for lines in traffic]
-    busiest = [line["straggler_factor"] for lines in traffic for line in lines]
     over_time = [(step["step"], drop_rate_of_step(step["layers"])) for step in answer.steps]
     return Row(
         label=variant.label,
@@ -69,19 +68,31 @@ def _row(variant: Variant, answer: Replay) -> Row:
         useful_flops=cost.useful,
         executed_flops=cost.executed,
         all_to_all_bytes=round(statistics.fmean(sent)),
-        straggler_factor=statistics.fmean(busiest),
+        straggler_factor=_straggler_factor(answer),
     )
 
 
+def _straggler_factor(answer: Replay) -> float:
+    """Mean over steps and layers."""
+    lines = (line for step in answer.steps for line in step["traffic"])
+    return statistics.fmean(line["straggler_factor"] for line in lines)
+
+
 def beside(found: Sequence[Row], variants: Sequence[Variant], own: Variant, run: Path) -> list[Row]:
-    """The rows with what their settings would have dropped of what `own` chose, recorded in `run`.
+    """The rows with what their settings would have dropped of what `own` chose, recorded in `run`,
+    and, of several ranks, how uneven these would have been.
 
     A variant of another shape has choices of its own.
     """
     alike = [variant for variant in variants if variant.shape == own.shape]
-    answers = replay_all(Trace.open(run), [asked(variant) for variant in alike])
-    dropped = {
-        variant.label: rates([step["layers"] for step in answer.steps]).drop_rate
-        for variant, answer in zip(alike, answers, strict=True)
-    }
-    return [replace(row, replayed_drop_rate=dropped.get(row.label)) for row in found]
+    trace = Trace.open(run)
+    answers = replay_all(trace, [asked(variant) for variant in alike])
+    by_label = {variant.label: answer for variant, answer in zip(alike, answers, strict=True)}
+    told = []
+    for row in found:
+        if answer := by_label.get(row.label):
+            dropped = rates([step["layers"] for step in answer.steps]).drop_rate
+            uneven = _straggler_factor(answer) if trace.settings.parallel.ep > 1 else None
+            row = replace(row, replayed_drop_rate=dropped, straggler_factor=uneven)
+        told.append(row)
+    return told

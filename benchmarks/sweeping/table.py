@@ -43,11 +43,13 @@ class Row:
     all_to_all_bytes: int
     """That a rank sends in an optimizer step."""
     straggler_factor: float | None = None
-    """Rows of the rank with most over the mean of ranks."""
+    """Rows of the rank with most over the mean of ranks, on recorded routing."""
     step_time_s: float | None = None
-    time_ratio: Spread | None = None
+    turn_ratios: list[float] = field(default_factory=list)
     """Its step time over that of the config's own setting, turn by turn."""
     tokens_per_s: float | None = None
+    held_bytes: int | None = None
+    """Weights and moments, on the rank that holds most."""
     step_bytes: int | None = None
     """Peak memory of a step beyond what is there before it, on the rank that takes most."""
     losses: list[float] = field(default_factory=list)
@@ -72,6 +74,11 @@ class Row:
         """Held-out loss at equal steps, mean of the repeats; NaN where one diverged."""
         return statistics.fmean(self.losses) if self.losses else None
 
+    @property
+    def time_ratio(self) -> Spread | None:
+        """Median and range of the turns' ratios."""
+        return spread(self.turn_ratios) if self.turn_ratios else None
+
 
 class Sweep(NamedTuple):
     """All that is told of a sweep."""
@@ -93,14 +100,14 @@ def live_rows(variants: Sequence[Variant], seen: Sequence[Live], own: Variant) -
     """One row per variant. Times are the own setting's, times the ratio of a turn to its."""
     reference = seen[variants.index(own)]
     base_s = statistics.median(_turns(reference))
-    ratios = [_ratio(live, reference) for live in seen]
-    times = [base_s * ratio.median for ratio in ratios]
+    ratios = [_ratios(live, reference) for live in seen]
+    times = [base_s * statistics.median(turns) for turns in ratios]
     steps = max(len(trail.steps) for live in seen for trail in live.trails)
     sound = [time_s for live, time_s in zip(seen, times, strict=True) if _is_sound(live)]
     budget_s = steps * min(sound or times)
     return [
-        _live_row(variant, live, ratio, time_s, budget_s)
-        for variant, live, ratio, time_s in zip(variants, seen, ratios, times, strict=True)
+        _live_row(variant, live, turns, time_s, budget_s)
+        for variant, live, turns, time_s in zip(variants, seen, ratios, times, strict=True)
     ]
 
 
@@ -109,7 +116,9 @@ def _is_sound(live: Live) -> bool:
     return all(math.isfinite(trail.held_out[-1].loss) for trail in live.trails)
 
 
-def _live_row(variant: Variant, live: Live, ratio: Spread, time_s: float, budget_s: float) -> Row:
+def _live_row(
+    variant: Variant, live: Live, ratios: list[float], time_s: float, budget_s: float
+) -> Row:
     config, trails = variant.config, live.trails
     steps = [step for trail in trails for step in late(trail.steps)]
     counted = [step.layers for step in steps]
@@ -128,8 +137,9 @@ def _live_row(variant: Variant, live: Live, ratio: Spread, time_s: float, budget
         executed_flops=cost.executed,
         all_to_all_bytes=live.facts.all_to_all_bytes,
         step_time_s=time_s,
-        time_ratio=ratio,
+        turn_ratios=ratios,
         tokens_per_s=config.train.global_batch * config.data.seq_len / time_s,
+        held_bytes=live.facts.held_bytes,
         step_bytes=live.facts.step_bytes,
         losses=[trail.held_out[-1].loss for trail in trails],
         own_loss=statistics.fmean(own),
@@ -150,12 +160,10 @@ def _turns(live: Live) -> list[float]:
     return [seconds for trail in live.trails for seconds in trail.turns]
 
 
-def _ratio(live: Live, reference: Live) -> Spread:
+def _ratios(live: Live, reference: Live) -> list[float]:
     """Of the turns that both had: whoever diverges has no more."""
     pairs = zip(live.trails, reference.trails, strict=True)
-    return spread(
-        [a / b for one, other in pairs for a, b in zip(one.turns, other.turns, strict=False)]
-    )
+    return [a / b for one, other in pairs for a, b in zip(one.turns, other.turns, strict=False)]
 
 
 def _step_curve(trails: Sequence[Trail], value: Callable[[Step], float]) -> Curve:
@@ -230,6 +238,14 @@ def noise(rows: Sequence[Row]) -> float | None:
     )
     variance = rest / ((len(table) - 1) * (repeats - 1))
     return math.sqrt(2 * variance / repeats)
+
+
+def time_noise(row: Row, other: Row) -> float:
+    """Standard error of one variant's step time over another's, told from the turns of both; 0 of
+    a single one."""
+    pairs = zip(row.turn_ratios, other.turn_ratios, strict=False)
+    ratios = [mine / theirs for mine, theirs in pairs]
+    return statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else 0.0
 
 
 def front(rows: Sequence[Row]) -> list[Row]:

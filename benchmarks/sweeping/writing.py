@@ -28,7 +28,7 @@ def write(sweep: Sweep, folder: Path) -> list[Path]:
     """Write FOLDER/capacity.{html,md,json,csv,png}; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     advice, rows = advise(sweep.rows), sweep.rows
-    ours, known = results(rows, advice), published.tables(rows, sweep.scale)
+    ours, known = results(rows, advice), published.tables(rows, sweep.own, sweep.scale)
     html, data, picture = (folder / f"{NAME}.{kind}" for kind in ("html", "csv", "png"))
     html.write_text(page(sweep, advice, ours, known), "utf-8")
     data.write_text(as_csv(rows), "utf-8")
@@ -69,7 +69,8 @@ def results(rows: Sequence[Row], advice: Advice) -> list[Table]:
     gains = [_gains(row, row.label in unbeaten, row.label == advice.pick) for row in rows]
     remarks = [
         "*dropped*: over all layers and the second half of the steps. *front*: no other variant is "
-        "as good in drops, speed and loss (of a trace, drops and empty slots), and better in one.",
+        "as good in drops, speed and loss (of a trace, drops and empty slots), and better in one, "
+        "by however little.",
     ]
     if rows[0].time_ratio is not None:
         remarks.append(
@@ -84,8 +85,8 @@ def results(rows: Sequence[Row], advice: Advice) -> list[Table]:
         "the backward pass does not count.",
         "*dropped of own choices*: what this setting would have dropped of the choices that the "
         "config's own setting made, in the second half of its first repeat.",
-        "*step memory MiB*: what a step takes at most beyond what is there before it, on the rank "
-        "that takes most.",
+        "*held MiB*: weights and moments, on the rank that holds most. *step memory MiB*: what a "
+        "step takes at most beyond them, on the rank that takes most; median of three steps.",
     ]
     return [_table("Results", gains, remarks), _table("Tokens, slots and cost", costs, on_costs)]
 
@@ -118,7 +119,7 @@ def _costs(row: Row) -> dict[str, str]:
     found = row.rates
     return {
         "variant": row.label,
-        "dropped by choice": " / ".join(map(percent, found.drop_rate_by_choice[:4])),
+        "dropped by choice": " / ".join(map(percent, found.drop_rate_by_choice)),
         "tokens with no expert": percent(found.token_drop_rate),
         "gate weight dropped": percent(found.dropped_gate_mass),
         "spilled": percent(found.spill_rate) if found.spill_rate else "",
@@ -130,6 +131,7 @@ def _costs(row: Row) -> dict[str, str]:
         "executed GFLOP": _show(row.executed_flops / 1e9, ",.2f"),
         "all-to-all MiB a rank": _show(row.all_to_all_bytes / 2**20 or None, ",.2f"),
         "straggler factor": _show(row.straggler_factor, ".3f"),
+        "held MiB": _show(row.held_bytes and row.held_bytes / 2**20, ",.0f"),
         "step memory MiB": _show(row.step_bytes and row.step_bytes / 2**20, ",.0f"),
     }
 
@@ -157,11 +159,11 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 def _flat(row: Row) -> dict[str, Any]:
     values = as_dict(row)
-    for curve in ("drop_rate_over_time", "loss_over_time", "training_loss"):
+    for curve in ("drop_rate_over_time", "loss_over_time", "training_loss", "turn_ratios"):
         del values[curve]
     values |= zip(Rates._fields, values.pop("rates"), strict=True)
     least = ("time_ratio", "time_ratio_least", "time_ratio_most")
-    values |= zip(least, values.pop("time_ratio") or [None] * 3, strict=True)
+    values |= zip(least, _plain(row.time_ratio) or [None] * 3, strict=True)
     values["capacity_factor"] = spell(row.capacity_factor)
     return {
         key: " ".join(map(str, value)) if isinstance(value, list) else value

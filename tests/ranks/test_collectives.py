@@ -268,6 +268,19 @@ def test_a_step_is_what_the_formulas_say(ranks4: RankPool, way: str) -> None:
     assert recorded_by == expected
 
 
+def test_choices_that_are_not_sampled_do_not_travel(ranks4: RankPool) -> None:
+    config = made("ep4", pick("gshard", dropless=True), {}, {})
+    assert config.moe.random_second
+    found = ranks4.run(steps, config)
+    sent, counted = together([total(seen.step) for seen in found])[0], Counter[str]()
+    for seen in found:
+        for (kind, _), (_, num_bytes) in predicted(config, 4, seen).items():
+            counted[kind] += num_bytes
+    assert counted["all_to_all"] / 2 < sent["all_to_all"] < counted["all_to_all"]
+    del sent["all_to_all"], counted["all_to_all"]
+    assert sent == counted
+
+
 def together(ranks: list[dict[Key, tuple[int, int]]]) -> list[Any]:
     """The numbers of all ranks, and the bytes of every kind on all of them."""
     sizes = Counter[str]()
