@@ -69,7 +69,7 @@ class Train:
 
     def run(self) -> int:
         """Train to the last step."""
-        config = settings.resolve(self.config, self.flags)
+        config = settings.resolve_run(self.config, self.flags)
         check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
         _warn(cautions(config))
         from moetrain.train import run
@@ -92,7 +92,7 @@ class Check:
 
     def run(self) -> int:
         """Print the report."""
-        config = settings.resolve(self.config, self.flags)
+        config = settings.resolve_run(self.config, self.flags)
         check_world(config, self.world_size, settings.ranks_of_node())
         _warn(cautions(config))
         from moetrain.check import report
@@ -249,6 +249,28 @@ class Export:
 
         stated = export(self.path, self.out, self.format, self.dtype, self.approximate)
         _warn([f"{self.format}: {line}" for line in stated])
+        print(self.out)
+        return 0
+
+
+@app.command(name="import")
+@dataclass(frozen=True)
+class Import:
+    """Write a model of Hugging Face's formats as a checkpoint, to generate, evaluate and train on
+    from."""
+
+    source: Positional[Annotated[str, arg(metavar="HF_DIR_OR_NAME")]]
+    """Folder of the model, or its name on the hub."""
+    out: Positional[Annotated[Path, arg(metavar="OUT")]]
+    """Folder to write; must not exist."""
+    tokenizer: str | None = None
+    """Instead of the model's own: bytes, a tokenizer.json, or a model name on the hub."""
+
+    def run(self) -> int:
+        """Write and print the path."""
+        from moetrain.hf import import_model
+
+        import_model(self.source, self.out, self.tokenizer)
         print(self.out)
         return 0
 

@@ -322,6 +322,9 @@ class Config(Section):
     """Folder that holds the runs."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the initialisation, of the order of samples and of the router's random draws."""
+    init_from: Path | None = None
+    """Run or checkpoint whose weights a new run starts from; `model`, `moe` and `data.tokenizer`
+    are as there where they are not given."""
     model: ModelConfig = ModelConfig()
     moe: MoEConfig = MoEConfig()
     parallel: ParallelConfig = ParallelConfig()

@@ -112,13 +112,20 @@ def written_beside(out: Path) -> Iterator[Path]:
         raise UserError(f"OUT ({out}) was not written: {reason}") from error
 
 
-def _write_checkpoint(place: Path, source: Source) -> None:
+@contextmanager
+def one_process() -> Iterator[None]:
+    """A process group of this process alone, whatever launcher started it."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        manifest = source.manifest
-        checkpoint.save(place, manifest.step, source.read(source.names), manifest.extra)
+        yield
     finally:
         dist.destroy_process_group()
+
+
+def _write_checkpoint(place: Path, source: Source) -> None:
+    with one_process():
+        manifest = source.manifest
+        checkpoint.save(place, manifest.step, source.read(source.names), manifest.extra)
     if (tokenizer := source.path.parent.parent / TOKENIZER_FILE).exists():
         shutil.copyfile(tokenizer, place / TOKENIZER_FILE)
 

@@ -113,7 +113,7 @@ def _check_text(found: restore.Checkpoint, manifest: Manifest) -> None:
     Of another text, what is held out now may have been trained on then.
     """
     require_same("the text of data.source", manifest.fingerprint, "give every node the same files")
-    if manifest.fingerprint != found.data_fingerprint:
+    if found.data_fingerprint not in (None, manifest.fingerprint):
         raise UserError(
             f"data.source ({found.config.data.source}) is no longer the text that {found.path} was "
             "trained on; put the files back (for stdlib: use the same Python)"

@@ -28,7 +28,8 @@ class Checkpoint(NamedTuple):
     config: Config
     vocab_size: int
     tokenizer_fingerprint: str
-    data_fingerprint: str
+    data_fingerprint: str | None
+    """None where it was trained elsewhere, on text that is not known here."""
 
 
 def find(path: Path | str) -> Checkpoint:

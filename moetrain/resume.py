@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain import checkpoint, settings
-from moetrain.checkpoint.checks import changed_settings
+from moetrain.checkpoint.checks import changed_settings, is_model
 from moetrain.config import Config
 from moetrain.errors import UserError
 from moetrain.failure import RESTARTS
@@ -45,10 +45,26 @@ def begin(run: Run) -> Position:
     """Load what `checkpoint.resume` names into the engine, and say where the run stands."""
     found = load_start(run.config, run.folder, run.engine.state(), started_again())
     if found is None:
+        if run.config.init_from is not None:
+            _load_weights(run, run.config.init_from)
         return Position()
     path, extra = found
     _check_same_order(path, extra["order"], _order(run))
     return Position.of(extra["position"])
+
+
+def _load_weights(run: Run, start: Path) -> None:
+    """Load those of another run's checkpoint into the engine; a collective."""
+    path, config = checkpoint.resolve(start), run.config
+    saved = checkpoint.read_manifest(path).extra["tokenizer"]
+    if saved != run.prepared.manifest.tokenizer:
+        raise UserError(
+            f"data.tokenizer ({config.data.tokenizer}) is not the one that init_from ({start}) was "
+            "trained with; leave it out to have that one"
+        )
+    weights = {name: tensor for name, tensor in run.engine.state().items() if is_model(name)}
+    limit, own = config.checkpoint.hash_limit_gib, settings.redacted(config)
+    checkpoint.load(path, weights, prefix="model.", hash_limit_gib=limit, config=own)
 
 
 def beside_tensors(run: Run, position: Position) -> dict[str, Any]:

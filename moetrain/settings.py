@@ -55,6 +55,24 @@ def resolve(path: Path | str | None, given: Mapping[str, Any]) -> Config:
         raise UserError("\n".join(_explanations(error))) from None
 
 
+def resolve_run(path: Path | str, given: Mapping[str, Any]) -> Config:
+    """The config of a run's YAML file under flags; under both lies what `init_from` brings along.
+
+    Raises `UserError` as `resolve` does, and where there is no checkpoint to start from.
+    """
+    values = _merged(read_yaml(Path(path)), given)
+    if isinstance(start := values.get("init_from"), str | Path):
+        from moetrain import restore  # of torch; most commands do without
+
+        try:
+            found = restore.find(start).config
+        except UserError as error:
+            raise UserError(f"init_from ({start}): {error}") from None
+        shape = {name: getattr(found, name).model_dump() for name in ("model", "moe")}
+        values = _merged({**shape, "data": {"tokenizer": found.data.tokenizer}}, values)
+    return resolve(None, values)
+
+
 def save(config: Config, path: Path) -> None:
     """Write every setting, defaults too, as YAML that `load` reads back equal, but for secrets."""
     # Escaped: written as they are, some line breaks of Unicode do not read back.

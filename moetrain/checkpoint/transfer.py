@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
 from moetrain import out_of_memory
@@ -56,12 +56,14 @@ def save(
     tensors: dict[str, Tensor],
     extra: dict[str, Any],
     group: Group = None,
+    make: Callable[[str], Tensor] | None = None,
 ) -> Path:
     """Write and commit checkpoint `step` of a run; every rank of `group` calls it alike.
 
     `tensors` maps a logical name to a DTensor, or to a tensor that is equal on all ranks; `extra`
-    is anything JSON holds. Returns the checkpoint's directory. A step that is saved again is
-    replaced in one move, and stays complete until then.
+    is anything JSON holds. With `make` they may be on the meta device: it is given a name when that
+    tensor is written, so that one at a time is in memory. Returns the checkpoint's directory. A
+    step that is saved again is replaced in one move, and stays complete until then.
 
     Raises CheckpointError on every rank if any rank failed: nothing is committed then, and earlier
     checkpoints are as they were.
@@ -72,7 +74,7 @@ def save(
     try:
         _on_all(group, lambda: _prepare(final) if rank == 0 else None)
         _on_all(group, lambda: _check_shared(partial))
-        metadata = _write_tensors(partial, tensors, group)
+        metadata = _write_tensors(partial, tensors, make, group)
         files = gather(_on_all(group, lambda: describe_files(partial, rank)), group)
 
         def commit() -> None:
@@ -121,10 +123,27 @@ class _Writer(dcp.FileSystemWriter):
         metadata.storage_data = {piece.index: piece.storage_data for piece in written}
 
 
-def _write_tensors(partial: Path, tensors: dict[str, Tensor], group: Group) -> Metadata:
+class _Planner(dcp.DefaultSavePlanner):
+    """Asks for the content of a tensor when it is written."""
+
+    def __init__(self, make: Callable[[str], Tensor] | None) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._make = make
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """The tensor of a name, or this rank's part of it."""
+        return super().lookup_object(index) if self._make is None else self._make(index.fqn)
+
+
+def _write_tensors(
+    partial: Path,
+    tensors: dict[str, Tensor],
+    make: Callable[[str], Tensor] | None,
+    group: Group,
+) -> Metadata:
     # Nothing is copied ahead: that asks for a CUDA stream, and a thread's device is GPU 0.
     writer = _Writer(partial, sync_files=True, overwrite=False, per_thread_copy_ahead=0)
-    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = _Planner(make)
     with _dcp_errors("writing tensors", "save"):
         return dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group)
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
+import shutil
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from moetrain import restore
@@ -22,7 +20,8 @@ from moetrain.config import Config
 from moetrain.convert import SHARD_BYTES, write_safetensors, written_beside
 from moetrain.data import BYTES, Tokenizer, bytes_as_json
 from moetrain.errors import UserError
-from moetrain.hf.formats import FormatName, Part, approximations, parts, refusals, settings_of
+from moetrain.hf.bar import bar
+from moetrain.hf.formats import KEPT, FormatName, Part, approximations, parts, refusals, settings_of
 from moetrain.restore import TOKENIZER_FILE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -66,6 +65,9 @@ def export(
         _write_json(place / "config.json", {**described, "dtype": torch_name})
         _write_json(place / "generation_config.json", {"eos_token_id": tokenizer.eos_id})
         _write_tokenizer(place, config, tokenizer)
+        for file in KEPT:
+            if (imported := found.path.parent.parent / file).is_file():
+                shutil.copyfile(imported, place / file)
     return stated
 
 
@@ -99,25 +101,24 @@ def _write_tensors(
     def ours(name: str) -> Tensor:
         return read_tensor(found, manifest.tensors[f"model.{name}"])
 
-    def read(names: Sequence[str]) -> dict[str, Tensor]:
-        tensors = {}
-        # An expert's matrices are of two tensors; each of these is read once.
-        for name in sorted(names, key=lambda name: by_name[name].ours):
-            part = by_name[name]
-            theirs = part.of(ours(part.ours)).to(dtype)
-            tensors[name] = theirs.clone(memory_format=torch.contiguous_format)
-            progress.advance(task)
-        return {name: tensors[name] for name in names}
-
     with torch.device("meta"):
         shapes = {
             part.name: part.of(torch.empty(manifest.tensors[f"model.{part.ours}"].shape))
             for part in wanted
         }
     sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in shapes.items()}
-    terminal = Console(stderr=True)
-    with Progress(console=terminal, transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("tensors", total=len(wanted))
+    with bar(len(wanted)) as advance:
+
+        def read(names: Sequence[str]) -> dict[str, Tensor]:
+            tensors = {}
+            # An expert's matrices are of two tensors; each of these is read once.
+            for name in sorted(names, key=lambda name: by_name[name].ours):
+                part = by_name[name]
+                theirs = part.of(ours(part.ours)).to(dtype)
+                tensors[name] = theirs.clone(memory_format=torch.contiguous_format)
+                advance()
+            return {name: tensors[name] for name in names}
+
         write_safetensors(place, sizes, read, {"format": "pt"}, shard_bytes)
 
 

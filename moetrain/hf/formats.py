@@ -8,12 +8,13 @@ Shape suffixes: E experts, D model width, F expert hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from moetrain.config import Config
+from moetrain.errors import UserError
 
 FormatName = Literal["mixtral", "olmoe", "qwen3_moe"]
 
@@ -42,6 +43,8 @@ FORMATS: dict[FormatName, Format] = {
     "olmoe": Format("OlmoeForCausalLM", "mlp", PROJECTIONS, "full", has_head_dim=False),
     "qwen3_moe": Format("Qwen3MoeForCausalLM", "mlp", PROJECTIONS, "head", has_dense_blocks=True),
 }
+KEPT = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
+"""Files beside the tensors that say nothing of what is computed: what is imported is exported."""
 ROUTERS = ("topk", "switch", "gshard")
 """Gates that are a top-k of a softmax where nothing is drawn."""
 
@@ -138,6 +141,114 @@ def settings_of(name: FormatName, config: Config, vocab_size: int, eos_id: int) 
         "use_sliding_window": False,
         "sliding_window": None,
     }
+
+
+# ---- from theirs ---------------------------------------------------------------------------------
+
+
+def format_of(described: Mapping[str, Any], where: str) -> FormatName:
+    """The format of a config.json; UserError where it is none of these."""
+    for name in FORMATS:
+        if described.get("model_type") == name:
+            return name
+    raise UserError(
+        f"{where}: model_type ({described.get('model_type')}) must be one of {', '.join(FORMATS)}"
+    )
+
+
+def sections_of(name: FormatName, described: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Our settings for a config.json, by section.
+
+    Raises UserError where it lacks something, or asks for what cannot be done here.
+    """
+    format_, is_mixtral = FORMATS[name], name == "mixtral"
+    found = {"num_experts": described.get("num_local_experts"), **described}
+    rope = {"rope_theta": found.get("rope_theta"), **(found.get("rope_scaling") or {})}
+    rope |= found.get("rope_parameters") or {}
+    _require_plain(name, found, rope)
+    width = "moe_intermediate_size" if name == "qwen3_moe" else "intermediate_size"
+    needed = (*NEEDED, "num_experts", width)
+    if missing := [key for key in needed if found.get(key) is None]:
+        raise UserError(f"config.json has no {', '.join(missing)}")
+    layers, top_k = found["num_hidden_layers"], found["num_experts_per_tok"]
+    model = {
+        "dim": found["hidden_size"],
+        "layers": layers,
+        "heads": found["num_attention_heads"],
+        "kv_heads": found.get("num_key_value_heads"),
+        "head_dim": found.get("head_dim") if format_.has_head_dim else None,
+        "ffn_dim": found.get("intermediate_size") if format_.has_dense_blocks else None,
+        "vocab_size": found["vocab_size"],
+        "qk_norm": format_.qk_norm,
+        "tie_embeddings": bool(found.get("tie_word_embeddings", False)),
+        "rope_theta": rope["rope_theta"],
+        "norm_eps": found["rms_norm_eps"],
+    }
+    moe = {
+        "router": "topk",
+        "experts": found["num_experts"],
+        "top_k": top_k,
+        "renormalize": is_mixtral or bool(found.get("norm_topk_prob", False)),
+        "expert_ffn_dim": found[width],
+        "capacity_factor": None,
+        "eval_capacity_factor": None,
+        "balance_coef": top_k * found.get("router_aux_loss_coef", 0.0),
+        "z_loss_coef": 0.0,
+    }
+    if format_.has_dense_blocks:
+        moe |= _dense_blocks(found, layers)
+    return {
+        "model": model,
+        "moe": moe,
+        "data": {"seq_len": found["max_position_embeddings"]},
+    }
+
+
+NEEDED = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_experts_per_tok",
+    "vocab_size",
+    "rms_norm_eps",
+    "max_position_embeddings",
+)
+"""Of every config.json."""
+
+
+def _require_plain(name: FormatName, found: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    window = found.get("sliding_window") if found.get("use_sliding_window", True) else None
+    reaches_all = window is None or window >= found.get("max_position_embeddings", 0)
+    checks = {
+        f"hidden_act ({found.get('hidden_act')}) must be silu": (
+            found.get("hidden_act", "silu") == "silu"
+        ),
+        "attention_bias (true) must be false": not found.get("attention_bias"),
+        f"sliding_window ({window}) must be null": reaches_all,
+        f"clip_qkv ({found.get('clip_qkv')}) must be null": found.get("clip_qkv") is None,
+        f"rope_type ({kind}) must be default, with a rope_theta": (
+            kind == "default" and rope.get("rope_theta") is not None
+        ),
+        f"partial_rotary_factor ({rope.get('partial_rotary_factor')}) must be 1": (
+            rope.get("partial_rotary_factor", 1) == 1
+        ),
+    }
+    if problems := [f"{name}: {what}" for what, holds in checks.items() if not holds]:
+        raise UserError("\n".join(problems))
+
+
+def _dense_blocks(found: Mapping[str, Any], layers: int) -> dict[str, int]:
+    """Ours for blocks without experts: every n-th has some, but the first few."""
+    every, dense = found.get("decoder_sparse_step", 1), set(found.get("mlp_only_layers") or ())
+    first = next(layer for layer in range(layers + 1) if layer not in dense)
+    sparse = {layer for layer in range(layers) if (layer + 1) % every == 0}
+    if sparse - dense != {layer for layer in sparse if layer >= first}:
+        raise UserError(
+            f"mlp_only_layers ({sorted(dense)}) must be the first ones: blocks with experts are "
+            "every n-th from some block on"
+        )
+    return {"every": every, "first_dense": first}
 
 
 # ---- tensors -------------------------------------------------------------------------------------
