@@ -271,7 +271,10 @@ def test_tensors_that_do_not_fit_are_listed(
         ({"sliding_window": 8}, "mixtral: sliding_window (8) must be null"),
         ({"attention_bias": True}, "mixtral: attention_bias (true) must be false"),
         ({"hidden_size": None}, "config.json has no hidden_size"),
-        ({"num_attention_heads": 3}, "model.kv_heads (2) must divide model.heads (3)"),
+        (
+            {"num_attention_heads": 3, "num_key_value_heads": 2},
+            "model.kv_heads (2) must divide model.heads (3)",
+        ),
         (
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
             "mixtral: rope_type (yarn) must be default",
