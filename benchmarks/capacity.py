@@ -137,6 +137,8 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 def trained(options: Options, base: Config) -> Sweep | None:
     """Train the variants of a config; None on ranks that have nothing to tell."""
+    if base.init_from is not None:
+        raise UserError(f"init_from ({base.init_from}): a sweep starts afresh; leave it out")
     if base.moe.capacity_factor == "auto":
         raise UserError(
             "moe.capacity_factor (auto) chooses by itself in every layer; give a number to compare "

@@ -8,8 +8,10 @@ Writes results/quickstart.{json,md} and docs/images/quickstart.png.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import record
@@ -39,7 +41,7 @@ def byte_entropy() -> dict[str, float]:
         "import json, sys; from moetrain.data import prepare; from moetrain.restore import find; "
         "print(json.dumps(prepare(find(sys.argv[1]).config.data).manifest.byte_entropy))"
     )
-    python = str(record.ROOT / ".venv" / "bin" / "python")
+    python = str(Path(os.environ.get("VENV", record.ROOT / ".venv")) / "bin" / "python")
     found = subprocess.run([python, "-c", code, str(RUN)], check=True, stdout=subprocess.PIPE)
     return json.loads(found.stdout)
 

@@ -57,6 +57,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
+def marked(text: str, is_short: bool) -> str:
+    """In bold where it falls short of a target."""
+    return f"**{text}**" if is_short else text
+
+
 def pyplot() -> Any:
     """matplotlib's, drawing without a display."""
     import matplotlib

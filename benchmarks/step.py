@@ -225,21 +225,17 @@ def results(cell: dict[str, Any], device: harness.Device) -> str:
     rows = []
     for name, sample in samples.items():
         speed = harness.ratio(rounds, sample["seconds"])
-        is_ours = not name.startswith("hf-")
-        row = [name, marked(speed.show(), is_ours and round(speed.median, 2) < target)]
+        is_ours = not name.startswith("hf-") and others[0].startswith("hf-")
+        row = [name, record.marked(speed.show(), is_ours and round(speed.median, 2) < target)]
         row.append(f"{sample['peak_bytes'] / 2**20:,.0f} MiB")
         if on_gpu:
             row.append(f"{tokens / statistics.median(sample['seconds']):,.0f}")
         if cell["mfu"]:
             share, least = cell["mfu"][name], MFU_TARGETS.get(cell["shape"], 0.0)
-            row.append(marked(share.show(".1%"), is_ours and share.median < least))
+            row.append(record.marked(share.show(".1%"), is_ours and round(share.median, 3) < least))
         rows.append(row)
     header = ["", "speed", "memory", *(["tokens/s"] if on_gpu else [])]
     return record.table([*header, *(["MFU"] if cell["mfu"] else [])], rows)
-
-
-def marked(text: str, is_short: bool) -> str:
-    return f"**{text}**" if is_short else text
 
 
 def profile_table(found: dict[str, Any]) -> str:

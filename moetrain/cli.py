@@ -29,6 +29,8 @@ from moetrain.config import Config, DataConfig
 from moetrain.constraints import check_world
 from moetrain.errors import RunError, UserError
 from moetrain.failure import BAD_INPUT, FAILED, is_watched, kind_of, record_error
+from moetrain.hf.names import DtypeName, FormatName
+from moetrain.inherited import resolve_run
 from moetrain.redact import redact, show_traceback
 from moetrain.saying import OutputError, forget, say, telling_output_errors
 
@@ -69,7 +71,7 @@ class Train:
 
     def run(self) -> int:
         """Train to the last step."""
-        config = settings.resolve_run(self.config, self.flags)
+        config = resolve_run(self.config, self.flags)
         check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
         _warn(cautions(config))
         from moetrain.train import run
@@ -92,7 +94,7 @@ class Check:
 
     def run(self) -> int:
         """Print the report."""
-        config = settings.resolve_run(self.config, self.flags)
+        config = resolve_run(self.config, self.flags)
         check_world(config, self.world_size, settings.ranks_of_node())
         _warn(cautions(config))
         from moetrain.check import report
@@ -236,16 +238,16 @@ class Export:
     """Folder of a run (its newest checkpoint) or of one checkpoint."""
     out: Positional[Annotated[Path, arg(metavar="OUT")]]
     """Folder to write; must not exist."""
-    format: Literal["mixtral", "olmoe", "qwen3_moe"]
+    format: FormatName
     """Whose configuration and names of tensors."""
-    dtype: Literal["fp32", "bf16"] = "bf16"
+    dtype: DtypeName = "bf16"
     """What the tensors are written in."""
     approximate: bool = False
     """Export what the format expresses only approximately, too, and say in which ways."""
 
     def run(self) -> int:
         """Write, say what is approximate, and print the path."""
-        from moetrain.hf import export
+        from moetrain.hf.exporting import export
 
         stated = export(self.path, self.out, self.format, self.dtype, self.approximate)
         _warn([f"{self.format}: {line}" for line in stated])
@@ -268,7 +270,7 @@ class Import:
 
     def run(self) -> int:
         """Write and print the path."""
-        from moetrain.hf import import_model
+        from moetrain.hf.importing import import_model
 
         import_model(self.source, self.out, self.tokenizer)
         print(self.out)
@@ -377,7 +379,7 @@ class DataPrepare:
 
     def run(self) -> int:
         """Prepare and print the folder."""
-        config = settings.resolve(self.config, self.flags)
+        config = resolve_run(self.config, self.flags)
         from moetrain.data import prepare
 
         print(prepare(config.data).directory)

@@ -33,6 +33,12 @@ BALANCED_BY_DESIGN = (*WITHOUT_WEIGHTS, "dense", "expert_choice")
 def problems(config: Config) -> list[str]:
     """Conflicts between fields that no number of ranks can mend."""
     found = [*_name_problems(config.name), *_head_problems(config.model), *_engine_problems(config)]
+    resume = config.checkpoint.resume
+    if config.init_from is not None and resume not in ("auto", "never"):
+        found.append(
+            f"init_from ({config.init_from}) and checkpoint.resume ({resume}) both name a start; "
+            "drop one of them"
+        )
     if config.moe.experts:
         found += [*_choice_problems(config.moe), *_placement_problems(config)]
         return [*found, *_dispatch_problems(config)]

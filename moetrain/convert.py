@@ -28,7 +28,7 @@ from moetrain.restore import TOKENIZER_FILE
 Format = Literal["moetrain", "safetensors", "torch"]
 SHARD_BYTES = 5 * 10**9
 """Most bytes of tensors in one safetensors file (but for a tensor that is larger)."""
-INDEX = "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Source(NamedTuple):
@@ -154,7 +154,7 @@ def write_safetensors(
     groups = shards(sizes, shard_bytes)
     files = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
     if len(groups) == 1:
-        files = ["model.safetensors"]
+        files = [WEIGHTS]
     else:
         places = {name: file for file, group in zip(files, groups, strict=True) for name in group}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}

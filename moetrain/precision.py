@@ -38,7 +38,7 @@ def multiplies_bf16(on_cpu: bool = False) -> bool:
     Others emulate them: CPUs without AVX-512 number by number, far slower than fp32. `on_cpu` asks
     of the CPU whatever device is there.
     """
-    if torch.cuda.is_available() and not on_cpu:
+    if not on_cpu and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     has_onednn = torch.backends.mkldnn.is_available()
     return has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -6,6 +6,7 @@ called on every rank.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +16,7 @@ from moetrain import metrics, settings
 from moetrain.config import CheckpointConfig, Config
 from moetrain.data import Prepared
 from moetrain.evaluate import nats_per_byte
+from moetrain.hf.names import KEPT
 from moetrain.mesh import Mesh, raise_alike
 from moetrain.model import Transformer
 from moetrain.objective import Means
@@ -91,6 +93,10 @@ class Report:
             new.replace(path)
         else:
             path.unlink(missing_ok=True)  # an earlier run's of this name
+        if (start := self._config.init_from) is not None:
+            for file in KEPT:
+                if (origin := start.parent.parent / file).exists():
+                    shutil.copyfile(origin, folder / file)
 
     def _open(self, model: Transformer, start: Position) -> None:
         config, folder = self._config, self._folder

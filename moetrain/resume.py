@@ -49,32 +49,47 @@ def begin(run: Run) -> Position:
             _load_weights(run, run.config.init_from)
         return Position()
     path, extra = found
-    _check_same_order(path, extra["order"], _order(run))
+    text = run.prepared.manifest.fingerprint
+    _check_same_order(path, extra["order"], _order(run.config, text))
     return Position.of(extra["position"])
 
 
 def _load_weights(run: Run, start: Path) -> None:
-    """Load those of another run's checkpoint into the engine; a collective."""
-    path, config = checkpoint.resolve(start), run.config
-    saved = checkpoint.read_manifest(path).extra["tokenizer"]
-    if saved != run.prepared.manifest.tokenizer:
+    """Load those of another run's checkpoint into the engine; a collective.
+
+    Raises UserError, alike on every rank, where they are of another model or tokenizer.
+    """
+    config = run.config
+    weights = {name: tensor for name, tensor in run.engine.state().items() if is_model(name)}
+    limit, own = config.checkpoint.hash_limit_gib, settings.redacted(config)
+    try:
+        extra = checkpoint.load(start, weights, prefix="model.", hash_limit_gib=limit, config=own)
+    except UserError as error:
+        raise UserError(f"init_from ({start}): {error}") from None
+    if extra["tokenizer"] != run.prepared.manifest.tokenizer:
         raise UserError(
             f"data.tokenizer ({config.data.tokenizer}) is not the one that init_from ({start}) was "
             "trained with; leave it out to have that one"
         )
-    weights = {name: tensor for name, tensor in run.engine.state().items() if is_model(name)}
-    limit, own = config.checkpoint.hash_limit_gib, settings.redacted(config)
-    checkpoint.load(path, weights, prefix="model.", hash_limit_gib=limit, config=own)
 
 
 def beside_tensors(run: Run, position: Position) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors."""
+    """What a checkpoint of a run holds beside tensors."""
+    text = run.prepared.manifest
+    return described(run.config, position, text.vocab_size, text.tokenizer, text.fingerprint)
+
+
+def described(
+    config: Config, position: Position, vocab_size: int, tokenizer: str, text: str | None
+) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors; `tokenizer` and `text` are fingerprints, the latter
+    None where it is not known."""
     return {
         "position": asdict(position),
-        "order": _order(run),
-        "vocab_size": run.prepared.manifest.vocab_size,
-        "tokenizer": run.prepared.manifest.tokenizer,
-        "config": settings.redacted(run.config),
+        "order": _order(config, text),
+        "vocab_size": vocab_size,
+        "tokenizer": tokenizer,
+        "config": settings.redacted(config),
     }
 
 
@@ -129,14 +144,9 @@ def _warn_of_changes(path: Path, extra: Mapping[str, Any], own: Mapping[str, Any
         warnings.warn(f"{path.name} continues with {', '.join(changed)}", stacklevel=2)
 
 
-def _order(run: Run) -> dict[str, Any]:
+def _order(config: Config, text: str | None) -> dict[str, Any]:
     """What the order of samples depends on."""
-    data = run.config.data
-    return {
-        "seed": run.config.seed,
-        "data.seq_len": data.seq_len,
-        "data": run.prepared.manifest.fingerprint,
-    }
+    return {"seed": config.seed, "data.seq_len": config.data.seq_len, "data": text}
 
 
 def _check_same_order(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

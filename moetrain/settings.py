@@ -50,27 +50,9 @@ def resolve(path: Path | str | None, given: Mapping[str, Any]) -> Config:
     """The config of a YAML file (None: of the defaults) under `{section: {field: value}}`."""
     values = {} if path is None else read_yaml(Path(path))
     try:
-        return Config.model_validate(_merged(values, given))
+        return Config.model_validate(merged(values, given))
     except ValidationError as error:
         raise UserError("\n".join(_explanations(error))) from None
-
-
-def resolve_run(path: Path | str, given: Mapping[str, Any]) -> Config:
-    """The config of a run's YAML file under flags; under both lies what `init_from` brings along.
-
-    Raises `UserError` as `resolve` does, and where there is no checkpoint to start from.
-    """
-    values = _merged(read_yaml(Path(path)), given)
-    if isinstance(start := values.get("init_from"), str | Path):
-        from moetrain import restore  # of torch; most commands do without
-
-        try:
-            found = restore.find(start).config
-        except UserError as error:
-            raise UserError(f"init_from ({start}): {error}") from None
-        shape = {name: getattr(found, name).model_dump() for name in ("model", "moe")}
-        values = _merged({**shape, "data": {"tokenizer": found.data.tokenizer}}, values)
-    return resolve(None, values)
 
 
 def save(config: Config, path: Path) -> None:
@@ -163,15 +145,16 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _merged(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(values)
+def merged(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`{section: {field: value}}` under another one."""
+    found = dict(values)
     for key, value in given.items():
         if isinstance(value, dict):
-            section = merged.get(key, {})
-            merged[key] = {**section, **value} if isinstance(section, dict) else section
+            section = found.get(key, {})
+            found[key] = {**section, **value} if isinstance(section, dict) else section
         else:
-            merged[key] = value
-    return merged
+            found[key] = value
+    return found
 
 
 # ---------------------------------------------------------------- flags

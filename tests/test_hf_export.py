@@ -18,8 +18,9 @@ from moetrain.convert import INDEX
 from moetrain.data.tokenizer import ByteTokenizer
 from moetrain.errors import UserError
 from moetrain.generate import continuations, greedy
-from moetrain.hf import FORMATS, FormatName, export
-from moetrain.hf.formats import approximations, refusals
+from moetrain.hf.exporting import export
+from moetrain.hf.formats import FORMATS, approximations, refusals
+from moetrain.hf.names import FormatName
 from moetrain.mesh import process_group
 from moetrain.model import Transformer
 

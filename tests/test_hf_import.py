@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from runs import read_metrics, train, write_config
+from runs import read_metrics, saved_tensors, train, write_config
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from moetrain import checkpoint, restore, settings
+from moetrain import checkpoint, restore
 from moetrain.cli import main
+from moetrain.config import Config
 from moetrain.convert import INDEX
 from moetrain.data import Samples, bytes_as_json, prepare
 from moetrain.errors import UserError
 from moetrain.generate import continuations, greedy
-from moetrain.hf import FormatName, export, import_model
+from moetrain.hf.exporting import export
 from moetrain.hf.formats import sections_of
+from moetrain.hf.importing import import_model
+from moetrain.hf.names import SOURCE, FormatName
+from moetrain.inherited import resolve_run
 from moetrain.mesh import Mesh, process_group
 from moetrain.model import Transformer
-from moetrain.testing import simulate_ranks
+from moetrain.resume import begin
+from moetrain.testing import RankPool, simulate_ranks
+from moetrain.train import set_up
 
 SMALL: dict[str, Any] = {
     "vocab_size": 272,  # more than there are bytes: padded, as published models are
@@ -139,6 +147,8 @@ def test_an_export_of_it_is_the_same_byte_for_byte(
             assert torch.equal(one.view(torch.int32), other.view(torch.int32))
     was, now = (json.loads((f / "config.json").read_text()) for f in (source, tmp_path / "again"))
     assert sections_of(name, now) == sections_of(name, was)
+    ids = "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"
+    assert [now[key] for key in ids] == [was[key] for key in ids]
     assert (tmp_path / "again" / "generation_config.json").read_bytes() == (
         source / "generation_config.json"
     ).read_bytes()
@@ -157,19 +167,21 @@ def test_weights_in_bf16_come_back_as_they_were(tmp_path: Path) -> None:
             assert torch.equal(before.get_tensor(key), after.get_tensor(key))
 
 
-def test_shards_are_read_one_tensor_at_a_time(
+def test_shards_are_read_and_one_tensor_at_a_time_is_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, shape = MODELS["mixtral"]
     saved(tmp_path / "theirs", name, shape, max_shard_size="8KB")
     assert (tmp_path / "theirs" / INDEX).exists()
-    made: list[int] = []
+    made: list[StorageWeakRef] = []
     plain = checkpoint.save
 
     def watched(*args: Any, make: Any, **others: Any) -> Path:
-        def one(tensor: str) -> torch.Tensor:
-            made.append(len(made))
-            return make(tensor)
+        def one(name: str) -> torch.Tensor:
+            assert sum(not old.expired() for old in made) <= 1  # the last is on its way to the disk
+            tensor = make(name)
+            made.append(StorageWeakRef(tensor.untyped_storage()))
+            return tensor
 
         assert all(tensor.is_meta for tensor in args[2].values())
         return plain(*args, make=one, **others)
@@ -211,13 +223,77 @@ def test_training_goes_on_from_their_loss(
     )
     assert train(config) == 0
     first, *_ = read_metrics(tmp_path / "runs" / "tuned")
-    made = settings.resolve_run(config, {})
+    made = resolve_run(config, {})
     assert made.moe == restore.find(run).config.moe
+    assert made.init_from == restore.find(run).path
     batch = Samples(prepare(made.data), "train", 32, made.seed, False).batch([0, 1])
     with torch.no_grad():
         given = {"labels": batch.targets_BL, "shift_labels": batch.targets_BL}
         expected = theirs(batch.tokens_BL, **given).loss
     assert first["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_run_from_an_import_goes_on_without_it_and_leaves_as_it_came(tmp_path: Path) -> None:
+    """Resumed when the import is gone; exported with all that the source had beside its tensors."""
+    name, shape = MODELS["mixtral"]
+    saved(tmp_path / "theirs", name, shape)
+    (tmp_path / "theirs" / "chat_template.jinja").write_text("{{ messages }}")
+    change(tmp_path / "theirs", eos_token_id=7)
+    import_model(str(tmp_path / "theirs"), tmp_path / "ours")
+    write_config(tmp_path)
+    config = tmp_path / "finetune.yaml"
+    config.write_text(
+        f"name: tuned\nout: {tmp_path / 'runs'}\ninit_from: {tmp_path / 'ours'}\n"
+        f"data: {{source: {tmp_path / 'text'}, cache: {tmp_path / 'cache'}, seq_len: 16}}\n"
+        "train: {steps: 2, global_batch: 2, micro_batch: 2, warmup_steps: 0}\n"
+        "checkpoint: {every: 1, asynchronous: false}\n"
+    )
+    assert train(config) == 0
+    shutil.rmtree(tmp_path / "ours")
+    assert train(config, "--train.steps", 3) == 0
+    run = tmp_path / "runs" / "tuned"
+    assert restore.find(run).step == 3
+    export(run, tmp_path / "again", name)
+    described = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (described["eos_token_id"], described["max_position_embeddings"]) == (7, 32)
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert not (tmp_path / "again" / SOURCE).exists()
+
+
+def test_another_tokenizer_leaves_nothing_of_theirs(tmp_path: Path) -> None:
+    name, shape = MODELS["mixtral"]
+    saved(tmp_path / "theirs", name, shape)
+    (tmp_path / "theirs" / "tokenizer_config.json").write_text("{}")
+    import_model(str(tmp_path / "theirs"), tmp_path / "ours", tokenizer="bytes")
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == {"config.yaml", "checkpoints"}
+    export(tmp_path / "ours", tmp_path / "again", name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert tokenizer.encode("é") == [195, 169]
+
+
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+def test_ranks_start_from_the_weights_too(
+    imported: tuple[Any, Path, Path, FormatName], tmp_path: Path, engine: str, ranks2: RankPool
+) -> None:
+    _, _, run, _ = imported
+    write_config(tmp_path)
+    config = tmp_path / "finetune.yaml"
+    config.write_text(
+        f"init_from: {run}\nparallel: {{ep: 2}}\nengine: {{kind: {engine}}}\n"
+        f"data: {{source: {tmp_path / 'text'}, cache: {tmp_path / 'cache'}, seq_len: 16}}\n"
+        "train: {global_batch: 2, micro_batch: 1}\n"
+    )
+    ranks2.run(save_the_start, resolve_run(config, {}), tmp_path / "started")
+    found = saved_tensors(checkpoint.resolve(tmp_path / "started"))
+    for name, weight in own(run).named_parameters():
+        assert torch.equal(found[f"model.{name}"], weight), name
+
+
+def save_the_start(config: Config, folder: Path) -> None:
+    """What a run begins with, as a checkpoint."""
+    run = set_up(config, folder, Mesh(torch.device("cpu"), config.parallel.ep))
+    begin(run)
+    checkpoint.save(folder, 1, run.engine.state(), {})
 
 
 # ---- what is wrong -------------------------------------------------------------------------------
@@ -267,10 +343,12 @@ def test_tensors_that_do_not_fit_are_listed(
     ("given", "message"),
     [
         ({"model_type": "llama"}, "model_type (llama) must be one of mixtral, olmoe, qwen3_moe"),
+        ({"quantization_config": {"bits": 4}}, "mixtral: quantization_config must not be there"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers (two) must be a number above 0"),
         ({"hidden_act": "gelu"}, "mixtral: hidden_act (gelu) must be silu"),
         ({"sliding_window": 8}, "mixtral: sliding_window (8) must be null"),
         ({"attention_bias": True}, "mixtral: attention_bias (true) must be false"),
-        ({"hidden_size": None}, "config.json has no hidden_size"),
+        ({"hidden_size": None}, "config.json: hidden_size (None) must be a number above 0"),
         (
             {"num_attention_heads": 3, "num_key_value_heads": 2},
             "model.kv_heads (2) must divide model.heads (3)",
@@ -331,6 +409,7 @@ def test_another_tokenizer_than_the_weights_were_trained_with_is_refused(
         f"data: {{source: {tmp_path / 'text'}, cache: {tmp_path / 'cache'}}}\n"
     )
     assert train(base, "--data.tokenizer", "bytes") == 2
-    assert f"is not the one that init_from ({run}) was trained with" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"is not the one that init_from ({restore.find(run).path}) was trained with" in said
     assert train(base, "--init-from", str(tmp_path)) == 2
     assert f"init_from ({tmp_path}): {tmp_path} is no run with" in capsys.readouterr().err

@@ -18,7 +18,9 @@ ROUTERS = (
     "'switch', 'gshard', 'topk', 'noisy_topk', 'sigmoid', 'expert_choice', 'hash', 'random', "
     "'balanced', 'dense' or 'hierarchical'"
 )
-SECTIONS = "name, out, seed, model, moe, parallel, engine, data, train, eval, checkpoint, log"
+SECTIONS = (
+    "name, out, seed, init_from, model, moe, parallel, engine, data, train, eval, checkpoint, log"
+)
 
 
 @pytest.fixture(autouse=True)

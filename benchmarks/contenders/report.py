@@ -124,7 +124,7 @@ def _targets(cell: Cell, entry: dict[str, Any]) -> _Targets:
 def _standing(cell: Cell, entry: dict[str, Any]) -> list[str]:
     systems, targets = entry["systems"], _targets(cell, entry)
     fastest, leanest = fastest_peer(systems), leanest_peer(systems)
-    mine = [name for name in (OWN, DROPLESS) if name in systems]
+    mine = [name for name in (OWN, DROPLESS) if name in systems and not systems[name]["wrong"]]
 
     def share(name: str) -> str:
         return _at_least(targets.share, useful_rate(systems, name, targets.over))
@@ -134,7 +134,7 @@ def _standing(cell: Cell, entry: dict[str, Any]) -> list[str]:
 
     def memory(name: str) -> str:
         times = systems[name]["peak_bytes"] / max(1, systems[leanest or ""]["peak_bytes"])
-        return _marked(f"{times:.2f}", is_short=round(times, 2) > targets.memory)
+        return record.marked(f"{times:.2f}", is_short=round(times, 2) > targets.memory)
 
     def cells(compare: Callable[[str], str], is_known: bool) -> list[str]:
         found = [compare(name) for name in mine if is_known]
@@ -145,11 +145,7 @@ def _standing(cell: Cell, entry: dict[str, Any]) -> list[str]:
 
 
 def _at_least(wanted: float, found: Spread) -> str:
-    return _marked(found.show(), is_short=round(found.median, 2) < wanted)
-
-
-def _marked(text: str, is_short: bool) -> str:
-    return f"**{text}**" if is_short else text
+    return record.marked(found.show(), is_short=round(found.median, 2) < wanted)
 
 
 def _all(cells: list[dict[str, Any]]) -> list[str]:
@@ -189,9 +185,9 @@ def _table(cell: Cell, entry: dict[str, Any]) -> str:
         absolute = [f"{1e3 * second:.2f}", f"{found['flops'] / second / 1e12:.0f}"]
         dropped = 1 - found["kept"] / found["assigned"]
         share, speed = (useful_rate(systems, name, over) for over in (LIMIT, OWN))
-        is_near = name == "DeepSpeed" and speed.median > 1 / LEAST_SPEED_DEEPSPEED
+        is_near = name == "DeepSpeed" and round(speed.median, 2) > 1 / LEAST_SPEED_DEEPSPEED
         is_short = is_near and cell.tokens >= MANY_TOKENS and not on_gpu
-        compared = [share.show(), _marked(speed.show(), is_short)]
+        compared = [share.show(), record.marked(speed.show(), is_short)]
         rows.append(
             [
                 f"{name} ({found['remark']})" if found["remark"] else name,

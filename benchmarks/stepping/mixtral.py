@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from moetrain.build import build_model
 from moetrain.config import Config
 from moetrain.data import Batch, Samples, prepare
+from moetrain.hf.formats import PLAIN, settings_of
 from moetrain.optim import decays
 from moetrain.parallel import initial_values
 from moetrain.precision import computes_in
@@ -55,8 +56,8 @@ class MixtralStep:
         ranks = dist.get_world_size()
         num_batches = self.config.accumulation(ranks)
         read = batches(self.config, self.samples, self.position, self.device)
+        is_low = computes_in(self.config.engine) == "bf16"
         for number, batch in enumerate(read, start=1):
-            is_low = computes_in(self.config.engine) == "bf16"
             low = torch.autocast(self.device.type, torch.bfloat16, enabled=is_low)
             is_early = ranks > 1 and number < num_batches
             with self.trained.no_sync() if is_early else nullcontext():
@@ -94,26 +95,8 @@ def mixtral(config: Config, vocab_size: int, kind: Kind, device: torch.device) -
         raise AbsentError(f"transformers cannot be imported ({error})") from None
     if not hasattr(MixtralForCausalLM, "set_experts_implementation"):
         raise AbsentError("transformers is older than 5 and knows no experts_implementation")
-    model, moe = config.model, config.moe
-    shape = MixtralConfig(
-        vocab_size=vocab_size,
-        hidden_size=model.dim,
-        intermediate_size=config.expert_ffn_dim,
-        num_hidden_layers=model.layers,
-        num_attention_heads=model.heads,
-        num_key_value_heads=model.num_kv_heads,
-        head_dim=model.attention_head_dim,
-        num_local_experts=moe.experts,
-        num_experts_per_tok=moe.top_k,
-        max_position_embeddings=config.data.seq_len,
-        rms_norm_eps=model.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-        tie_word_embeddings=model.tie_embeddings,
-        output_router_logits=True,
-        # Theirs is K at perfect balance, ours 1.
-        router_aux_loss_coef=moe.balance_coef / moe.top_k,
-        use_cache=False,
-    )
+    settings = settings_of("mixtral", config, vocab_size, eos_id=None)
+    shape = MixtralConfig(**{**settings, "output_router_logits": True, "use_cache": False})
     with device:
         built = MixtralForCausalLM._from_config(shape, attn_implementation="sdpa")
     built.set_experts_implementation(kind)
@@ -163,18 +146,13 @@ def first_weights(config: Config, vocab_size: int, device: torch.device) -> dict
     return {names[id(parameter)]: value for _, parameter, value in values}
 
 
-NAMES = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "moe.router": "mlp.gate",
+INSIDE = {
+    **PLAIN,
+    "moe.router.weight": "mlp.gate.weight",
     "moe.experts.w_gate_up": "mlp.experts.gate_up_proj",
     "moe.experts.w_down": "mlp.experts.down_proj",
 }
-"""Ours and theirs, inside a layer."""
+"""Ours and theirs, inside a layer, as their model holds them: the experts in two tensors."""
 
 
 def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -188,8 +166,6 @@ def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, weight in weights.items():
         if name.startswith("blocks."):
             _, layer, inside = name.split(".", 2)
-            ours = inside.removesuffix(".weight")
-            suffix = inside.removeprefix(ours)
             turned = weight.mT if ".experts." in name else weight
-            theirs[f"model.layers.{layer}.{NAMES[ours]}{suffix}"] = turned
+            theirs[f"model.layers.{layer}.{INSIDE[inside]}"] = turned
     return theirs

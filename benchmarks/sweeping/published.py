@@ -149,7 +149,7 @@ def _speed(ours: Ours) -> Table:
         f"Switch Table 1, {name}": {f: 1 / known[2] for f, known in column.items()}
         for name, column in SWITCH_1.items()
     }
-    columns |= {f"Table 9, {name}": column for name, column in ST_MOE_9.items()}
+    columns |= {f"ST-MoE Table 9, {name}": column for name, column in ST_MOE_9.items()}
     base = ours.get(1.25)
     lines = []
     for factor in _factors(ours, *columns.values()):

@@ -243,7 +243,7 @@ def noise(rows: Sequence[Row]) -> float | None:
 def time_noise(row: Row, other: Row) -> float:
     """Standard error of one variant's step time over another's, told from the turns of both; 0 of
     a single one."""
-    pairs = zip(row.turn_ratios, other.turn_ratios, strict=False)
+    pairs = zip(row.turn_ratios, other.turn_ratios, strict=True)
     ratios = [mine / theirs for mine, theirs in pairs]
     return statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else 0.0
 

@@ -61,9 +61,10 @@ def save(
     """Write and commit checkpoint `step` of a run; every rank of `group` calls it alike.
 
     `tensors` maps a logical name to a DTensor, or to a tensor that is equal on all ranks; `extra`
-    is anything JSON holds. With `make` they may be on the meta device: it is given a name when that
-    tensor is written, so that one at a time is in memory. Returns the checkpoint's directory. A
-    step that is saved again is replaced in one move, and stays complete until then.
+    is anything JSON holds. With `make` they are on the meta device, and no DTensors: it is given a
+    name when that tensor is written, so that only it and the one before are in memory. Returns the
+    checkpoint's directory. A step that is saved again is replaced in one move, and stays complete
+    until then.
 
     Raises CheckpointError on every rank if any rank failed: nothing is committed then, and earlier
     checkpoints are as they were.
@@ -131,7 +132,7 @@ class _Planner(dcp.DefaultSavePlanner):
         self._make = make
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """The tensor of a name, or this rank's part of it."""
+        """The tensor of a name; without `make`, this rank's part of it."""
         return super().lookup_object(index) if self._make is None else self._make(index.fqn)
 
 
@@ -142,7 +143,14 @@ def _write_tensors(
     group: Group,
 ) -> Metadata:
     # Nothing is copied ahead: that asks for a CUDA stream, and a thread's device is GPU 0.
-    writer = _Writer(partial, sync_files=True, overwrite=False, per_thread_copy_ahead=0)
+    # DCP keeps what it has written until a file is complete: what is made has files of its own.
+    writer = _Writer(
+        partial,
+        sync_files=True,
+        overwrite=False,
+        per_thread_copy_ahead=0,
+        single_file_per_rank=make is None,
+    )
     planner = _Planner(make)
     with _dcp_errors("writing tensors", "save"):
         return dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group)

@@ -32,12 +32,18 @@ def fetch(
     Raises:
         UserError: it does not exist, cannot be reached, or is refused by the library.
     """
-    from huggingface_hub.errors import LocalEntryNotFoundError  # no connection, nothing cached
+    # The second: no connection, and nothing cached.
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
     begin = time.monotonic()
     for num_tries, delay in enumerate((*RETRY_DELAYS, None), start=1):
         try:
             return load()
+        except GatedRepoError as error:
+            raise UserError(
+                f"{subject} is only for those who accept its terms: do so on its page of the hub, "
+                "then `hf auth login`"
+            ) from error
         except Exception as error:
             if isinstance(error, absent_errors) and not isinstance(error, LocalEntryNotFoundError):
                 raise UserError(f"{subject} {absent} ({_first_line(error)})") from error
@@ -51,6 +57,11 @@ def fetch(
                 ) from error
             time.sleep(delay)
     raise AssertionError("the last try returns or raises")
+
+
+def may_be_on_hub(name: str) -> bool:
+    """Whether a name is like one of the hub, `owner/name` or `name`, and not like a path."""
+    return not name.startswith((".", "/", "~")) and name.count("/") <= 1
 
 
 def hub_documents(

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moetrain.data.hub import broke_off, fetch
+from moetrain.data.hub import broke_off, fetch, may_be_on_hub
 from moetrain.errors import UserError
 from moetrain.redact import require_whole
 
@@ -159,7 +159,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 def is_on_hub(name: str) -> bool:
     """Whether `load_tokenizer` would look for it on the hub."""
     path = _path(name)
-    is_path = path.suffix == ".json" or name.startswith((".", "/", "~")) or name.count("/") > 1
+    is_path = path.suffix == ".json" or not may_be_on_hub(name)
     return name != BYTES and not is_path and not path.is_file()
 
 

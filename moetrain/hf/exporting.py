@@ -21,25 +21,34 @@ from moetrain.convert import SHARD_BYTES, write_safetensors, written_beside
 from moetrain.data import BYTES, Tokenizer, bytes_as_json
 from moetrain.errors import UserError
 from moetrain.hf.bar import bar
-from moetrain.hf.formats import KEPT, FormatName, Part, approximations, parts, refusals, settings_of
+from moetrain.hf.formats import (
+    Part,
+    approximations,
+    parts,
+    refusals,
+    require_none,
+    settings_of,
+)
+from moetrain.hf.names import CONFIG, GENERATION, KEPT, SOURCE, TOKENIZER, DtypeName, FormatName
 from moetrain.restore import TOKENIZER_FILE
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: dict[DtypeName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def export(
     path: Path,
     out: Path,
     name: FormatName,
-    dtype: str = "bf16",
+    dtype: DtypeName = "bf16",
     approximate: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[str]:
     """Write the model of a checkpoint to the folder `out`, which must not exist; verified first.
 
-    `path` names a run (its newest checkpoint) or a checkpoint, `dtype` is fp32 or bf16. The folder
-    has config.json, generation_config.json, the tokenizer, and tensors in safetensors of at most
-    `shard_bytes` each; one file at a time is in memory, twice, and a tensor of the checkpoint.
+    `path` names a run (its newest checkpoint) or a checkpoint. The folder has config.json,
+    generation_config.json, the tokenizer, and tensors of `dtype` in safetensors of at most
+    `shard_bytes` each; one file at a time is in memory, twice, and a tensor of the checkpoint. What
+    an imported model had beside its tensors is there as it was.
     Returns in which ways the model is another one there.
 
     Raises UserError where the format cannot express the model, or only approximately and
@@ -58,16 +67,18 @@ def export(
     _require_alike(wanted, manifest)
     tokenizer = restore.tokenizer(found)
     vocab_size = manifest.tensors["model.embedding.weight"].shape[0]
-    described = settings_of(name, config, vocab_size, tokenizer.eos_id)
+    home = found.path.parent.parent
+    source = json.loads((home / SOURCE).read_text("utf-8")) if (home / SOURCE).exists() else None
+    described = settings_of(name, config, vocab_size, tokenizer.eos_id, source)
     torch_name = str(DTYPES[dtype]).removeprefix("torch.")
     with written_beside(out) as place:
         _write_tensors(place, found.path, manifest, wanted, DTYPES[dtype], shard_bytes)
-        _write_json(place / "config.json", {**described, "dtype": torch_name})
-        _write_json(place / "generation_config.json", {"eos_token_id": tokenizer.eos_id})
+        _write_json(place / CONFIG, {**described, "dtype": torch_name})
+        _write_json(place / GENERATION, {"eos_token_id": tokenizer.eos_id})
         _write_tokenizer(place, config, tokenizer)
         for file in KEPT:
-            if (imported := found.path.parent.parent / file).is_file():
-                shutil.copyfile(imported, place / file)
+            if file != SOURCE and (home / file).exists():
+                shutil.copyfile(home / file, place / file)
     return stated
 
 
@@ -75,16 +86,12 @@ def _require_alike(wanted: Sequence[Part], manifest: Manifest) -> None:
     """UserError with the list of tensors that are missing or have no place in the format."""
     needed = {f"model.{part.ours}" for part in wanted}
     there = {name for name in manifest.tensors if is_model(name)}
-    lists = [
-        f"{what}: {', '.join(sorted(names))}"
-        for what, names in (
-            ("missing in the checkpoint", needed - there),
-            ("without a place in the format", there - needed),
-        )
-        if names
-    ]
-    if lists:
-        raise UserError("\n".join(lists))
+    require_none(
+        {
+            "missing in the checkpoint": needed - there,
+            "without a place in the format": there - needed,
+        }
+    )
 
 
 def _write_tensors(
@@ -141,4 +148,4 @@ def _write_tokenizer(place: Path, config: Config, tokenizer: Tokenizer) -> None:
         "model_max_length": config.data.seq_len,
         "clean_up_tokenization_spaces": False,
     }
-    _write_json(place / "tokenizer_config.json", described)
+    _write_json(place / TOKENIZER, described)

@@ -2,21 +2,18 @@
 
 Names are those of published checkpoints, one tensor for each matrix of an expert, which
 transformers, vLLM and others read. Checked against transformers 5.24.
-
-Shape suffixes: E experts, D model width, F expert hidden width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from moetrain.config import Config
 from moetrain.errors import UserError
-
-FormatName = Literal["mixtral", "olmoe", "qwen3_moe"]
+from moetrain.hf.names import CARRIED, FormatName
 
 
 class Format(NamedTuple):
@@ -35,16 +32,18 @@ class Format(NamedTuple):
     """Whether heads may be of another width than dim/heads."""
     has_dense_blocks: bool = False
     """Whether some blocks may have no experts."""
+    norm_eps: float = 1e-5
+    """Where config.json does not say."""
 
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 FORMATS: dict[FormatName, Format] = {
     "mixtral": Format("MixtralForCausalLM", "block_sparse_moe", ("w1", "w3", "w2"), "none", True),
     "olmoe": Format("OlmoeForCausalLM", "mlp", PROJECTIONS, "full", has_head_dim=False),
-    "qwen3_moe": Format("Qwen3MoeForCausalLM", "mlp", PROJECTIONS, "head", has_dense_blocks=True),
+    "qwen3_moe": Format(
+        "Qwen3MoeForCausalLM", "mlp", PROJECTIONS, "head", has_dense_blocks=True, norm_eps=1e-6
+    ),
 }
-KEPT = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
-"""Files beside the tensors that say nothing of what is computed: what is imported is exported."""
 ROUTERS = ("topk", "switch", "gshard")
 """Gates that are a top-k of a softmax where nothing is drawn."""
 
@@ -96,8 +95,17 @@ def approximations(config: Config) -> list[str]:
     return found
 
 
-def settings_of(name: FormatName, config: Config, vocab_size: int, eos_id: int) -> dict[str, Any]:
-    """The content of config.json; `vocab_size` is the embedding's."""
+def settings_of(
+    name: FormatName,
+    config: Config,
+    vocab_size: int,
+    eos_id: int | None,
+    source: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of config.json; `vocab_size` is the embedding's.
+
+    `source` is the one of the model that this one was imported from, if any.
+    """
     format_, model, moe = FORMATS[name], config.model, config.moe
     found = {
         "architectures": [format_.architecture],
@@ -122,6 +130,10 @@ def settings_of(name: FormatName, config: Config, vocab_size: int, eos_id: int) 
         "router_aux_loss_coef": moe.balance_coef / moe.top_k,
         "use_cache": True,
     }
+    if source is not None:
+        found |= {key: source[key] for key in CARRIED if key in source}
+        longest = max(source["max_position_embeddings"], config.data.seq_len)
+        found["max_position_embeddings"] = longest
     if format_.has_head_dim:
         found["head_dim"] = model.attention_head_dim
     if name == "mixtral":
@@ -152,7 +164,8 @@ def format_of(described: Mapping[str, Any], where: str) -> FormatName:
         if described.get("model_type") == name:
             return name
     raise UserError(
-        f"{where}: model_type ({described.get('model_type')}) must be one of {', '.join(FORMATS)}"
+        f"{where}: model_type ({described.get('model_type')}) must be one of {', '.join(FORMATS)}; "
+        "other models are not read"
     )
 
 
@@ -162,14 +175,15 @@ def sections_of(name: FormatName, described: Mapping[str, Any]) -> dict[str, dic
     Raises UserError where it lacks something, or asks for what cannot be done here.
     """
     format_, is_mixtral = FORMATS[name], name == "mixtral"
-    found = {"num_experts": described.get("num_local_experts"), **described}
-    rope = {"rope_theta": found.get("rope_theta"), **(found.get("rope_scaling") or {})}
-    rope |= found.get("rope_parameters") or {}
-    _require_plain(name, found, rope)
+    experts = "num_local_experts" if "num_local_experts" in described else "num_experts"
     width = "moe_intermediate_size" if name == "qwen3_moe" else "intermediate_size"
-    needed = (*NEEDED, "num_experts", width)
-    if missing := [key for key in needed if found.get(key) is None]:
-        raise UserError(f"config.json has no {', '.join(missing)}")
+    found = {"rms_norm_eps": format_.norm_eps, **described}
+    found |= {"rope_theta": found.get("rope_theta"), **(found.get("rope_scaling") or {})}
+    found |= found.get("rope_parameters") or {}
+    if wrong := [key for key in (*NEEDED, experts, width) if not _is_number(found.get(key))]:
+        told = ", ".join(f"{key} ({found.get(key)})" for key in wrong)
+        raise UserError(f"config.json: {told} must be a number above 0")
+    _require_plain(name, found)
     layers, top_k = found["num_hidden_layers"], found["num_experts_per_tok"]
     model = {
         "dim": found["hidden_size"],
@@ -181,18 +195,18 @@ def sections_of(name: FormatName, described: Mapping[str, Any]) -> dict[str, dic
         "vocab_size": found["vocab_size"],
         "qk_norm": format_.qk_norm,
         "tie_embeddings": bool(found.get("tie_word_embeddings", False)),
-        "rope_theta": rope["rope_theta"],
+        "rope_theta": found["rope_theta"],
         "norm_eps": found["rms_norm_eps"],
     }
     moe = {
         "router": "topk",
-        "experts": found["num_experts"],
+        "experts": found[experts],
         "top_k": top_k,
         "renormalize": is_mixtral or bool(found.get("norm_topk_prob", False)),
         "expert_ffn_dim": found[width],
         "capacity_factor": None,
         "eval_capacity_factor": None,
-        "balance_coef": top_k * found.get("router_aux_loss_coef", 0.0),
+        "balance_coef": top_k * (found.get("router_aux_loss_coef") or 0.0),
         "z_loss_coef": 0.0,
     }
     if format_.has_dense_blocks:
@@ -201,6 +215,7 @@ def sections_of(name: FormatName, described: Mapping[str, Any]) -> dict[str, dic
         "model": model,
         "moe": moe,
         "data": {"seq_len": found["max_position_embeddings"]},
+        "train": {"micro_batch": 1},  # of sequences as long as that
     }
 
 
@@ -211,37 +226,44 @@ NEEDED = (
     "num_experts_per_tok",
     "vocab_size",
     "rms_norm_eps",
+    "rope_theta",
     "max_position_embeddings",
 )
-"""Of every config.json."""
+"""Of every config.json, as numbers."""
 
 
-def _require_plain(name: FormatName, found: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _require_plain(name: FormatName, found: Mapping[str, Any]) -> None:
+    kind = found.get("rope_type", found.get("type", "default"))
     window = found.get("sliding_window") if found.get("use_sliding_window", True) else None
-    reaches_all = window is None or window >= found.get("max_position_embeddings", 0)
+    reaches_all = window is None or window >= found["max_position_embeddings"]
     checks = {
+        "quantization_config must not be there: its tensors are not plain numbers": (
+            found.get("quantization_config") is None
+        ),
         f"hidden_act ({found.get('hidden_act')}) must be silu": (
             found.get("hidden_act", "silu") == "silu"
         ),
         "attention_bias (true) must be false": not found.get("attention_bias"),
         f"sliding_window ({window}) must be null": reaches_all,
         f"clip_qkv ({found.get('clip_qkv')}) must be null": found.get("clip_qkv") is None,
-        f"rope_type ({kind}) must be default, with a rope_theta": (
-            kind == "default" and rope.get("rope_theta") is not None
-        ),
-        f"partial_rotary_factor ({rope.get('partial_rotary_factor')}) must be 1": (
-            rope.get("partial_rotary_factor", 1) == 1
+        f"rope_type ({kind}) must be default": kind == "default",
+        f"partial_rotary_factor ({found.get('partial_rotary_factor')}) must be 1": (
+            found.get("partial_rotary_factor", 1) == 1
         ),
     }
     if problems := [f"{name}: {what}" for what, holds in checks.items() if not holds]:
-        raise UserError("\n".join(problems))
+        told = "\n".join(problems)
+        raise UserError(f"{told}\nmodels that compute otherwise cannot be imported")
 
 
 def _dense_blocks(found: Mapping[str, Any], layers: int) -> dict[str, int]:
     """Ours for blocks without experts: every n-th has some, but the first few."""
-    every, dense = found.get("decoder_sparse_step", 1), set(found.get("mlp_only_layers") or ())
-    first = next(layer for layer in range(layers + 1) if layer not in dense)
+    every, dense = found.get("decoder_sparse_step") or 1, set(found.get("mlp_only_layers") or ())
+    first = next((layer for layer in range(layers) if layer not in dense), layers)
     sparse = {layer for layer in range(layers) if (layer + 1) % every == 0}
     if sparse - dense != {layer for layer in sparse if layer >= first}:
         raise UserError(
@@ -252,6 +274,22 @@ def _dense_blocks(found: Mapping[str, Any], layers: int) -> dict[str, int]:
 
 
 # ---- tensors -------------------------------------------------------------------------------------
+
+
+MOST_NAMES = 20
+"""That a message lists of a kind."""
+
+
+def require_none(named: Mapping[str, Iterable[str]]) -> None:
+    """UserError with the names of every kind, by what is wrong with them, if there are any."""
+    lines = []
+    for what, names in named.items():
+        if listed := sorted(names):
+            more = len(listed) - MOST_NAMES
+            told = ", ".join(listed[:MOST_NAMES]) + (f" and {more:,} more" if more > 0 else "")
+            lines.append(f"{what}: {told}")
+    if lines:
+        raise UserError("\n".join(lines))
 
 
 class Part(NamedTuple):

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,19 +15,20 @@ from torch import Tensor
 from moetrain import checkpoint, settings
 from moetrain.build import build_model
 from moetrain.config import Config
-from moetrain.convert import INDEX, one_process, written_beside
+from moetrain.convert import INDEX, WEIGHTS, one_process, written_beside
 from moetrain.data import BYTES, Tokenizer, load_tokenizer
-from moetrain.data.hub import fetch
+from moetrain.data.hub import fetch, may_be_on_hub
 from moetrain.errors import UserError
 from moetrain.hf.bar import bar
-from moetrain.hf.formats import KEPT, Part, format_of, parts, sections_of
+from moetrain.hf.formats import Part, format_of, parts, require_none, sections_of
+from moetrain.hf.names import CONFIG, KEPT, SOURCE
 from moetrain.model import Transformer
 from moetrain.restore import TOKENIZER_FILE
+from moetrain.resume import described
 from moetrain.step import Position
 
-WEIGHTS = "model.safetensors"
-DTYPES = ("F32", "BF16", "F16")
-"""In which tensors may come, by safetensors' names."""
+PLAIN = ("F32", "BF16", "F16")
+"""Types that tensors may come in, by safetensors' names."""
 
 
 def import_model(source: str, out: Path, tokenizer: str | None = None) -> None:
@@ -44,10 +44,10 @@ def import_model(source: str, out: Path, tokenizer: str | None = None) -> None:
     it is then not there.
     """
     folder = _folder_of(source)
-    described = _read_json(folder / "config.json")
-    name = format_of(described, str(folder))
+    theirs = _read_json(folder / CONFIG)
+    name = format_of(theirs, str(folder / CONFIG))
     loaded = load_tokenizer(tokenizer or str(_tokenizer_of(folder)))
-    sections = sections_of(name, described)
+    sections = sections_of(name, theirs)
     sections["data"]["tokenizer"] = tokenizer if tokenizer == BYTES else str(out / TOKENIZER_FILE)
     config = settings.resolve(None, sections)
     model = build_model(config, loaded.vocab_size)
@@ -59,16 +59,16 @@ def import_model(source: str, out: Path, tokenizer: str | None = None) -> None:
             _write_weights(place, config, model, wanted, there, loaded)
             loaded.save(place / TOKENIZER_FILE)
             settings.save(config, place / "config.yaml")
-            for file in KEPT:
-                if (folder / file).is_file():
-                    shutil.copyfile(folder / file, place / file)
+            for file in KEPT if tokenizer is None else ():
+                if (original := folder / (CONFIG if file == SOURCE else file)).is_file():
+                    shutil.copyfile(original, place / file)
 
 
 def _folder_of(source: str) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
-    if path.exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):
+    if path.exists() or not may_be_on_hub(source):
         raise UserError(f"SOURCE ({source}) is no folder; name one, or a model on the hub")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -127,7 +127,10 @@ def _opened(folder: Path) -> Iterator[_There]:
     from safetensors import SafetensorError, safe_open
 
     if (folder / INDEX).is_file():
-        names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
+        places = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(places, dict):
+            raise UserError(f"{folder / INDEX} has no weight_map; download it again")
+        names = sorted(set(places.values()))
     elif (folder / WEIGHTS).is_file():
         names = [WEIGHTS]
     else:
@@ -153,21 +156,21 @@ def _require_alike(
     ours = dict(model.named_parameters())
     needed = {part.name: list(part.of(ours[part.ours]).shape) for part in wanted}
     known = {name for name in there.files if not _says_nothing(name, is_tied)}
-    both = sorted(needed.keys() & known)
-    shapes = [
-        f"{name} {there.shape(name)} instead of {needed[name]}"
-        for name in both
-        if there.shape(name) != needed[name]
-    ]
-    dtypes = [f"{name} ({there.dtype(name)})" for name in both if there.dtype(name) not in DTYPES]
-    lists = {
-        "missing": sorted(needed.keys() - known),
-        "without a place in the model": sorted(known - needed.keys()),
-        "of another shape than config.json says": shapes,
-        f"of another type than {', '.join(DTYPES)}": dtypes,
-    }
-    if told := [f"{what}: {', '.join(names)}" for what, names in lists.items() if names]:
-        raise UserError("\n".join(told))
+    both = needed.keys() & known
+    require_none(
+        {
+            "missing": needed.keys() - known,
+            "without a place in the model": known - needed.keys(),
+            "of another shape than config.json says": (
+                f"{name} {there.shape(name)} instead of {needed[name]}"
+                for name in both
+                if there.shape(name) != needed[name]
+            ),
+            f"of another type than {', '.join(PLAIN)}": (
+                f"{name} ({there.dtype(name)})" for name in both if there.dtype(name) not in PLAIN
+            ),
+        }
+    )
 
 
 def _says_nothing(name: str, is_tied: bool) -> bool:
@@ -187,13 +190,7 @@ def _write_weights(
     of_ours: dict[str, list[Part]] = {}
     for part in wanted:
         of_ours.setdefault(f"model.{part.ours}", []).append(part)
-    extra = {
-        "position": asdict(Position()),
-        "order": {"seed": config.seed, "data.seq_len": config.data.seq_len, "data": None},
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer": tokenizer.fingerprint,
-        "config": settings.redacted(config),
-    }
+    extra = described(config, Position(), tokenizer.vocab_size, tokenizer.fingerprint, text=None)
     with bar(len(wanted)) as advance:
 
         def make(name: str) -> Tensor:
