@@ -36,8 +36,6 @@ GROUPS = (8, 4, 2)
 """Experts that are taken together, if they are alike; otherwise one."""
 MOST_NUMBERS = 1 << 21
 """In the hidden activations of a group of several."""
-HAS_AMX = torch.cpu._is_amx_tile_supported()
-"""Whose products of a transposed operand are slow: slower than a copy and a product, if large."""
 EMPTY_FLOPS = 2e8
 """That may go into empty rows: for each expert of a group but one, since another group costs more;
 and for one expert, since another shape does."""
@@ -259,8 +257,7 @@ def _backward(
     (gate_up_gD2F, down_gFD), (grad_gate_up_gD2F, grad_down_gFD, grad_x_gnD) = weights, into
     product_gnF, grad_gn2F = swiglu_backward(_products(grad_gnD, down_gFD.mT), hidden_gn2F)
     _products(product_gnF.mT, grad_gnD, out=grad_down_gFD)
-    copies = HAS_AMX and x_gnD.dtype == torch.bfloat16
-    _products(_transposed(x_gnD) if copies else x_gnD.mT, grad_gn2F, out=grad_gate_up_gD2F)
+    _products(x_gnD.mT, grad_gn2F, out=grad_gate_up_gD2F)
     _products(grad_gn2F, gate_up_gD2F.mT, out=grad_x_gnD)
 
 
@@ -269,14 +266,6 @@ def _products(one: Tensor, other: Tensor, out: Tensor | None = None) -> Tensor:
     if len(one) > 1:
         return torch.bmm(one, other, out=out)
     return torch.mm(one[0], other[0], out=None if out is None else out[0])[None]
-
-
-def _transposed(x_gnD: Tensor) -> Tensor:
-    """A transposed copy, (g, D, n); of matrices, since of all at once it is slow."""
-    x_gDn = x_gnD.new_empty(x_gnD.mT.shape)
-    for x_Dn, x_nD in zip(x_gDn, x_gnD, strict=True):
-        x_Dn.copy_(x_nD.T)
-    return x_gDn
 
 
 def _gather(x_TD: Tensor, packing: Packing, group: Group) -> Tensor:
