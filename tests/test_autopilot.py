@@ -22,8 +22,10 @@ from moetrain import autopilot, checkpoint
 from moetrain.autopilot import FACTORS, MARGIN, OFF, STEPS, Autopilot, changes, decide
 from moetrain.moe import OUTCOMES, Ledger, Routing
 from moetrain.moe.capacity import would_drop
+from moetrain.replay import compare, replay
 from moetrain.sinks import read_metrics
 from moetrain.step import Position
+from moetrain.trace import Trace
 
 CHOOSING = [gate for gate in GATES if gate != "expert_choice"]
 """Gates with which tokens choose."""
@@ -201,6 +203,7 @@ def whole(tmp_path_factory) -> tuple[Path, Path]:
         train={"steps": LAST},
         eval={"every": 0},
         checkpoint={"every": SAVED},
+        log={"trace": True},
     )
     folder, errors = train_briefly(2, config, bad=frozenset({SKIPPED}))
     assert errors == ["", ""]
@@ -229,6 +232,12 @@ def test_layers_move_when_a_window_of_applied_steps_is_full(whole) -> None:
     assert moved == [6, 10, 14]
     assert factors[5] == [3.0, 3.0]
     assert all(layer["dropped"] <= TARGET * layer["assigned"] for layer in lines[-1]["layers"])
+
+
+def test_a_replay_has_the_factors_and_every_count_of_the_run(whole) -> None:
+    recorded = replay(Trace.open(whole[1]))
+    assert compare(recorded, read_metrics(whole[1])) == (LAST, [])
+    assert len({str(line["layers"][0]["capacity_factor"]) for line in read_metrics(whole[1])}) > 2
 
 
 def test_the_sums_that_are_saved_are_those_of_the_ledger(whole) -> None:
