@@ -277,6 +277,49 @@ class Import:
         return 0
 
 
+@app.command(name="upcycle")
+@dataclass(frozen=True)
+class Upcycle:
+    """Make a mixture of experts of a dense model of Hugging Face, as a checkpoint to train on from:
+    every expert begins as its feed-forward layer."""
+
+    dense: Positional[Annotated[str, arg(metavar="HF_DIR_OR_NAME")]]
+    """Folder of a model in the format llama, mistral or qwen3, or its name on the hub."""
+    out: Positional[Annotated[Path, arg(metavar="OUT")]]
+    """Folder to write; must not exist."""
+    experts: int = 8
+    """Experts in a block."""
+    top_k: int = 2
+    """How many of them a token chooses."""
+    every: int = 1
+    """Every n-th block gets experts, the others stay dense."""
+    noise: float = 0.0
+    """Standard deviation of what is added to every expert, over that of a fresh one."""
+    seed: int = 0
+    """Seed of the routers and of the noise."""
+    tokenizer: str | None = None
+    """Instead of the model's own: bytes, a tokenizer.json, or a model name on the hub."""
+
+    def run(self) -> int:
+        """Write and print the path."""
+        _require(self.experts > 0, "experts", self.experts, "1 or more")
+        _require(0 <= self.noise < float("inf"), "noise", self.noise, "0 or more")
+        from moetrain.upcycle import upcycle
+
+        upcycle(
+            self.dense,
+            self.out,
+            experts=self.experts,
+            top_k=self.top_k,
+            every=self.every,
+            noise=self.noise,
+            seed=self.seed,
+            tokenizer=self.tokenizer,
+        )
+        print(self.out)
+        return 0
+
+
 @checkpoint_app.command(name="list")
 @dataclass(frozen=True)
 class CheckpointList:

@@ -223,14 +223,14 @@ def test_tokenizer_train(calls):
 REFUSED = {
     "no command": (
         [],
-        "Expected one of {train, check, eval, generate, replay, export, import, checkpoint, data, "
-        "tokenizer}.",
+        "Expected one of {train, check, eval, generate, replay, export, import, upcycle, "
+        "checkpoint, data, tokenizer}.",
     ),
     "unknown command": (
         ["trian"],
         "Unrecognized options: trian\n"
-        "Available subcommands: train, check, eval, generate, replay, export, import, checkpoint, "
-        "data, tokenizer",
+        "Available subcommands: train, check, eval, generate, replay, export, import, upcycle, "
+        "checkpoint, data, tokenizer",
     ),
     "no config": (
         ["train"],

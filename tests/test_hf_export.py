@@ -45,6 +45,9 @@ MODELS: dict[str, tuple[FormatName, dict[str, Any]]] = {
         "qwen3_moe",
         {"model": {"qk_norm": "head", "layers": 4}, "moe": {"every": 2, "first_dense": 1}},
     ),
+    "llama": ("llama", {"model": {"kv_heads": 2, "head_dim": 8}, "moe": {"experts": 0}}),
+    "mistral": ("mistral", {"moe": {"experts": 0}}),
+    "qwen3, dense": ("qwen3", {"model": {"qk_norm": "head"}, "moe": {"experts": 0}}),
 }
 
 
@@ -117,7 +120,7 @@ def test_names_are_those_of_published_checkpoints(
         "mixtral": "block_sparse_moe.experts.3.w2",
         "olmoe": "mlp.experts.3.down_proj",
         "qwen3_moe": "mlp.experts.3.down_proj",
-    }[name]
+    }.get(name, "mlp.down_proj")
     layer = 3 if json.loads((out / "config.json").read_text())["num_hidden_layers"] == 4 else 0
     with safe_open(out / "model.safetensors", "pt") as tensors:
         assert f"model.layers.{layer}.{matrix}.weight" in tensors.keys()  # noqa: SIM118
@@ -165,6 +168,7 @@ def test_the_tokenizer_gives_the_same_ids(run: Path, tmp_path: Path) -> None:
         ("mixtral", {"first_dense": 1}, {}, "moe.first_dense (1) must leave no block without"),
         ("olmoe", {}, {"qk_norm": "full", "head_dim": 4}, "model.head_dim (4) must be dim/heads"),
         ("mixtral", {"experts": 0}, {}, "moe.experts (0) must be 1 or more"),
+        ("llama", {}, {}, "llama: moe.experts (8) must be 0"),
         ("mixtral", {"capacity_factor": 1.25}, {}, "moe.capacity_factor (1.25) drops assignments"),
         ("mixtral", {"router": "gshard"}, {}, "moe.random_second (true) leaves out second experts"),
     ],

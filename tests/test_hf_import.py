@@ -39,24 +39,34 @@ SMALL: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "max_position_embeddings": 32,
-    "num_experts_per_tok": 2,
     "initializer_range": 0.3,  # so that experts differ
     "bos_token_id": None,
     "eos_token_id": 256,
     "pad_token_id": None,
     "output_router_logits": False,
 }
+TOP_2 = {"num_experts_per_tok": 2}
 NARROW = {"num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 24}
 MODELS: dict[str, tuple[FormatName, dict[str, Any]]] = {
-    "mixtral": ("mixtral", {**NARROW, "num_local_experts": 4, "router_aux_loss_coef": 0.02}),
-    "mixtral, tied": ("mixtral", {**NARROW, "num_local_experts": 4, "tie_word_embeddings": True}),
-    "olmoe": ("olmoe", {"num_key_value_heads": 2, "intermediate_size": 12, "num_experts": 4}),
+    "mixtral": (
+        "mixtral",
+        {**NARROW, "num_local_experts": 4, **TOP_2, "router_aux_loss_coef": 0.02},
+    ),
+    "mixtral, tied": (
+        "mixtral",
+        {**NARROW, "num_local_experts": 4, **TOP_2, "tie_word_embeddings": True},
+    ),
+    "olmoe": (
+        "olmoe",
+        {"num_key_value_heads": 2, "intermediate_size": 12, "num_experts": 4, **TOP_2},
+    ),
     "qwen3": (
         "qwen3_moe",
         {
             **NARROW,
             "num_hidden_layers": 4,
             "num_experts": 4,
+            **TOP_2,
             "moe_intermediate_size": 12,
             "norm_topk_prob": True,
             "decoder_sparse_step": 2,
@@ -64,18 +74,17 @@ MODELS: dict[str, tuple[FormatName, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
         },
     ),
+    "llama": ("llama", NARROW),
+    "mistral": ("mistral", {**NARROW, "sliding_window": None}),
+    "qwen3, dense": ("qwen3", {**NARROW, "tie_word_embeddings": True}),
 }
 
 
 def random_model(name: FormatName, shape: dict[str, Any]) -> Any:
     """A model of transformers with weights that are none of them ones or zeros."""
-    kind = {
-        "mixtral": transformers.MixtralConfig,
-        "olmoe": transformers.OlmoeConfig,
-        "qwen3_moe": transformers.Qwen3MoeConfig,
-    }[name]
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(kind(**{**SMALL, **shape}))
+    given = transformers.AutoConfig.for_model(name, **{**SMALL, **shape})
+    model = transformers.AutoModelForCausalLM.from_config(given)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim == 1:
@@ -276,10 +285,11 @@ def test_ranks_start_from_the_weights_too(
     imported: tuple[Any, Path, Path, FormatName], tmp_path: Path, engine: str, ranks2: RankPool
 ) -> None:
     _, _, run, _ = imported
+    ep = 2 if restore.find(run).config.moe.experts else 1
     write_config(tmp_path)
     config = tmp_path / "finetune.yaml"
     config.write_text(
-        f"init_from: {run}\nparallel: {{ep: 2}}\nengine: {{kind: {engine}}}\n"
+        f"init_from: {run}\nparallel: {{ep: {ep}}}\nengine: {{kind: {engine}}}\n"
         f"data: {{source: {tmp_path / 'text'}, cache: {tmp_path / 'cache'}, seq_len: 16}}\n"
         "train: {global_batch: 2, micro_batch: 1}\n"
     )
@@ -342,7 +352,7 @@ def test_tensors_that_do_not_fit_are_listed(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"model_type": "llama"}, "model_type (llama) must be one of mixtral, olmoe, qwen3_moe"),
+        ({"model_type": "gemma"}, "model_type (gemma) must be one of mixtral, olmoe, qwen3_moe"),
         ({"quantization_config": {"bits": 4}}, "mixtral: quantization_config must not be there"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers (two) must be a number above 0"),
         ({"hidden_act": "gelu"}, "mixtral: hidden_act (gelu) must be silu"),

@@ -21,7 +21,8 @@ from torch.nn.utils import parametrize
 from moetrain.build import build_model
 from moetrain.config import Config
 from moetrain.data import Batch, Samples, prepare
-from moetrain.hf.formats import PLAIN, settings_of
+from moetrain.hf.formats import settings_of
+from moetrain.hf.tensors import PLAIN
 from moetrain.optim import decays
 from moetrain.parallel import initial_values
 from moetrain.precision import computes_in

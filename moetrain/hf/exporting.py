@@ -21,15 +21,9 @@ from moetrain.convert import SHARD_BYTES, write_safetensors, written_beside
 from moetrain.data import BYTES, Tokenizer, bytes_as_json
 from moetrain.errors import UserError
 from moetrain.hf.bar import bar
-from moetrain.hf.formats import (
-    Part,
-    approximations,
-    parts,
-    refusals,
-    require_none,
-    settings_of,
-)
+from moetrain.hf.formats import approximations, refusals, settings_of
 from moetrain.hf.names import CONFIG, GENERATION, KEPT, SOURCE, TOKENIZER, DtypeName, FormatName
+from moetrain.hf.tensors import Part, parts, require_none
 from moetrain.restore import TOKENIZER_FILE
 
 DTYPES: dict[DtypeName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}

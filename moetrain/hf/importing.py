@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +20,9 @@ from moetrain.data import BYTES, Tokenizer, load_tokenizer
 from moetrain.data.hub import fetch, may_be_on_hub
 from moetrain.errors import UserError
 from moetrain.hf.bar import bar
-from moetrain.hf.formats import Part, format_of, parts, require_none, sections_of
+from moetrain.hf.formats import format_of, sections_of
 from moetrain.hf.names import CONFIG, KEPT, SOURCE
+from moetrain.hf.tensors import Part, parts, require_none
 from moetrain.model import Transformer
 from moetrain.restore import TOKENIZER_FILE
 from moetrain.resume import described
@@ -31,37 +32,85 @@ PLAIN = ("F32", "BF16", "F16")
 """Types that tensors may come in, by safetensors' names."""
 
 
+class Opened(NamedTuple):
+    """A model of Hugging Face, its tensors still on disk."""
+
+    config: Config
+    """Its settings as ours; the tokenizer is `data.tokenizer` as it is given."""
+    tokenizer: Tokenizer
+    beside: Mapping[str, Path]
+    """Files that stand beside its tensors, by the names they have with us."""
+    make: Callable[[str], Tensor]
+    """Reads one of our parameters, in fp32, by its name in the model."""
+
+
 def import_model(source: str, out: Path, tokenizer: str | None = None) -> None:
     """Write a model of Hugging Face to the folder `out`, which must not exist, as that of a run.
 
     `source` is a folder, or the name of a model on the hub. The folder then has config.yaml, the
     tokenizer, and a checkpoint of step 0 whose weights are in fp32; `moetrain generate`, `eval` and
-    `export` read it, and `init_from` trains on from it. One tensor at a time is in memory (of all
-    experts of a layer, for theirs). `tokenizer` (as data.tokenizer) replaces that of the source.
+    `export` read it, and `init_from` trains on from it. Two parameters at a time are in memory.
+    `tokenizer` (as data.tokenizer) replaces that of the source.
 
     Raises UserError where the format is not known or does what cannot be done here, where tensors
     are missing, left over or of another shape, and where `out` is in the way or cannot be written;
     it is then not there.
     """
+    with opened(source, tokenizer) as theirs:
+        write(out, theirs.config, theirs)
+
+
+@contextmanager
+def opened(source: str, tokenizer: str | None) -> Iterator[Opened]:
+    """A model of Hugging Face, to be read while this lasts. Raises as `import_model`."""
     folder = _folder_of(source)
     theirs = _read_json(folder / CONFIG)
     name = format_of(theirs, str(folder / CONFIG))
     loaded = load_tokenizer(tokenizer or str(_tokenizer_of(folder)))
-    sections = sections_of(name, theirs)
-    sections["data"]["tokenizer"] = tokenizer if tokenizer == BYTES else str(out / TOKENIZER_FILE)
-    config = settings.resolve(None, sections)
+    config = settings.resolve(None, sections_of(name, theirs))
     model = build_model(config, loaded.vocab_size)
-    wanted = list(parts(name, config))
-    with _opened(folder) as there:
-        _require_alike(wanted, model, there, is_tied=config.model.tie_embeddings)
-        with written_beside(out) as place, one_process():
-            place.mkdir()
-            _write_weights(place, config, model, wanted, there, loaded)
-            loaded.save(place / TOKENIZER_FILE)
-            settings.save(config, place / "config.yaml")
-            for file in KEPT if tokenizer is None else ():
-                if (original := folder / (CONFIG if file == SOURCE else file)).is_file():
-                    shutil.copyfile(original, place / file)
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}
+    of_ours: dict[str, list[Part]] = {}
+    for part in parts(name, config):
+        of_ours.setdefault(part.ours, []).append(part)
+    originals = {file: folder / (CONFIG if file == SOURCE else file) for file in KEPT}
+    beside = {file: path for file, path in originals.items() if path.is_file() and not tokenizer}
+    with _tensors(folder) as there:
+        _require_alike(list(parts(name, config)), model, there, config.model.tie_embeddings)
+
+        def make(name: str) -> Tensor:
+            whole = torch.empty(shapes[name])
+            for part in of_ours[name]:
+                part.of(whole).copy_(there.read(part.name))
+            return whole
+
+        yield Opened(config, loaded, beside, make)
+
+
+def write(out: Path, config: Config, model: Opened) -> None:
+    """Write a checkpoint of step 0 as a run's folder; `model` makes the parameters of `config`."""
+    loaded = model.tokenizer
+    name = BYTES if loaded.fingerprint == BYTES else str(out / TOKENIZER_FILE)
+    data = config.data.model_copy(update={"tokenizer": name})
+    config = config.model_copy(update={"data": data})
+    parameters = build_model(config, loaded.vocab_size).named_parameters()
+    tensors = {f"model.{name}": weight.detach() for name, weight in parameters}
+    extra = described(config, Position(), loaded.vocab_size, loaded.fingerprint, text=None)
+    with bar(len(tensors)) as advance, written_beside(out) as place, one_process():
+
+        def make(name: str) -> Tensor:
+            advance()
+            return model.make(name.removeprefix("model."))
+
+        place.mkdir()
+        checkpoint.save(place, 0, tensors, extra, make=make)
+        loaded.save(place / TOKENIZER_FILE)
+        settings.save(config, place / "config.yaml")
+        for file, path in model.beside.items():
+            shutil.copyfile(path, place / file)
+
+
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def _folder_of(source: str) -> Path:
@@ -69,14 +118,14 @@ def _folder_of(source: str) -> Path:
     if path.is_dir():
         return path
     if path.exists() or not may_be_on_hub(source):
-        raise UserError(f"SOURCE ({source}) is no folder; name one, or a model on the hub")
+        raise UserError(f"{source} is no folder; name one, or a model on the hub")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
     wanted = ["*.json", "*.safetensors", "*.jinja"]
     found = fetch(
         lambda: snapshot_download(source, allow_patterns=wanted),
-        f"SOURCE ('{source}')",
+        f"'{source}'",
         "is neither a folder here nor a model on the hub",
         (RepositoryNotFoundError,),
     )
@@ -102,9 +151,6 @@ def _tokenizer_of(folder: Path) -> Path:
     return path
 
 
-# ---- tensors -------------------------------------------------------------------------------------
-
-
 class _There(NamedTuple):
     """The tensors of a source, on disk until they are read."""
 
@@ -122,7 +168,7 @@ class _There(NamedTuple):
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[_There]:
+def _tensors(folder: Path) -> Iterator[_There]:
     """Every safetensors file that belongs to the model."""
     from safetensors import SafetensorError, safe_open
 
@@ -176,28 +222,3 @@ def _require_alike(
 def _says_nothing(name: str, is_tied: bool) -> bool:
     """Whether a tensor follows from others: frequencies that old checkpoints hold, a tied head."""
     return name.endswith("rotary_emb.inv_freq") or (is_tied and name == "lm_head.weight")
-
-
-def _write_weights(
-    place: Path,
-    config: Config,
-    model: Transformer,
-    wanted: Sequence[Part],
-    there: _There,
-    tokenizer: Tokenizer,
-) -> None:
-    tensors = {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
-    of_ours: dict[str, list[Part]] = {}
-    for part in wanted:
-        of_ours.setdefault(f"model.{part.ours}", []).append(part)
-    extra = described(config, Position(), tokenizer.vocab_size, tokenizer.fingerprint, text=None)
-    with bar(len(wanted)) as advance:
-
-        def make(name: str) -> Tensor:
-            whole = torch.empty(tensors[name].shape)
-            for part in of_ours[name]:
-                part.of(whole).copy_(there.read(part.name))
-                advance()
-            return whole
-
-        checkpoint.save(place, 0, tensors, extra, make=make)

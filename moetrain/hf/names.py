@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-FormatName = Literal["mixtral", "olmoe", "qwen3_moe"]
+FormatName = Literal["mixtral", "olmoe", "qwen3_moe", "llama", "mistral", "qwen3"]
 DtypeName = Literal["fp32", "bf16"]
 
 CONFIG = "config.json"
