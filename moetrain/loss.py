@@ -23,10 +23,11 @@ def cross_entropy_sum(
 ) -> Tensor:
     """Σ over targets of −log softmax(hidden·weightᵀ)[target] in nats: fp32 (fp64 for fp64), 0-d.
 
-    Targets equal to IGNORED add nothing, so all of them ignored gives 0. Logits exist for
-    `chunk_tokens` tokens at a time and once: the forward pass also computes the gradients of the
-    sum, which are smaller, and the backward pass scales them (the idea of Liger-Kernel's fused
-    linear cross-entropy, 2410.10989 §3.2).
+    `hidden_TD` and `weight_VD` are of one floating dtype, `target_T` is int64. Targets equal to
+    IGNORED add nothing, so all of them ignored gives 0. Logits exist for `chunk_tokens` tokens at a
+    time and once: the forward pass also computes the gradients of the sum, which are smaller, and
+    the backward pass scales them (the idea of Liger-Kernel's fused linear cross-entropy,
+    2410.10989 §3.2).
     """
     keeps = torch.is_grad_enabled()
     return _CrossEntropySum.apply(hidden_TD, weight_VD, target_T, chunk_tokens, keeps)  # type: ignore[return-value]
@@ -75,10 +76,10 @@ def _chunk(
     wide = torch.promote_types(logits_TV.dtype, torch.float32)
     log_TV = F.log_softmax(logits_TV, dim=-1, dtype=wide)
     del logits_TV
-    counts_T1 = (target_T != IGNORED)[:, None]
-    target_T1 = target_T[:, None].where(counts_T1, 0)
-    loss = -log_TV.gather(1, target_T1).where(counts_T1, 0).sum()
+    has_loss_T1 = (target_T != IGNORED)[:, None]
+    target_T1 = target_T[:, None].where(has_loss_T1, 0)
+    loss = -log_TV.gather(1, target_T1).where(has_loss_T1, 0).sum()
     if not keeps:
         return loss, None
     grad_TV = log_TV.exp_().scatter_add_(1, target_T1, -torch.ones_like(target_T1, dtype=wide))
-    return loss, grad_TV.mul_(counts_T1).to(hidden_TD.dtype)
+    return loss, grad_TV.mul_(has_loss_T1).to(hidden_TD.dtype)

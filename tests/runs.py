@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from moetrain import checkpoint, cli, settings
+from moetrain import checkpoint, cli, restore, settings
 from moetrain.config import Config
 from moetrain.engines import Engine
 from moetrain.errors import DivergedError
@@ -136,6 +136,12 @@ def save_model(run: Path, config: Config, model: Transformer, text: str = "") ->
     tensors = {f"model.{name}": value.detach() for name, value in named}
     with process_group():
         return checkpoint.save(run, 1, tensors, extra)
+
+
+def model_of(run: Path) -> Transformer:
+    """The model of a run's newest checkpoint, whole."""
+    with process_group() as device:
+        return restore.model_on_device(restore.find(run), device)
 
 
 def lines_without_timings(run: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from moetrain import check, cli, settings
+from moetrain import check, cli, commands, settings
 from moetrain.build import build_model
 from moetrain.cautions import cautions
 from moetrain.config import Config
@@ -38,10 +38,10 @@ def paragraph(name: str) -> str:
     return " ".join(comment(name))
 
 
-def check_command(name: str) -> cli.Check:
+def check_command(name: str) -> commands.Check:
     line = next(line for line in comment(name) if line.startswith("moetrain check"))
     command = cli.parse(shlex.split(line)[1:])
-    assert isinstance(command, cli.Check)
+    assert isinstance(command, commands.Check)
     return command
 
 

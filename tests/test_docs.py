@@ -13,7 +13,7 @@ from typing import get_args
 import pytest
 
 from moetrain import cli, settings
-from moetrain.cli import Check, Train
+from moetrain.commands import Check, Train
 from moetrain.config import Config, MoEConfig
 from moetrain.constraints import check_world
 from moetrain.metrics import EvalLine, LayerLine, TrainLine

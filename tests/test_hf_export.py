@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from runs import train, write_config
+from runs import model_of, train, write_config
 from safetensors import safe_open
 
-from moetrain import checkpoint, restore, settings
+from moetrain import checkpoint, settings
 from moetrain.cli import main
 from moetrain.convert import INDEX
 from moetrain.data.tokenizer import ByteTokenizer
@@ -21,8 +21,6 @@ from moetrain.generate import continuations, greedy
 from moetrain.hf.exporting import export
 from moetrain.hf.formats import FORMATS, approximations, refusals
 from moetrain.hf.names import FormatName
-from moetrain.mesh import process_group
-from moetrain.model import Transformer
 
 DROPLESS = {"capacity_factor": None, "eval_capacity_factor": None}
 MODELS: dict[str, tuple[FormatName, dict[str, Any]]] = {
@@ -73,12 +71,6 @@ def exported(
     return run, folder / "out", name
 
 
-def own(run: Path) -> Transformer:
-    """Our model."""
-    with process_group() as device:
-        return restore.model_on_device(restore.find(run), device)
-
-
 def loaded(out: Path) -> Any:
     """Their model; every tensor found its place, and none was left over."""
     model, told = transformers.AutoModelForCausalLM.from_pretrained(
@@ -90,7 +82,7 @@ def loaded(out: Path) -> Any:
 
 def test_logits_are_the_same(exported: tuple[Path, Path, FormatName]) -> None:
     run, out, name = exported
-    ours = own(run)
+    ours = model_of(run)
     theirs = loaded(out)
     assert theirs.config.architectures == [FORMATS[name].architecture]
     for length in (1, 7, 200):  # the run was trained on less
@@ -102,7 +94,7 @@ def test_logits_are_the_same(exported: tuple[Path, Path, FormatName]) -> None:
 
 def test_greedy_generation_is_the_same(exported: tuple[Path, Path, FormatName]) -> None:
     run, out, _ = exported
-    ours = own(run)
+    ours = model_of(run)
     prompt_BL = torch.tensor([list(b"def main("), list(b"import os")])
     mine = torch.stack(list(continuations(ours, prompt_BL, 20, greedy)), dim=1)
     theirs = loaded(out)

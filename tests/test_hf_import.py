@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from runs import read_metrics, saved_tensors, train, write_config
+from runs import model_of, read_metrics, saved_tensors, train, write_config
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -27,8 +27,7 @@ from moetrain.hf.formats import sections_of
 from moetrain.hf.importing import import_model
 from moetrain.hf.names import SOURCE, FormatName
 from moetrain.inherited import resolve_run
-from moetrain.mesh import Mesh, process_group
-from moetrain.model import Transformer
+from moetrain.mesh import Mesh
 from moetrain.resume import begin
 from moetrain.testing import RankPool, simulate_ranks
 from moetrain.train import set_up
@@ -112,18 +111,13 @@ def imported(
     return theirs, folder / "theirs", folder / "ours", name
 
 
-def own(run: Path) -> Transformer:
-    with process_group() as device:
-        return restore.model_on_device(restore.find(run), device)
-
-
 def random_tokens(length: int) -> torch.Tensor:
     return torch.randint(257, (2, length), generator=torch.Generator().manual_seed(length))
 
 
 def test_logits_are_the_same(imported: tuple[Any, Path, Path, FormatName]) -> None:
     theirs, _, run, _ = imported
-    ours = own(run)
+    ours = model_of(run)
     for length in (1, 7, 200):  # also longer than max_position_embeddings
         tokens_BL = random_tokens(length)
         with torch.no_grad():
@@ -134,7 +128,7 @@ def test_logits_are_the_same(imported: tuple[Any, Path, Path, FormatName]) -> No
 def test_greedy_generation_is_the_same(imported: tuple[Any, Path, Path, FormatName]) -> None:
     theirs, _, run, _ = imported
     prompt_BL = random_tokens(8)
-    mine = torch.stack(list(continuations(own(run), prompt_BL, 20, greedy)), dim=1)
+    mine = torch.stack(list(continuations(model_of(run), prompt_BL, 20, greedy)), dim=1)
     theirs.generation_config.eos_token_id = None
     found = theirs.generate(prompt_BL, max_new_tokens=20, do_sample=False, pad_token_id=0)
     assert torch.equal(found[:, 8:], mine)
@@ -295,7 +289,7 @@ def test_ranks_start_from_the_weights_too(
     )
     ranks2.run(save_the_start, resolve_run(config, {}), tmp_path / "started")
     found = saved_tensors(checkpoint.resolve(tmp_path / "started"))
-    for name, weight in own(run).named_parameters():
+    for name, weight in model_of(run).named_parameters():
         assert torch.equal(found[f"model.{name}"], weight), name
 
 

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from strategies import FACTORS, GATES, MANY, POLICIES, cases, listen
 from strategies import Case as Layer
 
-from moetrain import cli
+from moetrain import commands
 from moetrain.build import build_model
 from moetrain.config import Config
 from moetrain.errors import UserError
@@ -314,4 +314,4 @@ def test_what_the_trace_cannot_tell_is_refused(
 
 
 def test_policies_of_the_command_line_are_those_of_the_layer() -> None:
-    assert get_args(cli.DropPolicy) == POLICIES
+    assert get_args(commands.DropPolicy) == POLICIES

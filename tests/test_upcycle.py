@@ -8,13 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from runs import read_metrics, train, write_config
+from runs import model_of, read_metrics, train, write_config
 
-from moetrain import restore
 from moetrain.cli import main
 from moetrain.data import bytes_as_json
-from moetrain.mesh import process_group
-from moetrain.model import Transformer
 from moetrain.upcycle import upcycle
 
 SHAPE: dict[str, Any] = {
@@ -42,11 +39,6 @@ def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return model, folder
 
 
-def own(run: Path) -> Transformer:
-    with process_group() as device:
-        return restore.model_on_device(restore.find(run), device)
-
-
 @pytest.mark.parametrize(
     ("experts", "top_k", "every"), [(8, 2, 1), (4, 1, 1), (3, 3, 2)], ids=["8", "4", "every other"]
 )
@@ -55,7 +47,7 @@ def test_it_begins_as_the_dense_model(
 ) -> None:
     theirs, folder = dense
     upcycle(str(folder), tmp_path / "sparse", experts, top_k, every)
-    ours = own(tmp_path / "sparse")
+    ours = model_of(tmp_path / "sparse")
     assert [block.moe is not None for block in ours.blocks] == [every == 1, True]
     tokens_BL = torch.randint(257, (2, 50), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -68,7 +60,9 @@ def test_every_expert_is_a_copy_or_near_to_one(dense: Any, tmp_path: Path) -> No
     gate = theirs.model.layers[1].mlp.gate_proj.weight.detach()
     for name, noise, seed in (("none", 0.0, 0), ("some", 0.5, 0), ("other", 0.5, 1)):
         upcycle(str(folder), tmp_path / name, 4, 2, noise=noise, seed=seed)
-    none, some, other = (own(tmp_path / name).blocks[1].moe for name in ("none", "some", "other"))
+    none, some, other = (
+        model_of(tmp_path / name).blocks[1].moe for name in ("none", "some", "other")
+    )
     assert all(torch.equal(expert[:, :24], gate.T) for expert in none.experts.w_gate_up)
     added = some.experts.w_gate_up.detach()[..., :24] - gate.T
     assert added.std() == pytest.approx(0.5 * 16**-0.5, rel=0.15)  # fan-in 16
@@ -91,7 +85,7 @@ def test_it_trains_on_and_its_experts_part(dense: Any, tmp_path: Path) -> None:
     )
     assert train(config) == 0
     assert len([line for line in read_metrics(tmp_path / "runs" / "on") if "loss" in line]) == 2
-    experts = own(tmp_path / "runs" / "on").blocks[0].moe.experts.w_down
+    experts = model_of(tmp_path / "runs" / "on").blocks[0].moe.experts.w_down
     assert not torch.equal(experts[0], experts[1])
 
 
