@@ -39,6 +39,9 @@ T = TypeVar("T")
 Device = Literal["cpu", "cuda"]
 CLEAR_PEAK = Path("/proc/self/clear_refs")
 """Where Linux takes the order to measure a process's peak memory anew."""
+SCARCE = 0.4
+"""Share of the memory below which contenders on CPUs give back what they keep, and warm up again:
+all are there at a time."""
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -195,7 +198,7 @@ class Field:
         return {name: Sample(seconds[name], peaks[name]) for name in self._ready}
 
     def _pace(self, name: str, turn_s: float) -> int:
-        """The steps of a turn, after warming up; 0 for a single one that nothing warms up."""
+        """The steps of a turn, after warming up; 0 for a single one that need not be warmed up."""
         slowest = max(self._ask(name, "turn", 0))
         if slowest < 10 * turn_s:  # the first one may have had to load and compile things
             slowest = max(self._ask(name, "turn", 0))
@@ -241,6 +244,7 @@ def _serve(
         backend, init_method=f"file://{store}", rank=rank, world_size=contender.ranks
     )
     case: Any = None
+    gave_back = False
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             what, argument = connection.recv()
@@ -251,8 +255,11 @@ def _serve(
                     _let_go(kind)
                     case = contender.build(argument, device)
                     answer = case.facts()
+                elif what == "turn":
+                    answer = _turn(case, argument, kind, warms_up=gave_back or argument > 0)
+                    gave_back = _give_back(kind)
                 else:
-                    answer = {"turn": _turn, "peak": _peak}[what](case, argument, kind)
+                    answer = _peak(case, kind)
             except AbsentError as reason:
                 answer = reason
             except Exception:
@@ -260,9 +267,9 @@ def _serve(
             connection.send(answer)
 
 
-def _turn(case: Case, steps: int, kind: Device) -> float:
-    """Mean seconds of `steps` steps, after one that is not counted; of that one where 0."""
-    if steps:
+def _turn(case: Case, steps: int, kind: Device, warms_up: bool) -> float:
+    """Mean seconds of `steps` steps, or of one where 0; after another that is not counted."""
+    if warms_up:
         case.step()
     synchronize(kind)
     started = time.perf_counter()
@@ -275,7 +282,25 @@ def _turn(case: Case, steps: int, kind: Device) -> float:
     return seconds
 
 
-def _peak(case: Case, _: None, kind: Device) -> int:
+def _give_back(kind: Device) -> bool:
+    """Give the kept memory to the contenders that follow, where little is left; whether so."""
+    if kind == "cuda" or _available() > SCARCE:
+        return False
+    _let_go(kind)
+    return True
+
+
+def _available() -> float:
+    """Share of the machine's memory that processes could still have, as Linux tells it."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 1.0
+    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+    return kib["MemAvailable"] / kib["MemTotal"]
+
+
+def _peak(case: Case, kind: Device) -> int:
     """The most memory that one step takes beyond what is there before it and after another."""
     return peak_bytes(case.step, kind)
 
