@@ -39,7 +39,7 @@ T = TypeVar("T")
 Device = Literal["cpu", "cuda"]
 CLEAR_PEAK = Path("/proc/self/clear_refs")
 """Where Linux takes the order to measure a process's peak memory anew."""
-SCARCE = 0.4
+SCARCE = 0.6
 """Share of the memory below which contenders on CPUs give back what they keep, and warm up again:
 all are there at a time."""
 
