@@ -65,6 +65,23 @@ def write_config(folder: Path, name: str = "run", **sections: dict[str, Any]) ->
     return path
 
 
+def write_start(folder: Path, start: Path, **sections: dict[str, Any]) -> Path:
+    """A run `on` from the weights of another, whose shape it leaves to them, as YAML."""
+    write_config(folder)  # for its text
+    data = {"source": str(folder / "text"), "cache": str(folder / "cache"), "seq_len": 32}
+    train = {"steps": 2, "global_batch": 2, "micro_batch": 2, "warmup_steps": 0}
+    values = {
+        **{"name": "on", "out": str(folder / "runs"), "init_from": str(start)},
+        **sections,
+        "data": {**data, **sections.get("data", {})},
+        "train": {**train, **sections.get("train", {})},
+        "log": {"every": 1},
+    }
+    path = folder / "on.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
 def without_pictures() -> Any:
     """A context in which runs end without; drawing takes longer than the training here."""
     return mock.patch("moetrain.report.write_plots", return_value=[])

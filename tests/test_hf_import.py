@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from runs import model_of, read_metrics, saved_tensors, train, write_config
+from runs import model_of, read_metrics, saved_tensors, train, write_start
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -216,16 +216,9 @@ def test_training_goes_on_from_their_loss(
 ) -> None:
     """`init_from` brings shape and tokenizer; the loss of the first step is theirs."""
     theirs, _, run, _ = imported
-    write_config(tmp_path)
-    config = tmp_path / "finetune.yaml"
-    config.write_text(
-        f"name: tuned\nout: {tmp_path / 'runs'}\ninit_from: {run}\n"
-        f"data: {{source: {tmp_path / 'text'}, cache: {tmp_path / 'cache'}, seq_len: 32}}\n"
-        "train: {steps: 2, global_batch: 2, micro_batch: 2, warmup_steps: 0}\n"
-        "log: {every: 1}\n"
-    )
+    config = write_start(tmp_path, run)
     assert train(config) == 0
-    first, *_ = read_metrics(tmp_path / "runs" / "tuned")
+    first, *_ = read_metrics(tmp_path / "runs" / "on")
     made = resolve_run(config, {})
     assert made.moe == restore.find(run).config.moe
     assert made.init_from == restore.find(run).path
@@ -243,18 +236,12 @@ def test_a_run_from_an_import_goes_on_without_it_and_leaves_as_it_came(tmp_path:
     (tmp_path / "theirs" / "chat_template.jinja").write_text("{{ messages }}")
     change(tmp_path / "theirs", eos_token_id=7)
     import_model(str(tmp_path / "theirs"), tmp_path / "ours")
-    write_config(tmp_path)
-    config = tmp_path / "finetune.yaml"
-    config.write_text(
-        f"name: tuned\nout: {tmp_path / 'runs'}\ninit_from: {tmp_path / 'ours'}\n"
-        f"data: {{source: {tmp_path / 'text'}, cache: {tmp_path / 'cache'}, seq_len: 16}}\n"
-        "train: {steps: 2, global_batch: 2, micro_batch: 2, warmup_steps: 0}\n"
-        "checkpoint: {every: 1, asynchronous: false}\n"
-    )
+    saves = {"every": 1, "asynchronous": False}
+    config = write_start(tmp_path, tmp_path / "ours", data={"seq_len": 16}, checkpoint=saves)
     assert train(config) == 0
     shutil.rmtree(tmp_path / "ours")
     assert train(config, "--train.steps", 3) == 0
-    run = tmp_path / "runs" / "tuned"
+    run = tmp_path / "runs" / "on"
     assert restore.find(run).step == 3
     export(run, tmp_path / "again", name)
     described = json.loads((tmp_path / "again" / "config.json").read_text())
@@ -280,13 +267,8 @@ def test_ranks_start_from_the_weights_too(
 ) -> None:
     _, _, run, _ = imported
     ep = 2 if restore.find(run).config.moe.experts else 1
-    write_config(tmp_path)
-    config = tmp_path / "finetune.yaml"
-    config.write_text(
-        f"init_from: {run}\nparallel: {{ep: {ep}}}\nengine: {{kind: {engine}}}\n"
-        f"data: {{source: {tmp_path / 'text'}, cache: {tmp_path / 'cache'}, seq_len: 16}}\n"
-        "train: {global_batch: 2, micro_batch: 1}\n"
-    )
+    spread: dict[str, Any] = {"parallel": {"ep": ep}, "engine": {"kind": engine}}
+    config = write_start(tmp_path, run, train={"micro_batch": 1}, **spread)
     ranks2.run(save_the_start, resolve_run(config, {}), tmp_path / "started")
     found = saved_tensors(checkpoint.resolve(tmp_path / "started"))
     for name, weight in model_of(run).named_parameters():
@@ -406,12 +388,7 @@ def test_another_tokenizer_than_the_weights_were_trained_with_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     _, _, run, _ = imported
-    write_config(tmp_path)
-    base = tmp_path / "finetune.yaml"
-    base.write_text(
-        f"init_from: {run}\nout: {tmp_path / 'runs'}\n"
-        f"data: {{source: {tmp_path / 'text'}, cache: {tmp_path / 'cache'}}}\n"
-    )
+    base = write_start(tmp_path, run)
     assert train(base, "--data.tokenizer", "bytes") == 2
     said = capsys.readouterr().err
     assert f"is not the one that init_from ({restore.find(run).path}) was trained with" in said

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from runs import model_of, read_metrics, train, write_config
+from runs import model_of, read_metrics, train, write_start
 
 from moetrain.cli import main
 from moetrain.data import bytes_as_json
@@ -75,14 +75,8 @@ def test_every_expert_is_a_copy_or_near_to_one(dense: Any, tmp_path: Path) -> No
 def test_it_trains_on_and_its_experts_part(dense: Any, tmp_path: Path) -> None:
     _, folder = dense
     assert main(["upcycle", str(folder), str(tmp_path / "sparse"), "--experts", "4"]) == 0
-    write_config(tmp_path)
-    config = tmp_path / "train.yaml"
-    config.write_text(
-        f"name: on\nout: {tmp_path / 'runs'}\ninit_from: {tmp_path / 'sparse'}\n"
-        f"data: {{source: {tmp_path / 'text'}, cache: {tmp_path / 'cache'}, seq_len: 32}}\n"
-        "train: {steps: 2, global_batch: 4, micro_batch: 4, warmup_steps: 0}\n"
-        "checkpoint: {every: 2, asynchronous: false}\nlog: {every: 1}\n"
-    )
+    saves = {"every": 2, "asynchronous": False}
+    config = write_start(tmp_path, tmp_path / "sparse", checkpoint=saves)
     assert train(config) == 0
     assert len([line for line in read_metrics(tmp_path / "runs" / "on") if "loss" in line]) == 2
     experts = model_of(tmp_path / "runs" / "on").blocks[0].moe.experts.w_down

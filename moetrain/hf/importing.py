@@ -70,13 +70,14 @@ def opened(source: str, tokenizer: str | None) -> Iterator[Opened]:
     config = settings.resolve(None, sections_of(name, theirs))
     model = build_model(config, loaded.vocab_size)
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
+    wanted = list(parts(name, config))
     of_ours: dict[str, list[Part]] = {}
-    for part in parts(name, config):
+    for part in wanted:
         of_ours.setdefault(part.ours, []).append(part)
     originals = {file: folder / (CONFIG if file == SOURCE else file) for file in KEPT}
     beside = {file: path for file, path in originals.items() if path.is_file() and not tokenizer}
     with _tensors(folder) as there:
-        _require_alike(list(parts(name, config)), model, there, config.model.tie_embeddings)
+        _require_alike(wanted, model, there, config.model.tie_embeddings)
 
         def make(name: str) -> Tensor:
             whole = torch.empty(shapes[name])
