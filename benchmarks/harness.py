@@ -260,6 +260,7 @@ def _serve(
                     gave_back = _give_back(kind)
                 else:
                     answer = _peak(case, kind)
+                    _let_go(kind)  # what that took is more than all others can do without
             except AbsentError as reason:
                 answer = reason
             except Exception:
