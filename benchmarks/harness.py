@@ -24,7 +24,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar, cast, get_args
@@ -39,6 +40,8 @@ T = TypeVar("T")
 Device = Literal["cpu", "cuda"]
 CLEAR_PEAK = Path("/proc/self/clear_refs")
 """Where Linux takes the order to measure a process's peak memory anew."""
+GRACE_S = 10.0
+"""That a process has to end."""
 SCARCE = 0.6
 """Share of the memory below which contenders on CPUs give back what they keep, and warm up again:
 all are there at a time."""
@@ -155,7 +158,7 @@ class Field:
         with _on_path(contender.first_on_path):
             process.start()
         theirs.close()
-        self._stack.callback(process.join)
+        self._stack.callback(_end, process)
         self._stack.callback(ours.close)  # first: it ends the process
         return ours
 
@@ -172,6 +175,12 @@ class Field:
             found[name] = reasons[0] if reasons else answers
         self._ready = [name for name, facts in found.items() if not isinstance(facts, AbsentError)]
         return found
+
+    def clear(self) -> None:
+        """Let go of all cases, so that others have the memory; the next use is `build`."""
+        for name in self._teams:
+            self._ask(name, "clear", None)
+        self._ready = []
 
     def measure(
         self,
@@ -209,16 +218,26 @@ class Field:
         team = self._teams[name]
         for connection in team:
             connection.send((what, argument))
-        answers = []
-        for rank, connection in enumerate(team):
+        answers: dict[int, Any] = {}
+        while len(answers) < len(team):
+            # Whoever answers first: where one has died, the others wait for it.
+            (connection, *_) = wait([c for rank, c in enumerate(team) if rank not in answers])
+            rank = team.index(cast(Connection, connection))
             try:
-                answer = connection.recv()
-            except EOFError:
+                answers[rank] = team[rank].recv()
+            except (EOFError, ConnectionError):
                 raise RuntimeError(f"{name}: rank {rank} died while asked to {what}") from None
-            if isinstance(answer, _Failure):
-                raise RuntimeError(f"{name}, rank {rank}, asked to {what}:\n{answer.trace}")
-            answers.append(answer)
-        return answers
+            if isinstance(answers[rank], _Failure):
+                raise RuntimeError(f"{name}, rank {rank}, asked to {what}:\n{answers[rank].trace}")
+        return [answers[rank] for rank in range(len(team))]
+
+
+def _end(process: BaseProcess) -> None:
+    """Wait for a process whose connection is closed; one that waits for a dead rank is killed."""
+    process.join(GRACE_S)
+    if process.is_alive():
+        process.kill()
+        process.join()
 
 
 # ---- in the processes of a contender -------------------------------------------------------------
@@ -250,7 +269,10 @@ def _serve(
             what, argument = connection.recv()
             answer: Any
             try:
-                if what == "build":
+                if what == "clear":
+                    answer = case = None
+                    _let_go(kind)
+                elif what == "build":
                     case = None  # the one before makes room first
                     _let_go(kind)
                     case = contender.build(argument, device)

@@ -93,6 +93,7 @@ def main() -> None:
                     cell = Cell(SHAPES[shape], tokens, routing, dtype, ranks)
                     found.append(measure(field, cell, wrong, options.rounds))
                     if options.profile:
+                        field.clear()
                         found[-1]["profiles"] = profiles(cell, options.device)
                     whole = join(kept, found)  # written each time: a run may be cut short
                     record.write(name, {"cells": whole}, report(whole))
@@ -189,14 +190,15 @@ def measure(field: Field, cell: Cell, wrong: dict[str, str], rounds: int) -> dic
 
 def profiles(cell: Cell, device: harness.Device) -> dict[str, list[dict[str, Any]]]:
     """The operators of a step, by system; of several ranks those of the first."""
-    watched = [
-        Contender(name, partial(operators.Profiled, SYSTEMS[name].build), cell.ranks)
-        for name in PROFILED
-    ]
     print("  profiling", flush=True)
-    with Field(watched, device) as field:
-        answers = field.build(cell).items()
-    return {name: ranks[0] for name, ranks in answers if not isinstance(ranks, AbsentError)}
+    found = {}
+    for name in PROFILED:  # one at a time: the largest cells take all memory there is
+        build = partial(operators.Profiled, SYSTEMS[name].build)
+        with Field([Contender(name, build, cell.ranks)], device) as field:
+            answer = field.build(cell)[name]
+        if not isinstance(answer, AbsentError):
+            found[name] = answer[0]
+    return found
 
 
 def _entry(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import permutations
@@ -17,6 +18,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import harness  # noqa: E402
 import operators  # noqa: E402
 from harness import AbsentError, Contender, Field, ratio, spread, turns  # noqa: E402
 
@@ -30,6 +32,7 @@ class Job(NamedTuple):
     mib: int = 1
     absent: str = ""
     dead: str = ""
+    stuck: str = ""
     broken: str = ""
 
 
@@ -37,8 +40,10 @@ class Allocates:
     def __init__(self, name: str, job: Job, _device: torch.device):
         if name == job.absent:
             raise AbsentError("not today")
-        if name == job.dead:
+        if name == job.dead and dist.get_rank() == dist.get_world_size() - 1:
             os._exit(1)
+        if name == job.stuck:
+            time.sleep(600)  # as one that waits for an answer of the dead
         if name == job.broken:
             raise ZeroDivisionError(name)
         self.name, self.job = name, job
@@ -109,6 +114,24 @@ def test_a_process_that_dies_is_named() -> None:
         pytest.raises(RuntimeError, match="a: rank 0 died while asked to build"),
     ):
         field.build(Job(dead="a"))
+
+
+def test_a_rank_that_dies_is_named_while_another_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(harness, "GRACE_S", 0.1)
+    with (
+        Field([contender("a", ranks=2)]) as field,
+        pytest.raises(RuntimeError, match="a: rank 1 died while asked to build"),
+    ):
+        field.build(Job(dead="a", stuck="a"))
+
+
+def test_cases_that_are_let_go_have_no_turns(field: Field) -> None:
+    field.build(Job())
+    field.clear()
+    assert field.measure(1, turn_s=0) == {}
+    assert field.build(Job())["a"] == [(0, 1)]
 
 
 def test_ratios_are_those_within_a_round() -> None:
