@@ -1,7 +1,8 @@
 """What `moetrain upcycle` does: make a mixture of experts of a dense model (2212.05055).
 
 Every expert begins as a copy of the feed-forward layer that stood there, and the router afresh.
-Gates add up to 1 and nothing is dropped, so the model begins as the dense one: same logits.
+Gates add up to 1 and nothing is dropped, so the model begins as the dense one: same logits. So it
+does where each expert is then cut into finer ones (2410.07524; see `moetrain.resize`).
 
 Shape suffixes: E experts, D model width, F hidden width of the feed-forward layer.
 """
@@ -19,6 +20,7 @@ from moetrain.config import Config
 from moetrain.errors import UserError
 from moetrain.hf.importing import opened, write
 from moetrain.model import Transformer, initial_value
+from moetrain.resize import cut
 
 EXPERTS, DENSE = ".moe.experts.", ".feed_forward."
 
@@ -29,6 +31,7 @@ def upcycle(
     experts: int,
     top_k: int,
     every: int = 1,
+    split: int = 1,
     noise: float = 0.0,
     seed: int = 0,
     tokenizer: str | None = None,
@@ -36,7 +39,8 @@ def upcycle(
     """Write the folder `out`, which must not exist, with a checkpoint of step 0.
 
     `dense` is a model of Hugging Face in the format llama, mistral or qwen3: a folder, or a name on
-    the hub. Every `every`-th block gets `experts` experts, of which a token chooses `top_k`.
+    the hub. Every `every`-th block gets `experts` experts, of which a token chooses `top_k`; each
+    is then cut into `split` ones of a `split`-th of its width, of which it chooses all.
     `noise` is the standard deviation of what is added to every expert, over that which its matrices
     would have been initialised with; `seed` draws it, and the routers. Two parameters at a time are
     in memory. For `tokenizer`, and for what is raised, see `hf.importing.import_model`; UserError
@@ -48,6 +52,8 @@ def upcycle(
         config = with_experts(source.config, experts, top_k, every, seed)
         model = build_model(config, source.tokenizer.vocab_size)
         make = maker(model, source.make, noise, seed)
+        if split > 1:
+            config, make = cut(config, make, split, "cut")
         # What stands beside its tensors is of a dense model.
         write(out, config, source._replace(make=make, beside={}))
 

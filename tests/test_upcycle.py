@@ -40,14 +40,19 @@ def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize(
-    ("experts", "top_k", "every"), [(8, 2, 1), (4, 1, 1), (3, 3, 2)], ids=["8", "4", "every other"]
+    ("experts", "top_k", "every", "split"),
+    [(8, 2, 1, 1), (4, 1, 1, 1), (3, 3, 2, 1), (4, 2, 1, 3)],
+    ids=["8", "4", "every other", "finer"],
 )
 def test_it_begins_as_the_dense_model(
-    dense: Any, tmp_path: Path, experts: int, top_k: int, every: int
+    dense: Any, tmp_path: Path, experts: int, top_k: int, every: int, split: int
 ) -> None:
     theirs, folder = dense
-    upcycle(str(folder), tmp_path / "sparse", experts, top_k, every)
+    upcycle(str(folder), tmp_path / "sparse", experts, top_k, every, split)
     ours = model_of(tmp_path / "sparse")
+    moe = ours.blocks[1].moe
+    assert (moe.num_experts, moe.gate.top_k) == (experts * split, top_k * split)
+    assert moe.experts.w_down.shape[1] == 24 // split
     assert [block.moe is not None for block in ours.blocks] == [every == 1, True]
     tokens_BL = torch.randint(257, (2, 50), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -90,6 +95,7 @@ def test_it_trains_on_and_its_experts_part(dense: Any, tmp_path: Path) -> None:
         (["--experts", "0"], "--experts (0) must be 1 or more"),
         (["--noise", "-1"], "--noise (-1.0) must be 0 or more"),
         (["--every", "0"], "moe.every (0) must be"),
+        (["--split", "5"], "moe.expert_ffn_dim (24) cannot be cut into 5 equal parts"),
     ],
 )
 def test_what_cannot_be_is_told_and_nothing_is_left(

@@ -41,7 +41,7 @@ class Opened(NamedTuple):
     beside: Mapping[str, Path]
     """Files that stand beside its tensors, by the names they have with us."""
     make: Callable[[str], Tensor]
-    """Reads one of our parameters, in fp32, by its name in the model."""
+    """Makes one of our parameters or buffers, in fp32, by its name in the model."""
 
 
 def import_model(source: str, out: Path, tokenizer: str | None = None) -> None:
@@ -94,8 +94,9 @@ def write(out: Path, config: Config, model: Opened) -> None:
     name = BYTES if loaded.fingerprint == BYTES else str(out / TOKENIZER_FILE)
     data = config.data.model_copy(update={"tokenizer": name})
     config = config.model_copy(update={"data": data})
-    parameters = build_model(config, loaded.vocab_size).named_parameters()
-    tensors = {f"model.{name}": weight.detach() for name, weight in parameters}
+    empty = build_model(config, loaded.vocab_size)
+    named = [*empty.named_parameters(), *empty.named_buffers()]
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in named}
     extra = described(config, Position(), loaded.vocab_size, loaded.fingerprint, text=None)
     with bar(len(tensors)) as advance, written_beside(out) as place, one_process():
 
