@@ -77,20 +77,24 @@ def connect_experts(
     compiled: bool = False,
 ) -> None:
     """Choose how tokens reach the experts, in every layer."""
-    dispatcher = _dispatcher(mesh, dispatch, overlap_chunks, compiled)
-    for module in model.modules():
-        if isinstance(module, MoE):
-            module.dispatcher = dispatcher
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    needs_rows = compiled or any(layer.experts.dropout for layer in layers)
+    dispatcher = _dispatcher(mesh, dispatch, overlap_chunks, needs_rows)
+    for layer in layers:
+        layer.dispatcher = dispatcher
 
 
-def local_dispatcher(device: torch.device, compiled: bool = False) -> Dispatcher:
-    """The fastest where all experts are on this rank; a compiled graph needs equal shapes."""
-    return Local() if compiled or device.type != "cpu" else Packed()
+def local_dispatcher(device: torch.device, needs_rows: bool = False) -> Dispatcher:
+    """The fastest where all experts are on this rank; a compiled graph `needs_rows` of equal shape,
+    and expert dropout the keys that lie in them."""
+    return Local() if needs_rows or device.type != "cpu" else Packed()
 
 
-def _dispatcher(mesh: Mesh, dispatch: Dispatch, overlap_chunks: int, compiled: bool) -> Dispatcher:
+def _dispatcher(
+    mesh: Mesh, dispatch: Dispatch, overlap_chunks: int, needs_rows: bool
+) -> Dispatcher:
     if mesh.ep == 1:
-        return local_dispatcher(mesh.device, compiled)
+        return local_dispatcher(mesh.device, needs_rows)
     if dispatch == "all_gather":
         return AllGather(mesh.expert_parallel.get_group())
     if dispatch == "two_level":
@@ -112,7 +116,8 @@ def _shard_experts(model: Transformer, mesh: Mesh) -> None:
                 sharded = distribute_tensor(
                     weight, mesh.expert_parallel, [Shard(0)], src_data_rank=None
                 )
-                module.experts.register_parameter(name, nn.Parameter(sharded))
+                mine = nn.Parameter(sharded, weight.requires_grad)
+                module.experts.register_parameter(name, mine)
 
 
 # ---------------------------------------------------------------- compilation

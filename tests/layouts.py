@@ -102,7 +102,7 @@ GATES: dict[str, dict[str, Any]] = {
     "switch": {"top_k": 1, "jitter": 0.2},
     "gshard": {"top_k": 2},
     "topk": {"renormalize": False},
-    "renormalized": {"router": "topk", "renormalize": True},
+    "renormalized": {"router": "topk", "renormalize": True, "expert_dropout": 0.4},
     "noisy_topk": {},
     "sigmoid": {"bias_update_rate": 0.05, "gate_scale": 2.5},
     "limited": {

@@ -229,5 +229,5 @@ def test_in_bf16_it_is_as_near_to_the_truth_as_one_gather() -> None:
 def test_it_is_for_cpus_and_for_passes_that_are_not_compiled() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert isinstance(local_dispatcher(cpu), Packed)
-    assert isinstance(local_dispatcher(cpu, compiled=True), Local)
+    assert isinstance(local_dispatcher(cpu, needs_rows=True), Local)
     assert isinstance(local_dispatcher(gpu), Local)

@@ -194,7 +194,7 @@ def _run(experts: Feed, rows_RD: Tensor, num_experts: int, counts: list[int] | N
     if counts is not None:
         return experts(rows_RD, counts)
     if not is_eager_cpu(rows_RD):
-        return experts(rows_RD.unflatten(0, (num_experts, -1)), None).view_as(rows_RD)
+        return experts(rows_RD.unflatten(0, (num_experts, -1)), None).flatten(0, 1)
     is_filled_R = rows_RD.abs().amax(1) != 0
     row_F = is_filled_R.nonzero().flatten()
     results_FD = experts(

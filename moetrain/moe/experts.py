@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moetrain.moe.dropout import drop_units, split_keys
 from moetrain.moe.packed import run_sorted
 from moetrain.moe.rows import is_eager_cpu
 
@@ -34,8 +35,10 @@ class Experts(nn.Module):
     rather than none. Under expert parallelism the module holds just this rank's experts.
     """
 
-    def __init__(self, num_experts: int, dim: int, hidden_dim: int):
+    def __init__(self, num_experts: int, dim: int, hidden_dim: int, dropout: float = 0.0):
+        """`dropout` is the share of hidden units left out of rows that come with keys."""
         super().__init__()
+        self.dropout = dropout
         self.w_gate_up = nn.Parameter(torch.empty(num_experts, dim, 2 * hidden_dim))
         self.w_down = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
 
@@ -43,9 +46,10 @@ class Experts(nn.Module):
         """Apply each expert to its rows; same shape out.
 
         `rows` is (e, R, D) with the same number of rows for every expert when `counts` is None,
-        otherwise (R, D) sorted by expert with `counts[i]` rows for the i-th and R their sum.
+        otherwise (R, D) sorted by expert with `counts[i]` rows for the i-th and R their sum. Rows
+        with the columns of a key (`moetrain.moe.dropout`) lose hidden units, and come back without.
         """
-        return _feed(rows, counts, *self.local_weights())
+        return _feed(rows, counts, *self.local_weights(), dropout=self.dropout)
 
     def local_weights(self) -> tuple[Tensor, Tensor]:
         """What this rank holds of the weights: (e, D, 2F) and (e, F, D)."""
@@ -66,16 +70,39 @@ class Experts(nn.Module):
             raise ValueError(f"{len(w_down)} experts cannot be cut into {num_parts} equal parts")
         # One split of each weight, so that the backward pass puts its gradient together at once.
         parts = zip(w_gate_up.split(size), w_down.split(size), strict=True)
-        return [partial(_feed, w_gate_up=gate_up, w_down=down) for gate_up, down in parts]
+        return [
+            partial(_feed, w_gate_up=gate_up, w_down=down, dropout=self.dropout)
+            for gate_up, down in parts
+        ]
 
 
-def _feed(rows: Tensor, counts: list[int] | None, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
-    if counts is None:
-        return torch.bmm(swiglu(torch.bmm(rows, w_gate_up)), w_down)
-    if is_eager_cpu(rows):
+def _feed(
+    rows: Tensor,
+    counts: list[int] | None,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    dropout: float,
+) -> Tensor:
+    has_keys = rows.shape[-1] != w_gate_up.shape[1]
+    if counts is not None and is_eager_cpu(rows) and not has_keys:
         return run_sorted(rows, counts, w_gate_up, w_down)
-    product = _grouped if _can_group(rows, w_gate_up, counts) else _looped
-    return product(swiglu(product(rows, w_gate_up, counts)), w_down, counts)
+    key = None
+    if has_keys:
+        rows, key = split_keys(rows)
+    product = _product_for(rows, w_gate_up, counts)
+    hidden = swiglu(product(rows, w_gate_up))
+    if key is not None:
+        hidden = drop_units(hidden, key, dropout)
+    return product(hidden, w_down)
+
+
+def _product_for(
+    rows: Tensor, w_gate_up: Tensor, counts: list[int] | None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """How rows meet the weights of their experts."""
+    if counts is None:
+        return torch.bmm
+    return partial(_grouped if _can_group(rows, w_gate_up, counts) else _looped, counts=counts)
 
 
 def _can_group(rows_RD: Tensor, w_gate_up: Tensor, counts: list[int]) -> bool:

@@ -16,6 +16,7 @@ from moetrain.moe import balance, keyed
 from moetrain.moe.balance import Demand
 from moetrain.moe.capacity import Plan, capacity, plan_capacity, plan_dropless, would_drop
 from moetrain.moe.dispatch import Dispatcher, Local
+from moetrain.moe.dropout import with_keys
 from moetrain.moe.experts import Experts
 from moetrain.moe.keyed import Draws
 from moetrain.moe.ledger import GateMass, Ledger, gate_mass, ledger
@@ -108,6 +109,9 @@ class MoE(nn.Module):
     is what would have been lost without. `factors["train"]` may be changed between steps, on all
     ranks alike.
 
+    In training, `expert_dropout` is the share of an expert's hidden units that a token goes without
+    (2101.03961 §2.4).
+
     The layer is single-device code: under expert parallelism `dispatcher` is replaced from outside.
     """
 
@@ -126,6 +130,7 @@ class MoE(nn.Module):
         drop_policy: DropPolicy = "position",
         spill_depth: int = 1,
         watched_factors: Sequence[float] = (),
+        expert_dropout: float = 0.0,
     ):
         super().__init__()
         self.layer, self.num_experts, self.gate = layer, num_experts, gate
@@ -135,7 +140,7 @@ class MoE(nn.Module):
         self.spill_depth = spill_depth
         self.watched_factors = tuple(watched_factors)
         self.router = Router(layer, gate, dim, num_experts)
-        self.experts = Experts(num_experts, dim, hidden_dim)
+        self.experts = Experts(num_experts, dim, hidden_dim, expert_dropout)
         self.dispatcher: Dispatcher = Local()
 
     def forward(
@@ -159,11 +164,11 @@ class MoE(nn.Module):
         `meanwhile` is called while tokens travel to their experts; its result is handed through.
         `decided` repeats an earlier pass: weights are computed anew, nothing is decided anew.
 
-        Raises ValueError where a gate or drop policy lacks the draws or ids it needs.
+        Raises ValueError where a gate, drop policy or dropout lacks the draws or ids it needs.
         """
         routed = self.route(x_BLD, valid_BL, mode, draws, token_BL, start, num_ranked, decided)
         plan, gate_TK = routed.plan, routed.settled.gate_TK
-        arrived = self.dispatcher.dispatch(x_BLD.flatten(0, 1), plan)
+        arrived = self.dispatcher.dispatch(self._sent(x_BLD.flatten(0, 1), mode, draws), plan)
         beside = None if meanwhile is None else meanwhile()
         y_TD = self.dispatcher.combine(self.experts, arrived, gate_TK)
         # Not a view: FSDP2 hangs its hooks on it.
@@ -209,6 +214,13 @@ class MoE(nn.Module):
             routed = routed._replace(preferences=preferences(record, num_ranked))
         return routed
 
+    def _sent(self, x_TD: Tensor, mode: Mode, draws: Draws | None) -> Tensor:
+        """What travels to the experts: the tokens, and where units are dropped their keys."""
+        draws = self._draws(draws, mode)
+        if draws is None or not self.experts.dropout:
+            return x_TD
+        return with_keys(x_TD, keyed.token_keys(draws, self.layer, "expert dropout"))
+
     def stats(self, routed: Routed) -> LayerStats:
         """Losses and counts of a routing."""
         demand = balance.demand(self.gate, routed.record, routed.group_size)
@@ -248,10 +260,15 @@ class MoE(nn.Module):
     def _draws(self, draws: Draws | None, mode: Mode) -> Draws | None:
         """The draws of a training pass in which something is drawn."""
         drops_at_random = self.drop_policy == "random" and self.factors["train"] is not None
-        if mode != "train" or not (self.gate.needs_draws or drops_at_random):
+        reasons = {
+            f"a {self.gate.name} gate": self.gate.needs_draws,
+            "drop policy random": drops_at_random,
+            "expert dropout": self.experts.dropout > 0,
+        }
+        if mode != "train" or not any(reasons.values()):
             return None
         if draws is None:
-            what = f"a {self.gate.name} gate" if self.gate.needs_draws else "drop policy random"
+            what = next(what for what, draws_at_random in reasons.items() if draws_at_random)
             raise ValueError(f"{what} draws at random in training and needs `draws`")
         return draws
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -187,13 +187,13 @@ class _Tokens(torch.autograd.Function):
         gate_P.scatter_(0, packing.place_TK.flatten(), gate_TK.flatten())
         grad_x_PD = torch.empty_like(result_PD)
         grad_x_PD[-1] = 0
-        grads = torch.empty_like(w_gate_up), torch.empty_like(w_down)
+        grads = _empty_grads(w_gate_up, w_down, is_wanted=ctx.needs_input_grad[2])
         for group, hidden_gn2F in zip(packing.groups, kept, strict=True):
             experts, places = group.experts, group.places
             grad_gnD = _gather(grad_TD, packing, group)
             _scale(grad_gnD, gate_P[places].view(*group.shape, 1))
             weights = w_gate_up[experts], w_down[experts]
-            into = grads[0][experts], grads[1][experts], grad_x_PD[places].view_as(grad_gnD)
+            into = *_of(grads, experts), grad_x_PD[places].view_as(grad_gnD)
             _backward(grad_gnD, _gather(x_TD, packing, group), hidden_gn2F, weights, into)
         grad_x_TD = sum_rows(grad_x_PD, packing.place_TK, all_exist=True)
         grad_gate_TK = dot_rows(grad_TD, result_PD, packing.place_TK).to(gate_TK.dtype)
@@ -224,15 +224,28 @@ class _Rows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor):  # type: ignore[override]
         rows_RD, w_gate_up, w_down, *kept = ctx.saved_tensors
-        grads = torch.empty_like(w_gate_up), torch.empty_like(w_down)
+        grads = _empty_grads(w_gate_up, w_down, is_wanted=ctx.needs_input_grad[1])
         grad_rows_RD = torch.empty_like(rows_RD)
         for group, hidden_gn2F in zip(ctx.groups, kept, strict=True):
             x_gnD, experts = _filled_up(rows_RD, group), group.experts
             weights, grad_x_gnD = (w_gate_up[experts], w_down[experts]), torch.empty_like(x_gnD)
-            into = grads[0][experts], grads[1][experts], grad_x_gnD
+            into = *_of(grads, experts), grad_x_gnD
             _backward(_filled_up(grad_RD, group), x_gnD, hidden_gn2F, weights, into)
             _put_filled(grad_x_gnD, group, grad_rows_RD)
         return grad_rows_RD, *grads, None, None
+
+
+Grads: TypeAlias = tuple[Tensor | None, Tensor | None]
+"""By the weights of experts; None where they are frozen."""
+
+
+def _empty_grads(w_gate_up: Tensor, w_down: Tensor, is_wanted: bool) -> Grads:
+    return (torch.empty_like(w_gate_up), torch.empty_like(w_down)) if is_wanted else (None, None)
+
+
+def _of(grads: Grads, experts: slice) -> Grads:
+    gate_up, down = (None if grad is None else grad[experts] for grad in grads)
+    return gate_up, down
 
 
 def _forward(
@@ -251,13 +264,14 @@ def _backward(
     x_gnD: Tensor,
     hidden_gn2F: Tensor,
     weights: tuple[Tensor, Tensor],
-    into: tuple[Tensor, Tensor, Tensor],
+    into: tuple[Tensor | None, Tensor | None, Tensor],
 ) -> None:
-    """Write a group's gradients: by both weights, and by its rows."""
+    """Write a group's gradients: by both weights, unless they are frozen, and by its rows."""
     (gate_up_gD2F, down_gFD), (grad_gate_up_gD2F, grad_down_gFD, grad_x_gnD) = weights, into
     product_gnF, grad_gn2F = swiglu_backward(_products(grad_gnD, down_gFD.mT), hidden_gn2F)
-    _products(product_gnF.mT, grad_gnD, out=grad_down_gFD)
-    _products(x_gnD.mT, grad_gn2F, out=grad_gate_up_gD2F)
+    if grad_down_gFD is not None:
+        _products(product_gnF.mT, grad_gnD, out=grad_down_gFD)
+        _products(x_gnD.mT, grad_gn2F, out=grad_gate_up_gD2F)
     _products(grad_gn2F, gate_up_gD2F.mT, out=grad_x_gnD)
 
 
