@@ -68,7 +68,9 @@ def kept_bytes(model: Transformer, config: Config, recompute: Recompute) -> list
         _fill(model, compute_dtype(config.engine))
         keeper = _Keeper(model, recompute, config.parallel)
         tokens_BL = torch.zeros(config.train.micro_batch, config.data.seq_len, dtype=torch.int64)
-        document_BL = tokens_BL.clone() if config.data.mask_documents else None
+        data = config.data
+        has_mask = data.mask_documents or data.packing == "whole"
+        document_BL = tokens_BL.clone() if has_mask else None
         draws = Draws(torch.zeros((), dtype=torch.int64), tokens_BL.flatten())
         hooks = torch.autograd.graph.saved_tensors_hooks(keeper.keep, lambda tensor: tensor)
         with hooks, keeper:

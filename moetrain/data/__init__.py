@@ -1,9 +1,11 @@
 """Text to batches: corpus, tokenizer, packed shards, and a deterministic order of samples."""
 
 from moetrain.data.cache import Prepared, prepare
+from moetrain.data.chat import TEMPLATE_FILE, load_chat
 from moetrain.data.corpus import open_source
 from moetrain.data.samples import Batch, Samples
 from moetrain.data.shards import Manifest, verify
+from moetrain.data.splits import Split
 from moetrain.data.tokenizer import (
     BYTES,
     Tokenizer,
@@ -15,13 +17,16 @@ from moetrain.data.tokenizer import (
 
 __all__ = [
     "BYTES",
+    "TEMPLATE_FILE",
     "Batch",
     "Manifest",
     "Prepared",
     "Samples",
+    "Split",
     "Tokenizer",
     "bytes_as_json",
     "is_on_hub",
+    "load_chat",
     "load_tokenizer",
     "open_source",
     "prepare",

@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moetrain.config import DataConfig
+from moetrain.data.chat import Chat, load_chat
 from moetrain.data.corpus import Source, open_source
 from moetrain.data.entropy import byte_entropy, count_pairs
 from moetrain.data.shards import (
     FORMAT,
+    Encoded,
     Manifest,
     SplitWriter,
     read_manifest,
@@ -49,31 +51,34 @@ class Prepared:
     directory: Path
     tokenizer: Tokenizer
     manifest: Manifest
+    chat: Chat | None = None
+    """Of conversations, the template that they were written by."""
 
 
 def prepare(data: DataConfig) -> Prepared:
     """Find the prepared tokens of `data`, or build them; any number of processes may call this.
 
     One process builds while the others wait on a file lock, which its end releases however it
-    ends. Rebuilt when the content of the source, the tokenizer, `data.field`, `data.max_documents`
-    or `data.eval_fraction` changes.
+    ends. Rebuilt when the content of the source, the tokenizer, `data.field`, `data.max_documents`,
+    `data.eval_fraction` or, of conversations, the chat template changes.
 
     Raises:
         UserError: the source, the tokenizer or the cache cannot be used; the message says why.
     """
     tokenizer = load_tokenizer(data.tokenizer)
+    chat = load_chat(data, tokenizer) if data.format == "chat" else None
     source = open_source(data)
     require_whole("data.cache", str(data.cache))
     root = cache_root(data.cache)
-    directory = root / _key(data, source, tokenizer)
+    directory = root / _key(data, source, tokenizer, chat)
     try:
         if not directory.exists():
             with _lock(directory):
                 if not directory.exists():
-                    _build(data, source, tokenizer, directory)
+                    _build(data, source, tokenizer, chat, directory)
     except OSError as error:
         raise UserError(f"data.cache ({root}) cannot be written: {error}") from error
-    return Prepared(directory, tokenizer, read_manifest(directory))
+    return Prepared(directory, tokenizer, read_manifest(directory), chat)
 
 
 def cache_root(cache: Path | None) -> Path:
@@ -83,9 +88,10 @@ def cache_root(cache: Path | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moetrain"
 
 
-def _key(data: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
+def _key(data: DataConfig, source: Source, tokenizer: Tokenizer, chat: Chat | None) -> str:
     parts = [FORMAT, source.fingerprint, tokenizer.fingerprint]
     parts += [data.max_documents, data.eval_fraction]
+    parts += [] if chat is None else [chat.fingerprint]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
@@ -101,7 +107,9 @@ def _lock(directory: Path) -> Iterator[None]:
         yield
 
 
-def _build(data: DataConfig, source: Source, tokenizer: Tokenizer, directory: Path) -> None:
+def _build(
+    data: DataConfig, source: Source, tokenizer: Tokenizer, chat: Chat | None, directory: Path
+) -> None:
     for abandoned in directory.parent.glob(f"{directory.name}.*.partial"):
         shutil.rmtree(abandoned, ignore_errors=True)
     partial = Path(
@@ -110,36 +118,48 @@ def _build(data: DataConfig, source: Source, tokenizer: Tokenizer, directory: Pa
     try:
         partial.chmod(0o755)  # mkdtemp keeps others out; a cache may be shared
         documents = assign_splits(source.documents(), data.eval_fraction, data.source)
-        write_manifest(partial, _write_splits(documents, data.source, tokenizer, partial))
+        write_manifest(partial, _write_splits(documents, data.source, tokenizer, chat, partial))
         partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_splits(
-    documents: Iterator[tuple[Split, str]], source: str, tokenizer: Tokenizer, folder: Path
+    documents: Iterator[tuple[Split, str]],
+    source: str,
+    tokenizer: Tokenizer,
+    chat: Chat | None,
+    folder: Path,
 ) -> Manifest:
     size = (tokenizer.vocab_size, tokenizer.eos_id)
     writers = {split: SplitWriter(folder, split, *size) for split in SPLITS}
     pairs = {split: count_pairs([]) for split in SPLITS}
     with _progress() as advance:
         for batch in _batches(documents):
-            ids = tokenizer.encode_batch([text for _, text in batch])
-            for (split, text), ids_of_text in zip(batch, ids, strict=True):
-                writers[split].add(ids_of_text, len(text.encode()))
-            for split in SPLITS:
+            texts = [text for _, text in batch]
+            encoded = _encoded(texts, tokenizer) if chat is None else map(chat.encode, texts)
+            num_tokens = 0
+            for (split, _), parts in zip(batch, encoded, strict=True):
+                writers[split].add(*parts)
+                num_tokens += len(parts.ids)
+            for split in SPLITS if chat is None else ():
                 pairs[split] += count_pairs(text for name, text in batch if name == split)
-            advance(len(batch), sum(map(len, ids)))
+            advance(len(batch), num_tokens)
     return Manifest(
         source=redact(source),
         tokenizer=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         dtype=token_dtype(tokenizer.vocab_size),
-        byte_entropy=byte_entropy(pairs["train"], pairs["eval"]),
+        byte_entropy={} if chat else byte_entropy(pairs["train"], pairs["eval"]),
         train=writers["train"].close(),
         eval=writers["eval"].close(),
     )
+
+
+def _encoded(texts: list[str], tokenizer: Tokenizer) -> Iterator[Encoded]:
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        yield Encoded(ids, len(text.encode()))
 
 
 def _batches(documents: Iterator[tuple[Split, str]]) -> Iterator[list[tuple[Split, str]]]:

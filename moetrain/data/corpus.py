@@ -1,7 +1,7 @@
 """Where text comes from: a source string becomes an iterator of documents and a fingerprint.
 
-A document is a non-empty `str`. Everything is UTF-8; text that is not is an error that names the
-file and the byte, never something silently left out.
+A document is a non-empty `str`, of JSON where it is a conversation. Everything is UTF-8; text that
+is not is an error that names the file and the byte, never something silently left out.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.config import DataConfig
+from moetrain.data.chat import as_document
 from moetrain.data.files import JSON_SUFFIXES, file_documents, file_kind
 from moetrain.data.hub import hub_documents
 from moetrain.errors import UserError
@@ -62,18 +63,29 @@ def open_source(data: DataConfig) -> Source:
     return Source(fingerprint, lambda: islice(_documents(texts(), data), data.max_documents))
 
 
-Texts = Callable[[], Iterable[str | None]]
+Texts = Callable[[], Iterable[Any]]
 
 
-def _documents(texts: Iterable[str | None], data: DataConfig) -> Iterator[str]:
-    for number, text in enumerate(texts):
-        if text is not None and not isinstance(text, str):
+def _documents(texts: Iterable[Any], data: DataConfig) -> Iterator[str]:
+    for number, value in enumerate(texts):
+        if value is None:
+            continue
+        try:
+            text = as_document(value) if data.format == "chat" else _as_text(value)
+        except ValueError as error:
             raise UserError(
-                f"data.field ('{data.field}') holds {type(text).__name__}, not text, in document "
-                f"{number} of data.source ('{data.source}'); choose another column"
-            )
+                f"data.field ('{data.field}') {error}, in document {number} of data.source "
+                f"('{data.source}'); choose another column, or set data.format "
+                f"({data.format}) otherwise"
+            ) from error
         if text:
             yield text
+
+
+def _as_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"holds {type(value).__name__}, not text")
+    return value
 
 
 def _stdlib() -> tuple[list[Any], Texts]:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from moetrain.data.cache import Prepared
+from moetrain.data.layouts import Cut, Layout, Packing, Whole
 from moetrain.data.order import shuffled
-from moetrain.data.shards import open_offsets, open_tokens
+from moetrain.data.shards import open_loss, open_offsets, open_tokens
 from moetrain.data.splits import Split
 from moetrain.errors import UserError
 from moetrain.loss import IGNORED
@@ -26,19 +27,20 @@ class Batch(NamedTuple):
     tokens_BL: Tensor
     """int64; padding holds the end-of-text id."""
     targets_BL: Tensor
-    """int64, the token after each; IGNORED where there is no loss. The first token of a document
-    is a target like any other, predicted from the end of text before it."""
+    """int64, the token after each; IGNORED where there is no loss. With packing `cut` the first
+    token of a document is a target like any other, predicted from the end of text before it."""
     valid_BL: Tensor
     """bool; False marks padding."""
     token_id_BL: Tensor
     """int64: sample index · L + position, different for every token of the run; 0 in a row that
     is all padding."""
     document_BL: Tensor | None
-    """int64, documents counted from 0 in each sequence; None unless masks were asked for."""
+    """int64, the number of each token's document, 0 for padding; None where attention crosses
+    documents."""
 
 
 class Samples:
-    """Sequences of `seq_len` tokens, cut one after the other from a split."""
+    """Sequences of `seq_len` tokens from a split."""
 
     def __init__(
         self,
@@ -47,6 +49,7 @@ class Samples:
         seq_len: int,
         seed: int,
         mask_documents: bool,
+        packing: Packing = "cut",
     ) -> None:
         """Open a split.
 
@@ -55,32 +58,40 @@ class Samples:
             split: `train` comes shuffled by `seed`, epoch after epoch; `eval` comes in order.
             seq_len: tokens per sequence (one more is read for the last target).
             seed: chooses the order of `train`.
-            mask_documents: number the documents inside each sequence.
+            mask_documents: number the documents inside each sequence; whole ones always are.
+            packing: cut documents wherever a sequence is full, or keep them whole.
 
         Raises:
             UserError: the training text is shorter than one sequence, or files are damaged.
         """
         manifest = prepared.manifest
         self.split, self.seq_len, self.seed = split, seq_len, seed
+        self.num_shortened = 0
+        """Documents that lose their end because none of it would fit into a sequence."""
         self._tokens = open_tokens(prepared.directory, manifest, split)
-        self._num_tokens = len(self._tokens)
+        self._in_loss = open_loss(prepared.directory, manifest, split)
         self._eos_id = manifest.eos_id
         self._offsets = None
-        if mask_documents:
+        if mask_documents or packing == "whole":
             offsets = open_offsets(prepared.directory, manifest, split)
             self._offsets = offsets.read(0, len(offsets))
+        self._layout: Layout = Cut(len(self._tokens), seq_len, drops_rest=split == "train")
+        if packing == "whole":
+            assert self._offsets is not None
+            self._layout = Whole(self._offsets, seq_len)
+            self.num_shortened = self._layout.num_shortened
         if len(self) == 0:
+            num_tokens = len(self._tokens)
             raise UserError(
                 f"data.seq_len ({seq_len}) needs {seq_len + 1} tokens, and the training part of "
-                f"data.source ('{manifest.source}') has {self._num_tokens}; "
-                f"set data.seq_len to at most {self._num_tokens - 1}, or add text"
+                f"data.source ('{manifest.source}') has {num_tokens}; "
+                f"set data.seq_len to at most {num_tokens - 1}, or add text"
             )
 
     def __len__(self) -> int:
-        """Samples in one epoch; what is left of `train` after the last whole one is not used."""
-        if self.split == "train":
-            return (self._num_tokens - 1) // self.seq_len
-        return -(-(self._num_tokens - 1) // self.seq_len)
+        """Samples in one epoch; with packing `cut`, what is left of `train` after the last whole
+        one is not used."""
+        return len(self._layout)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Read some samples.
@@ -98,33 +109,41 @@ class Samples:
         if self.split == "train":
             sample_B[real_B] = shuffled(index_B[real_B], len(self), self.seed)
         assert sample_B.max(initial=-1) < len(self), (indices, len(self))
-        rows_BL1 = np.stack([self._read(sample) for sample in sample_B])
-        target_BL = rows_BL1[:, 1:]
+        shape = len(sample_B), self.seq_len
+        token_BL = np.full(shape, self._eos_id, dtype=np.int64)
+        target_BL = np.full(shape, IGNORED, dtype=np.int64)
+        valid_BL = np.zeros(shape, dtype=bool)
+        document_BL = np.zeros(shape, dtype=np.int64)
+        for row, sample in enumerate(sample_B):
+            stretches = self._layout.stretches(sample) if sample >= 0 else []
+            place = 0
+            for stretch in stretches:
+                here = row, slice(place, place + len(stretch))
+                token_BL[here], target_BL[here] = self._read(stretch)
+                document_BL[here] = self._documents(stretch)
+                place += len(stretch)
+            valid_BL[row, :place] = True
         position_L = np.arange(self.seq_len)
         id_BL = np.where(real_B[:, None], index_B[:, None] * self.seq_len + position_L, 0)
-        valid_BL = target_BL != IGNORED
-        token_BL = np.where(valid_BL, rows_BL1[:, :-1], self._eos_id)
         return Batch(
             tokens_BL=torch.from_numpy(token_BL),
-            targets_BL=torch.from_numpy(target_BL.copy()),
+            targets_BL=torch.from_numpy(target_BL),
             valid_BL=torch.from_numpy(valid_BL),
             token_id_BL=torch.from_numpy(id_BL),
-            document_BL=self._documents(sample_B),
+            document_BL=None if self._offsets is None else torch.from_numpy(document_BL),
         )
 
-    def _read(self, sample: int) -> np.ndarray:
-        """Tokens of one sample and the one after it; IGNORED past the end and for sample -1."""
-        row = np.full(self.seq_len + 1, IGNORED, dtype=np.int64)
-        if sample >= 0:
-            start = sample * self.seq_len
-            tokens = self._tokens.read(start, min(start + len(row), self._num_tokens))
-            row[: len(tokens)] = tokens
-        return row
+    def _read(self, stretch: range) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of a stretch and their targets, IGNORED where these carry no loss."""
+        tokens = self._tokens.read(stretch.start, stretch.stop + 1)
+        targets = tokens[1:]
+        if self._in_loss is not None:
+            in_loss = self._in_loss.read(stretch.start + 1, stretch.stop + 1)
+            targets = np.where(in_loss, targets, IGNORED)
+        return tokens[:-1], targets
 
-    def _documents(self, sample_B: np.ndarray) -> Tensor | None:
+    def _documents(self, stretch: range) -> np.ndarray | int:
+        """The number of each token's document."""
         if self._offsets is None:
-            return None
-        start_B1 = np.maximum(sample_B, 0)[:, None] * self.seq_len
-        position_BL = start_B1 + np.arange(self.seq_len)
-        document_BL = np.searchsorted(self._offsets, position_BL, side="right")
-        return torch.from_numpy(document_BL - document_BL[:, :1])
+            return 0
+        return np.searchsorted(self._offsets, np.arange(stretch.start, stretch.stop), side="right")

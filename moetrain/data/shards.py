@@ -1,8 +1,9 @@
 """Packed tokens on disk: arrays in files of bounded size, with a checksum for every block.
 
 A set is a folder with `manifest.json` and, for each split, its tokens (every document followed by
-the end-of-text id) and its document boundaries. Checksums are verified when a block is first
-read, so damage is found wherever it is used, and opening a large set costs nothing.
+the end-of-text id), its document boundaries and, of conversations, which tokens carry a loss.
+Checksums are verified when a block is first read, so damage is found wherever it is used, and
+opening a large set costs nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,7 +25,7 @@ FORMAT = 1
 """To be raised when what is written for the same input changes; part of the cache's key."""
 BLOCK_BYTES = 1 << 20
 SHARD_BYTES = 256 << 20
-OFFSET_DTYPE = "<i8"
+OFFSET_DTYPE, LOSS_DTYPE = "<i8", "|u1"
 MANIFEST = "manifest.json"
 
 
@@ -52,6 +54,8 @@ class SplitManifest(Record):
     token_files: list[FileEntry]
     offset_files: list[FileEntry]
     """int64: where each document begins in the tokens, and at last the number of tokens."""
+    loss_files: list[FileEntry] = []
+    """uint8: 1 for tokens that carry a loss, else 0; no files where all do."""
 
 
 class Manifest(Record):
@@ -76,9 +80,21 @@ class Manifest(Record):
         """SHA-256 over the checksums of all tokens: equal exactly where the tokens are."""
         digest = hashlib.sha256(f"{self.dtype} {self.vocab_size} {self.eos_id}".encode())
         for split in (self.train, self.eval):
-            for entry in split.token_files + split.offset_files:
+            for entry in split.token_files + split.offset_files + split.loss_files:
                 digest.update("".join(entry.blocks).encode() + b"\n")
         return digest.hexdigest()
+
+
+class Encoded(NamedTuple):
+    """A document in tokens."""
+
+    ids: np.ndarray
+    """Integers, without the end of text that follows."""
+    num_bytes: int
+    """UTF-8 bytes of its text; of a conversation, of the answers."""
+    in_loss: np.ndarray | None = None
+    """bool: of each id, and of the end of text, whether it carries a loss; None where all do, which
+    must be so of all documents or of none."""
 
 
 class BlockWriter:
@@ -127,7 +143,7 @@ class BlockWriter:
 
 
 class SplitWriter:
-    """Writes the tokens and the document boundaries of one split."""
+    """Writes the tokens of one split, its document boundaries, and what carries a loss."""
 
     def __init__(
         self,
@@ -143,9 +159,10 @@ class SplitWriter:
         self.offsets = array("q", [0])
         self.bytes = 0
         self._tokens = BlockWriter(folder, f"{split}-tokens", shard_bytes)
+        self._in_loss = BlockWriter(folder, f"{split}-loss", shard_bytes)
 
-    def add(self, ids: np.ndarray, num_bytes: int) -> None:
-        """Append one document of `num_bytes` UTF-8 bytes, and the end of text after it.
+    def add(self, ids: np.ndarray, num_bytes: int, in_loss: np.ndarray | None = None) -> None:
+        """Append one document, the parts of `Encoded`, and the end of text after it.
 
         Nothing is written for a document without ids (some tokenizers drop white space).
 
@@ -161,6 +178,9 @@ class SplitWriter:
             )
         self._tokens.write(ids.astype(self.dtype).tobytes())
         self._tokens.write(np.array(self.eos_id, dtype=self.dtype).tobytes())
+        if in_loss is not None:
+            assert len(in_loss) == len(ids) + 1, (len(in_loss), len(ids))
+            self._in_loss.write(in_loss.astype(LOSS_DTYPE).tobytes())
         self.offsets.append(self.offsets[-1] + len(ids) + 1)
         self.bytes += num_bytes
 
@@ -180,6 +200,7 @@ class SplitWriter:
             bytes=self.bytes,
             token_files=self._tokens.close(),
             offset_files=offsets.close(),
+            loss_files=self._in_loss.close(),
         )
 
 
@@ -291,6 +312,12 @@ def open_offsets(folder: Path, manifest: Manifest, split: Split) -> BlockArray:
     return BlockArray(folder, getattr(manifest, split).offset_files, OFFSET_DTYPE)
 
 
+def open_loss(folder: Path, manifest: Manifest, split: Split) -> BlockArray | None:
+    """Which tokens of `train` or `eval` carry a loss; None where all do."""
+    files = getattr(manifest, split).loss_files
+    return BlockArray(folder, files, LOSS_DTYPE) if files else None
+
+
 def verify(folder: Path) -> None:
     """Read a whole set: every size, every checksum, every id.
 
@@ -301,12 +328,15 @@ def verify(folder: Path) -> None:
     for split in SPLITS:
         open_tokens(folder, manifest, split).verify()
         open_offsets(folder, manifest, split).verify()
+        if in_loss := open_loss(folder, manifest, split):
+            in_loss.verify()
 
 
 def _entries(manifest: Manifest) -> Iterator[FileEntry]:
     for split in (manifest.train, manifest.eval):
         yield from split.token_files
         yield from split.offset_files
+        yield from split.loss_files
 
 
 def _check_size(path: Path, size: int) -> None:

@@ -1,6 +1,7 @@
 """Tokenizers: raw bytes, any `tokenizer.json`, and training a byte-level BPE.
 
-Text never produces the end-of-text id: a special token spelled out in a document is plain text.
+Text never produces the end-of-text id: a special token spelled out in a document is plain text. It
+is the template of a conversation alone that may write special tokens (`encode_special`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -42,9 +43,16 @@ class Tokenizer(Protocol):
     """Ends every document; also fills padding, which no loss or routing ever sees."""
     fingerprint: str
     """Changes exactly when the mapping may have changed."""
+    special: dict[str, int]
+    """Special tokens, as they are spelled, with their ids."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, integer arrays, without any special token."""
+        ...
+
+    def encode_special(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of a text in which special tokens, spelled out, are such, and the character that each
+        id begins at: int64 arrays."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -63,10 +71,26 @@ class ByteTokenizer:
     vocab_size = 257
     eos_id = 256
     fingerprint = BYTES
+    special: ClassVar = {END_OF_TEXT: 256}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """UTF-8 bytes of each text, uint8."""
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
+    def encode_special(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes, and 256 for every end of text spelled out."""
+        ids, starts, place = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0
+        for number, piece in enumerate(text.split(END_OF_TEXT)):
+            if number:
+                ids.append(np.array([self.eos_id]))
+                starts.append(np.array([place]))
+                place += len(END_OF_TEXT)
+            (byte,) = self.encode_batch([piece])
+            begins_character = (byte & 0xC0) != 0x80
+            ids.append(byte.astype(np.int64))
+            starts.append(place + np.cumsum(begins_character) - 1)
+            place += len(piece)
+        return np.concatenate(ids), np.concatenate(starts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids; 256 vanishes, halves of a character become U+FFFD."""
@@ -117,6 +141,7 @@ class JsonTokenizer:
         self.vocab_size = self.ids[-1] + 1
         self.eos_id = _find_eos(inner, subject)
         self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.special = _special(inner)
         self._content = content
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -124,6 +149,16 @@ class JsonTokenizer:
         pieces = [list(_pieces(text)) for text in texts]
         ids = self._encode(piece for text in pieces for piece in text)
         return [np.concatenate([next(ids) for _ in text]) for text in pieces]
+
+    def encode_special(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids as the library gives them for the whole text, and where they begin."""
+        self.inner.encode_special_tokens = False
+        try:
+            encoding = self.inner.encode(text, add_special_tokens=False)
+        finally:
+            self.inner.encode_special_tokens = True
+        starts = [start for start, _ in encoding.offsets]
+        return np.array(encoding.ids, dtype=np.int64), np.array(starts, dtype=np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids; special tokens vanish, halves of a character become U+FFFD."""
@@ -161,6 +196,16 @@ def is_on_hub(name: str) -> bool:
     path = _path(name)
     is_path = path.suffix == ".json" or not may_be_on_hub(name)
     return name != BYTES and not is_path and not path.is_file()
+
+
+def beside(name: str, file: str) -> Path | None:
+    """A file that lies where the tokenizer `name` (as data.tokenizer) is, or None."""
+    if name == BYTES:
+        return None
+    if is_on_hub(name):
+        return _download_if_there(name, file)
+    path = _path(name).parent / file
+    return path if path.is_file() else None
 
 
 def _path(name: str) -> Path:
@@ -218,33 +263,50 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _download(name: str, subject: str) -> Path:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
-    def load() -> str:
-        try:
-            return hf_hub_download(name, "tokenizer.json")
-        except Exception as error:
-            copy = try_to_load_from_cache(name, "tokenizer.json") if broke_off(error) else None
-            if isinstance(copy, str):
-                return copy
-            raise
-
-    path = fetch(
-        load,
+    return fetch(
+        lambda: _cached(name, "tokenizer.json"),
         subject,
         f"is neither '{BYTES}', nor a file here, nor a model with a tokenizer.json on the hub",
         (RepositoryNotFoundError, EntryNotFoundError),
     )
-    return Path(path)
+
+
+def _download_if_there(name: str, file: str) -> Path | None:
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def load() -> Path | None:
+        try:
+            return _cached(name, file)
+        except LocalEntryNotFoundError:
+            raise  # no connection, and nothing cached
+        except EntryNotFoundError:
+            return None
+
+    return fetch(load, f"{file} of data.tokenizer ('{name}')", "is not on the hub", ())
+
+
+def _cached(name: str, file: str) -> Path:
+    """A file of the hub, or its copy here where the connection breaks."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    try:
+        return Path(hf_hub_download(name, file))
+    except Exception as error:
+        copy = try_to_load_from_cache(name, file) if broke_off(error) else None
+        if isinstance(copy, str):
+            return Path(copy)
+        raise
+
+
+def _special(inner: Any) -> dict[str, int]:
+    added = inner.get_added_tokens_decoder()
+    return {token.content: index for index, token in added.items() if token.special}
 
 
 def _find_eos(inner: Any, subject: str) -> int:
-    special = {
-        token.content: index
-        for index, token in inner.get_added_tokens_decoder().items()
-        if token.special
-    }
+    special = _special(inner)
     for name in END_TOKENS:
         if name in special:
             return special[name]
