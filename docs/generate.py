@@ -129,6 +129,8 @@ def _kind(annotation: Any) -> str:
         return "`null`"
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return f"any of {_kind(get_args(annotation)[0])}"
     if get_origin(annotation) in (Union, types.UnionType):
         return ", ".join(_kind(choice) for choice in get_args(annotation))
     if hasattr(annotation, "__metadata__"):

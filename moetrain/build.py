@@ -8,7 +8,10 @@ from moetrain.autopilot import FACTORS
 from moetrain.config import Config, MoEConfig
 from moetrain.constraints import padded_vocab_size
 from moetrain.model import Attention, Block, FeedForward, SharedGate, Transformer
-from moetrain.moe import Gate, MoE
+from moetrain.moe import Experts, Gate, MoE, Router
+
+FREEZABLE = {"router": Router, "experts": Experts}
+"""The modules that train.freeze means."""
 
 
 def build_model(config: Config, vocab_size: int) -> Transformer:
@@ -20,13 +23,18 @@ def build_model(config: Config, vocab_size: int) -> Transformer:
     rows = padded_vocab_size(config, vocab_size)
     with torch.device("meta"):
         blocks = [_block(config, layer) for layer in range(config.model.layers)]
-        return Transformer(
+        model = Transformer(
             rows,
             config.model.dim,
             config.model.norm_eps,
             config.model.tie_embeddings,
             blocks,
         )
+    frozen = tuple(FREEZABLE[part] for part in config.train.freeze)
+    for module in model.modules():
+        if isinstance(module, frozen):
+            module.requires_grad_(False)
+    return model
 
 
 def routing_group_tokens(config: Config) -> int | None:
@@ -95,4 +103,5 @@ def _moe(moe: MoEConfig, layer: int, dim: int, expert_dim: int) -> MoE:
         drop_policy=moe.drop_policy,
         spill_depth=moe.spill_depth,
         watched_factors=FACTORS if moe.capacity_factor == "auto" else (),
+        expert_dropout=moe.expert_dropout,
     )

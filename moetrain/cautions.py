@@ -46,8 +46,14 @@ def _idle_settings(config: Config) -> Iterator[tuple[str, str]]:
     if source == "stdlib" or Path(source).expanduser().exists():
         for field in ("data.subset", "data.split", "data.streaming"):
             yield field, f"for the local data.source {source}"
+    if config.data.format != "chat":
+        yield "data.chat_template", f"with data.format {config.data.format}; only chat reads it"
+    if config.data.packing == "whole":
+        yield "data.mask_documents", "with data.packing whole: no document sees another anyway"
     if source == "stdlib":
         yield "data.field", "for data.source stdlib"
+    if moe.experts == 0:
+        yield "train.freeze", "when moe.experts is 0"
     if config.engine.kind != "deepspeed":
         for field in ("engine.zero_stage", "engine.deepspeed_config"):
             yield field, f"with engine.kind {config.engine.kind}; only deepspeed reads it"

@@ -130,6 +130,8 @@ class Generate:
     """Sample from the likeliest tokens that together reach this probability."""
     greedy: bool = False
     """Take the likeliest token each time, without sampling."""
+    chat: bool = False
+    """The prompt is a user's message; print the answer alone."""
     seed: int = 0
     """Seed of the sampling."""
 
@@ -147,6 +149,7 @@ class Generate:
             top_p=self.top_p,
             greedy=self.greedy,
             seed=self.seed,
+            chat=self.chat,
         )
         return 0
 
@@ -279,6 +282,8 @@ class Upcycle:
     """How many of them a token chooses."""
     every: int = 1
     """Every n-th block gets experts, the others stay dense."""
+    split: int = 1
+    """Cut every expert into so many finer ones, of which a token chooses as many times more."""
     noise: float = 0.0
     """Standard deviation of what is added to every expert, over that of a fresh one."""
     seed: int = 0
@@ -289,6 +294,7 @@ class Upcycle:
     def run(self) -> int:
         """Write and print the path."""
         _require(self.experts > 0, "experts", self.experts, "1 or more")
+        _require(self.split > 0, "split", self.split, "1 or more")
         _require(0 <= self.noise < float("inf"), "noise", self.noise, "0 or more")
         from moetrain.upcycle import upcycle
 
@@ -298,12 +304,72 @@ class Upcycle:
             experts=self.experts,
             top_k=self.top_k,
             every=self.every,
+            split=self.split,
             noise=self.noise,
             seed=self.seed,
             tokenizer=self.tokenizer,
         )
         print(self.out)
         return 0
+
+
+@app.command(name="split")
+@dataclass(frozen=True)
+class Split:
+    """Give a model more experts, with the same logits: every expert becomes several. Written as a
+    checkpoint to train on from."""
+
+    path: RunPath
+    """Folder of a run (its newest checkpoint) or of one checkpoint."""
+    out: Positional[Annotated[Path, arg(metavar="OUT")]]
+    """Folder to write; must not exist."""
+    parts: int = 2
+    """Experts that each one becomes."""
+    by: Literal["cut", "copy"] = "cut"
+    """cut: of a part of its width; copy: of all of it."""
+    top_k: int | None = None
+    """Experts per token; null: as many times more, which keeps the logits."""
+
+    def run(self) -> int:
+        """Write and print the path."""
+        _check_resize(self.parts, self.top_k)
+        from moetrain.resize import split
+
+        warn(split(self.path, self.out, self.parts, self.by, self.top_k))
+        print(self.out)
+        return 0
+
+
+@app.command(name="merge")
+@dataclass(frozen=True)
+class Merge:
+    """Give a model fewer experts: neighbouring ones become one. Undoes a split; of other models it
+    makes an approximation, to be trained on from."""
+
+    path: RunPath
+    """Folder of a run (its newest checkpoint) or of one checkpoint."""
+    out: Positional[Annotated[Path, arg(metavar="OUT")]]
+    """Folder to write; must not exist."""
+    parts: int = 2
+    """Experts that become one."""
+    by: Literal["join", "average"] = "join"
+    """join: as wide as all of them; average: their mean."""
+    top_k: int | None = None
+    """Experts per token; null: as many times fewer."""
+
+    def run(self) -> int:
+        """Write and print the path."""
+        _check_resize(self.parts, self.top_k)
+        from moetrain.resize import merge
+
+        warn(merge(self.path, self.out, self.parts, self.by, self.top_k))
+        print(self.out)
+        return 0
+
+
+def _check_resize(parts: int, top_k: int | None) -> None:
+    _require(parts > 1, "parts", parts, "2 or more")
+    _require(top_k is None or top_k > 0, "top-k", top_k, "1 or more")
 
 
 @checkpoint_app.command(name="list")

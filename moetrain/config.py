@@ -115,6 +115,9 @@ class MoEConfig(Section):
     """expert_choice only: accept that a token's experts depend on later tokens."""
     expert_ffn_dim: PositiveInt | None = None
     """Hidden width of one expert; null: as the dense feed-forward layers."""
+    expert_dropout: BelowOne = 0.0
+    """Training: share of an expert's hidden units that a token goes without. Against overfitting
+    in fine-tuning (2101.03961 §2.4: 0.4)."""
     capacity_factor: PositiveFloat | Literal["auto"] | None = 1.25
     """Training: slots per expert over the mean demand K·S/E; null: dropless; auto: of every layer
     the smallest of a few that keeps its drops within target_drop_rate."""
@@ -215,16 +218,25 @@ class DataConfig(Section):
     """Hub: the split."""
     streaming: Bool = False
     """Hub: read over the network instead of downloading first."""
+    format: Literal["text", "chat"] = "text"
+    """chat: a document is a conversation, a list of messages with a role and a content each, and
+    the loss is of the assistant's answers alone."""
+    chat_template: Path | None = None
+    """chat only: a file with the Jinja template that conversations are written by; null: the
+    tokenizer's own."""
     field: str = "text"
-    """JSONL, parquet and hub: the column that holds the text."""
+    """JSONL, parquet and hub: the column that holds the text, or the messages."""
     max_documents: PositiveInt | None = None
     """Stop after so many documents."""
     tokenizer: str = "bytes"
     """`bytes`; the path of a tokenizer.json; or a model name on the hub."""
     seq_len: PositiveInt = 256
     """Tokens per training sequence."""
+    packing: Literal["cut", "whole"] = "cut"
+    """cut: documents end to end, cut every seq_len tokens. whole: whole documents and padding, and
+    none sees another; those longer than seq_len lose their end."""
     mask_documents: Bool = False
-    """Keep attention from crossing document boundaries inside a packed sequence."""
+    """cut only: keep attention from crossing document boundaries inside a sequence."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Share of the documents held out for evaluation, chosen by a hash of their content."""
     cache: Path | None = None
@@ -246,6 +258,9 @@ class TrainConfig(Section):
     """Learning rate at the end, as a share of the peak."""
     warmup_steps: NonNegativeInt = 20
     """Steps of linear warm-up."""
+    freeze: tuple[Literal["router", "experts"], ...] = ()
+    """Weights that keep their values. In fine-tuning, leaving out the experts costs little quality
+    and saves most of the memory (ST-MoE, 2202.08906 §4.2)."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """Decay after warm-up: cosine, or warmup-stable-decay (linear)."""
     decay_fraction: Fraction = 0.2

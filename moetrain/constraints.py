@@ -39,6 +39,11 @@ def problems(config: Config) -> list[str]:
             f"init_from ({config.init_from}) and checkpoint.resume ({resume}) both name a start; "
             "drop one of them"
         )
+    if config.data.format == "chat" and config.data.source == "stdlib":
+        found.append(
+            "data.format (chat) needs conversations, and data.source stdlib is plain text; name a "
+            "JSON Lines or Parquet file, or a dataset of the hub"
+        )
     if config.moe.experts:
         found += [*_choice_problems(config.moe), *_placement_problems(config)]
         return [*found, *_dispatch_problems(config)]
@@ -80,6 +85,8 @@ def spell(value: object) -> str:
     """A value as YAML and flags write it."""
     if value is None:
         return "null"
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(spell, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
 
 from moetrain import restore
 from moetrain.build import routing_group_tokens
-from moetrain.config import Config, ParallelConfig
+from moetrain.config import Config, DataConfig, ParallelConfig
 from moetrain.constraints import mesh_problems
-from moetrain.data import Batch, Manifest, Samples, prepare
+from moetrain.data import Batch, Manifest, Prepared, Samples, Split, prepare
 from moetrain.errors import UserError
 from moetrain.mesh import Mesh, on_first_local_rank, process_group, rank_and_world, require_same
 from moetrain.metrics import drop_rate
@@ -41,6 +40,12 @@ def forward(
         draws=draws,
         num_ranked=num_ranked,
     )
+
+
+def open_samples(prepared: Prepared, split: Split, config: Config) -> Samples:
+    """A split of the prepared text, in sequences as configured."""
+    data = config.data
+    return Samples(prepared, split, data.seq_len, config.seed, data.mask_documents, data.packing)
 
 
 @torch.no_grad()
@@ -75,13 +80,15 @@ def evaluate(
     return reduce(parts, count_all(counts, mesh), mesh)
 
 
-def nats_per_byte(loss: float, manifest: Manifest) -> float:
+def nats_per_byte(loss: float, manifest: Manifest, data: DataConfig) -> float | None:
     """Held-out loss per byte of text: nats per token (ends of documents are tokens, too) times the
-    tokens per byte of that text."""
+    tokens per byte of that text. None where some tokens are no targets."""
+    if data.format == "chat" or data.packing == "whole":
+        return None
     return loss * manifest.eval.tokens / manifest.eval.bytes
 
 
-def run(path: Path | str, split: Literal["train", "eval"], sequences: int | None) -> None:
+def run(path: Path | str, split: Split, sequences: int | None) -> None:
     """Print the loss of a checkpoint on a split of its run's data, on all ranks of the launcher.
 
     Experts are spread as in the run where the number of ranks allows it.
@@ -97,9 +104,7 @@ def run(path: Path | str, split: Literal["train", "eval"], sequences: int | None
         prepared = on_first_local_rank(lambda: prepare(config.data))
         restore.check_tokenizer(found, prepared.tokenizer)
         _check_text(found, prepared.manifest)
-        samples = Samples(
-            prepared, split, config.data.seq_len, config.seed, config.data.mask_documents
-        )
+        samples = open_samples(prepared, split, config)
         model = restore.model_on_mesh(found, mesh)
         means = evaluate(model, samples, sequences or config.eval.sequences, config, mesh)
         assert means is not None, "nothing interrupts it"
@@ -120,15 +125,14 @@ def _check_text(found: restore.Checkpoint, manifest: Manifest) -> None:
         )
 
 
-def _summary(
-    found: restore.Checkpoint, split: Literal["train", "eval"], means: Means, manifest: Manifest
-) -> str:
+def _summary(found: restore.Checkpoint, split: Split, means: Means, manifest: Manifest) -> str:
     text = "held-out text" if split == "eval" else "training text"
     lines = [f"{found.path.name} on {text}: {means.loss:.4f} nats per token"]
-    if split == "eval":
+    per_byte = nats_per_byte(means.loss, manifest, found.config.data)
+    if split == "eval" and per_byte is not None:
         entropy = manifest.byte_entropy
         lines.append(
-            f"  {nats_per_byte(means.loss, manifest):.4f} nats per byte "
+            f"  {per_byte:.4f} nats per byte "
             f"(unigram model {entropy['unigram']:.4f}, bigram model {entropy['bigram']:.4f})"
         )
     if means.ledgers:

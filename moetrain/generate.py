@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moetrain import restore
+from moetrain.data import load_chat
 from moetrain.errors import UserError
 from moetrain.mesh import process_group, rank_and_world
 from moetrain.model import KVCache, Transformer
@@ -82,11 +83,13 @@ def run(
     top_p: float,
     greedy: bool,
     seed: int,
+    chat: bool = False,
 ) -> None:
     """Print a prompt and its continuation by the model of a run or checkpoint.
 
-    Ends early at the end-of-text token. Raises UserError for an empty prompt, several ranks, or a
-    model whose experts choose their tokens.
+    With `chat` the prompt is a user's message, put as the chat template has it, and the answer
+    alone is printed. Ends early at the end-of-text token. Raises UserError for an empty prompt,
+    several ranks, or a model whose experts choose their tokens.
     """
     if rank_and_world()[1] > 1:
         raise UserError("generate runs in one process; start it without torchrun")
@@ -101,6 +104,8 @@ def run(
     prompt_ids = tokenizer.encode_batch([prompt])[0].tolist()
     if not prompt_ids:
         raise UserError("prompt ('') must hold some text; try 'import '")
+    if chat:
+        prompt_ids = load_chat(found.config.data, tokenizer).prompt(prompt).tolist()
     choose = among(tokenizer.ids, _chooser(greedy, temperature, top_k, top_p, seed))
     with process_group() as device:
         model = restore.model_on_device(found, device)
@@ -110,7 +115,7 @@ def run(
             if token_B.item() == tokenizer.eos_id:
                 break
             new_ids.append(int(token_B))
-    print(prompt + tokenizer.decode(new_ids))
+    print(("" if chat else prompt) + tokenizer.decode(new_ids))
 
 
 def _chooser(

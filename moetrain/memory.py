@@ -60,24 +60,29 @@ def _fsdp(config: Config, model: Transformer, world_size: int) -> list[Row]:
     """Rank 0, on which no shard is smaller than elsewhere: see `moetrain.parallel`."""
     master, compute = _master(config), compute_dtype(config.engine).itemsize
     sharded, units = _sharded(config, model, world_size), _units(config, model)
+    trained = _sharded(config, model, world_size, trained_only=True)
     # Ranks reduce gradients with the last micro-batch, and keep whole ones until then.
     between = sum(map(sum, units)) if _accumulates(config, world_size) else 0
     return [
         Row("weights", sharded * master),
-        Row("gradients", (sharded + between) * master),
-        Row("Adam moments", 2 * sharded * master),
+        Row("gradients", (trained + between) * master),
+        Row("Adam moments", 2 * trained * master),
         Row("gathered weights", _gathered(units) * compute),
         # Of the unit whose gradient is complete: as computed, and as sent in master precision.
         Row("gradients under way", max(map(max, units)) * (compute + master)),
     ]
 
 
-def _sharded(config: Config, model: Transformer, world_size: int) -> int:
+def _sharded(
+    config: Config, model: Transformer, world_size: int, trained_only: bool = False
+) -> int:
     """Parameters of one rank: rows of every dense weight, a part of each of its experts, and the
     routers whole."""
     dp_shard, total = config.dp_shard(world_size), 0
     for module in model.modules():
         for weight in module.parameters(recurse=False):
+            if trained_only and not weight.requires_grad:
+                continue
             if isinstance(module, Router):
                 total += weight.numel()
             elif isinstance(module, Experts):
@@ -150,6 +155,7 @@ def _zero(config: Config, model: Transformer, world_size: int) -> list[Row]:
     master, stage = _master(config), config.engine.zero_stage
     groups = _groups(config, model, world_size)
     whole, share = sum(sum(g.sizes) for g in groups), sum(g.share for g in groups)
+    held = whole + _frozen(config, model)
     # Reduced gradients are kept for every weight that a share reaches into; those that are not
     # reduced yet are whole, all of them before stage 2.
     touched = [(group.touched(), group.stride) for group in groups]
@@ -157,7 +163,7 @@ def _zero(config: Config, model: Transformer, world_size: int) -> list[Row]:
     gradients = {0: whole, 1: whole + reduced, 2: reduced}[stage]
     bucket = bucket_size(config, world_size, whole)
     return [
-        Row("weights", (whole + (share if stage else 0)) * master),  # the share is a copy
+        Row("weights", (held + (share if stage else 0)) * master),  # the share is a copy
         Row("gradients", gradients * master),
         Row("Adam moments", 2 * (share if stage else whole) * master),
         Row("rounded weights", _rounded(config, model)),
@@ -171,12 +177,24 @@ def _groups(config: Config, model: Transformer, world_size: int) -> list[_Group]
     for module in model.modules():
         is_expert = isinstance(module, Experts) and ep > 1
         for weight in module.parameters(recurse=False):
+            if not weight.requires_grad:
+                continue
             size = weight.numel() // ep if is_expert else weight.numel()
             found.setdefault((decays(weight), is_expert), []).append(size)
     return [
         _Group(sizes, world_size // ep, ep) if is_expert else _Group(sizes, world_size, 1)
         for (_, is_expert), sizes in found.items()
     ]
+
+
+def _frozen(config: Config, model: Transformer) -> int:
+    """Parameters of one rank that are not trained."""
+    return sum(
+        weight.numel() // (config.parallel.ep if isinstance(module, Experts) else 1)
+        for module in model.modules()
+        for weight in module.parameters(recurse=False)
+        if not weight.requires_grad
+    )
 
 
 def _rounded(config: Config, model: Transformer) -> int:

@@ -127,7 +127,7 @@ class TrainLine(Rates, Speed):
     step: int
     """The step just finished, counted from 1."""
     tokens: int
-    """Tokens trained on so far."""
+    """Tokens trained on so far, padding not among them."""
     loss: float
     """Mean cross-entropy over the global batch in nats per token, without auxiliary losses."""
     balance_loss: float
@@ -158,8 +158,9 @@ class EvalLine(TypedDict):
     """The step after which it was made."""
     eval_loss: float
     """Mean cross-entropy in nats per token."""
-    eval_nats_per_byte: float
-    """The same per byte of text, comparable across tokenizers."""
+    eval_nats_per_byte: float | None
+    """The same per byte of text, comparable across tokenizers; null where some tokens are no
+    targets (data.format chat, data.packing whole)."""
     eval_drop_rate: float
     """Σ dropped / Σ assigned over the MoE layers; 0 in a dense model."""
 
@@ -223,7 +224,7 @@ def rates(layers: Sequence[LayerLine], ledgers: Sequence[Ledger]) -> Rates:
     )
 
 
-def eval_line(*, step: int, means: Means, nats_per_byte: float) -> EvalLine:
+def eval_line(*, step: int, means: Means, nats_per_byte: float | None) -> EvalLine:
     """The line of one evaluation over the whole held-out set."""
     return EvalLine(
         step=step,
@@ -284,14 +285,14 @@ def token_drop_rate(ledgers: Sequence[Ledger]) -> float:
 
 def speed(
     *,
-    step_tokens: int,
+    step_tokens: float,
     step_time_s: float,
     rank_times: RankTimes,
     flops_per_token: float,
     devices: int,
     peak_flops: float | None,
 ) -> Speed:
-    """Throughput of a step over `devices` devices.
+    """Throughput of a step of so many tokens, padding not among them, over `devices` devices.
 
     `flops_per_token` counts forward and backward of the active parameters; `peak_flops` is one
     device's, in FLOP/s.

@@ -124,10 +124,11 @@ def describe(line: Mapping[str, Any], num_steps: int, has_experts: bool) -> list
     step = f"step {line['step']}/{num_steps}"
     if "eval_loss" in line:
         drop = [f"eval drop {_percent(line['eval_drop_rate'])}"] if has_experts else []
+        per_byte = line["eval_nats_per_byte"]
         return [
             step,
             f"eval loss {_number(line['eval_loss'], '.4f')}",
-            f"{_number(line['eval_nats_per_byte'], '.4f')} nats/byte",
+            *([] if per_byte is None else [f"{per_byte:.4f} nats/byte"]),
             *drop,
         ]
     if "loss" not in line:

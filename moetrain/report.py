@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from moetrain import metrics, settings
 from moetrain.config import CheckpointConfig, Config
-from moetrain.data import Prepared
+from moetrain.data import TEMPLATE_FILE, Prepared
 from moetrain.evaluate import nats_per_byte
 from moetrain.hf.names import KEPT
 from moetrain.mesh import Mesh, raise_alike
@@ -60,7 +60,7 @@ class Report:
         self._prepared = prepared
         self._flops_per_token = train_flops_per_token(model, config.data.seq_len)
         self._peak_flops = device_peak_flops(mesh.device, computes_in(config.engine))
-        self._steps, self._seconds, self._data_s = 0, 0.0, 0.0
+        self._steps, self._seconds, self._data_s, self._tokens = 0, 0.0, 0.0, start.tokens
         self._last_step_s, self._is_late = 0.0, False
         self._clock, self._streaks = RankClock(mesh), Streaks()
         self._is_writer = mesh.rank == 0
@@ -97,6 +97,8 @@ class Report:
             for file in KEPT:
                 if (origin := start.parent.parent / file).exists():
                     shutil.copyfile(origin, folder / file)
+        if (chat := self._prepared.chat) is not None:
+            (folder / TEMPLATE_FILE).write_text(chat.template, encoding="utf-8")
 
     def _open(self, model: Transformer, start: Position) -> None:
         config, folder = self._config, self._folder
@@ -151,7 +153,7 @@ class Report:
 
         A collective: the times of all ranks are brought together.
         """
-        config, step_time_s = self._config, self._seconds / self._steps
+        step_time_s = self._seconds / self._steps
         rank_times = self._clock.times(step_time_s, self._data_s / self._steps)
         line = metrics.train_line(
             step=position.step,
@@ -164,7 +166,7 @@ class Report:
             grad_norm=result.outcome.grad_norm,
             lr=result.lr,
             speed=metrics.speed(
-                step_tokens=config.train.global_batch * config.data.seq_len,
+                step_tokens=(position.tokens - self._tokens) / self._steps,
                 step_time_s=step_time_s,
                 rank_times=rank_times,
                 flops_per_token=self._flops_per_token,
@@ -173,7 +175,7 @@ class Report:
             ),
             memory_gib=metrics.memory_gib(self._mesh.device),
         )
-        self._steps, self._seconds, self._data_s = 0, 0.0, 0.0
+        self._steps, self._seconds, self._data_s, self._tokens = 0, 0.0, 0.0, position.tokens
         self._write(line)
         self._record(position, result)
         if self._is_writer:
@@ -191,7 +193,7 @@ class Report:
 
     def evaluation(self, step: int, means: Means) -> None:
         """Report an evaluation on held-out text."""
-        per_byte = nats_per_byte(means.loss, self._prepared.manifest)
+        per_byte = nats_per_byte(means.loss, self._prepared.manifest, self._config.data)
         self._write(metrics.eval_line(step=step, means=means, nats_per_byte=per_byte))
 
     def saved(self, step: int, seconds: float) -> None:

@@ -10,7 +10,7 @@ import torch
 from moetrain import checkpoint, settings
 from moetrain.build import build_model
 from moetrain.config import Config
-from moetrain.data import Tokenizer, load_tokenizer
+from moetrain.data import TEMPLATE_FILE, Tokenizer, load_tokenizer
 from moetrain.errors import UserError
 from moetrain.mesh import Mesh
 from moetrain.model import Transformer
@@ -35,17 +35,20 @@ class Checkpoint(NamedTuple):
 def find(path: Path | str) -> Checkpoint:
     """The checkpoint that a run's folder or a checkpoint's own stands for, and what it says.
 
-    Its tokenizer is the run's own copy, where there is one. Raises UserError where there is no
-    checkpoint.
+    Its tokenizer and chat template are the run's own copies, where there are such. Raises UserError
+    where there is no checkpoint.
     """
     found = checkpoint.resolve(path)
     manifest = checkpoint.read_manifest(found)
     extra: dict[str, Any] = manifest.extra
     config = settings.resolve(None, extra["config"])
-    copy = found.parent.parent / TOKENIZER_FILE
-    if copy.exists():
-        data = config.data.model_copy(update={"tokenizer": str(copy)})
-        config = config.model_copy(update={"data": data})
+    home = found.parent.parent
+    copies: dict[str, Any] = {}
+    if (home / TOKENIZER_FILE).exists():
+        copies["tokenizer"] = str(home / TOKENIZER_FILE)
+    if config.data.format == "chat" and (home / TEMPLATE_FILE).exists():
+        copies["chat_template"] = home / TEMPLATE_FILE
+    config = config.model_copy(update={"data": config.data.model_copy(update=copies)})
     return Checkpoint(
         found,
         manifest.step,

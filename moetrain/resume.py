@@ -146,11 +146,14 @@ def _warn_of_changes(path: Path, extra: Mapping[str, Any], own: Mapping[str, Any
 
 def _order(config: Config, text: str | None) -> dict[str, Any]:
     """What the order of samples depends on."""
-    return {"seed": config.seed, "data.seq_len": config.data.seq_len, "data": text}
+    data = config.data
+    order = {"data.seq_len": data.seq_len, "data.packing": data.packing}
+    return {"seed": config.seed, **order, "data": text}
 
 
 def _check_same_order(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Refuse to continue on another order of samples: it would repeat some and lose others."""
+    saved = {"data.packing": "cut", **saved}  # an older version knew no other
     changed = [
         f"{key} ({wanted[key]}) was {saved[key]}" for key in wanted if wanted[key] != saved[key]
     ]

@@ -194,7 +194,8 @@ def _rebalance(run: Run, parts: list[Sums]) -> None:
     """The step of the routers' biases, on what the whole global batch asked for."""
     rate = run.config.moe.bias_update_rate
     routers = [m for m in run.engine.model.modules() if isinstance(m, Router)]
-    if routers and routers[0].gate.name == "sigmoid" and rate > 0:
+    is_frozen = "router" in run.config.train.freeze
+    if routers and routers[0].gate.name == "sigmoid" and rate > 0 and not is_frozen:
         for router, load_E in zip(routers, loads(parts, run.mesh), strict=True):
             router.rebalance(load_E, rate)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -18,9 +19,9 @@ from moetrain.build import build_model
 from moetrain.checkpoint import CheckpointError, Saver
 from moetrain.config import Config, TrainConfig
 from moetrain.constraints import check_world
-from moetrain.data import Samples, prepare
+from moetrain.data import prepare
 from moetrain.errors import DivergedError
-from moetrain.evaluate import evaluate
+from moetrain.evaluate import evaluate, open_samples
 from moetrain.failure import end_with_launcher
 from moetrain.mesh import (
     Mesh,
@@ -100,10 +101,13 @@ def set_up(config: Config, folder: Path, mesh: Mesh) -> Run:
     )
     model = build_model(config, prepared.manifest.vocab_size)
     engine = engines.build(config, model, mesh)
-    samples, held_out = (
-        Samples(prepared, split, config.data.seq_len, config.seed, config.data.mask_documents)
-        for split in ("train", "eval")
-    )
+    samples, held_out = (open_samples(prepared, split, config) for split in ("train", "eval"))
+    if samples.num_shortened and mesh.rank == 0:
+        warnings.warn(
+            f"data.seq_len ({config.data.seq_len}) leaves out the end of {samples.num_shortened:,} "
+            f"of {prepared.manifest.train.documents:,} documents, which are longer",
+            stacklevel=2,
+        )
     return Run(config, folder, mesh, prepared, engine, samples, held_out)
 
 
@@ -193,7 +197,7 @@ def advance(position: Position, config: Config, result: StepResult) -> Position:
     return Position(
         position.step + 1,
         position.samples + batch,
-        position.tokens + batch * config.data.seq_len,
+        position.tokens + int(result.counts.tokens),
         position.bad_steps + result.is_bad,
         position.bad_in_a_row + 1 if was_skipped else 0,
         _due(position.step + 1, config.eval.every, config.train.steps),

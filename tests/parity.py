@@ -159,7 +159,8 @@ def alone(config: Config, text: Text, change: Change | None = None, steps: int =
         norm = sum(grad.square().sum().item() for grad in grads.values()) ** 0.5
         if norm > CLIP_NORM:
             for weight in weights.values():
-                weight.grad *= CLIP_NORM / norm
+                if weight.grad is not None:
+                    weight.grad *= CLIP_NORM / norm
         optimizer.step()
         plain_rebalance(model, records, moe.bias_update_rate)
         means = plain_means(losses, output, records)
@@ -295,8 +296,8 @@ def _plain_adamw(train: TrainConfig, weights: Tensors) -> torch.optim.AdamW:
 def _grads(weights: Tensors) -> Tensors:
     """Logical gradients, in memory of their own."""
     for name, weight in weights.items():
-        assert weight.grad is not None, f"{name} has no gradient"
-    return _full({name: weight.grad for name, weight in weights.items()})  # type: ignore[misc]
+        assert (weight.grad is not None) == weight.requires_grad, f"{name}: {weight.grad}"
+    return _full({name: w.grad for name, w in weights.items() if w.grad is not None})
 
 
 def _full(tensors: Tensors) -> Tensors:
@@ -405,12 +406,13 @@ def weights_of(engine: Any) -> Tensors:
 
 def grads_of(engine: Any) -> Tensors:
     """Copies of the logical gradients between backward pass and step, as the engine sums them."""
+    trained = {name: weight for name, weight in engine.weights.items() if weight.requires_grad}
     if hasattr(engine, "deepspeed"):
         from deepspeed.utils import safe_get_full_grad
 
-        grads = {name: safe_get_full_grad(weight) for name, weight in engine.weights.items()}
+        grads = {name: safe_get_full_grad(weight) for name, weight in trained.items()}
     else:
-        grads = {name: weight.grad for name, weight in engine.weights.items()}
+        grads = {name: weight.grad for name, weight in trained.items()}
     for name, grad in grads.items():
         assert grad is not None, f"{name} has no gradient"
     return {name: _copy(whole(engine, name, grad)) for name, grad in grads.items()}
@@ -444,6 +446,7 @@ def agree_on_step(mine: Step, theirs: Step, where: str, tolerance: float = 1e-10
     agree_on_means(mine.means, theirs.means, where, tolerance)
     for name, grad in theirs.grads.items():
         close(mine.grads[name], grad, f"{where}: the gradient of {name} is", tolerance)
+    assert mine.grads.keys() == theirs.grads.keys(), where
     close(mine.grad_norm, theirs.grad_norm, f"{where}: the global gradient norm is", tolerance)
     for name, buffer in theirs.buffers.items():
         rounded = buffer.to(mine.buffers[name].dtype)

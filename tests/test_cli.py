@@ -156,6 +156,7 @@ def test_generate(calls):
                 "top_k": 3,
                 "top_p": 0.9,
                 "greedy": False,
+                "chat": False,
                 "seed": 1,
             },
         )
@@ -224,13 +225,13 @@ REFUSED = {
     "no command": (
         [],
         "Expected one of {train, check, eval, generate, replay, export, import, upcycle, "
-        "checkpoint, data, tokenizer}.",
+        "split, merge, checkpoint, data, tokenizer}.",
     ),
     "unknown command": (
         ["trian"],
         "Unrecognized options: trian\n"
         "Available subcommands: train, check, eval, generate, replay, export, import, upcycle, "
-        "checkpoint, data, tokenizer",
+        "split, merge, checkpoint, data, tokenizer",
     ),
     "no config": (
         ["train"],

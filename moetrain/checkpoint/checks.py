@@ -22,7 +22,7 @@ from moetrain.checkpoint.manifest import (
 from moetrain.constraints import spell
 from moetrain.errors import UserError
 
-SHAPING = ("model.", "moe.", "data.tokenizer")
+SHAPING = ("model.", "moe.", "data.tokenizer", "train.freeze")
 """Settings, by how they begin, that decide which tensors there are."""
 
 

@@ -86,9 +86,10 @@ class DeepSpeedEngine:
         apply_recompute(model, engine.activation_checkpointing)
         self.mesh, self.clip_norm = mesh, train.clip_norm
         self.weights = dict(model.named_parameters())
+        self._trained = {name: w for name, w in self.weights.items() if w.requires_grad}
         self.buffers = dict(model.named_buffers())
         self.optimizer = torch.optim.AdamW(
-            _groups(self.weights, train.weight_decay),
+            _groups(self._trained, train.weight_decay),
             lr=0.0,
             betas=(train.beta1, train.beta2),
             eps=train.adam_eps,
@@ -143,12 +144,14 @@ class DeepSpeedEngine:
         """See `Engine`. Weights of experts and all moments are `Fragment`s."""
         tensors: dict[str, Tensor] = {f"model.{name}": t for name, t in self.buffers.items()}
         for name, weight in self.weights.items():
-            held, shape, first = self._held[name], *self._logical(weight)
+            shape, first = self._logical(weight)
             whole = weight.detach()
             spread = weight.shape != shape
             tensors[f"model.{name}"] = (
                 Fragment.of_flat(shape, first, whole.view(-1)) if spread else whole
             )
+            if (held := self._held.get(name)) is None:  # frozen
+                continue
             for moment in MOMENTS:
                 flat = self.optimizer.state[held.key][moment].view(-1)[held.place]
                 tensors[f"optimizer.{name}.{moment}"] = Fragment.of_flat(
@@ -162,7 +165,7 @@ class DeepSpeedEngine:
         if self.zero is None:
             shared = [(self.mesh.world, False), (self.mesh.edp, True)]
             grads = {
-                kind: [w.grad for w in self.weights.values() if _is_expert(w) == kind]
+                kind: [w.grad for w in self._trained.values() if _is_expert(w) == kind]
                 for _, kind in shared
             }
             return [(grads[kind], ranks) for ranks, kind in shared if grads[kind]]  # type: ignore[misc]
@@ -176,8 +179,8 @@ class DeepSpeedEngine:
     def _where_state_is(self) -> dict[str, Held]:
         """By name of weight. ZeRO cuts the flat buffer of a group into equal shares."""
         if self.zero is None:
-            return {name: Held(w, 0, slice(w.numel())) for name, w in self.weights.items()}
-        held, names = {}, {id(weight): name for name, weight in self.weights.items()}
+            return {name: Held(w, 0, slice(w.numel())) for name, w in self._trained.items()}
+        held, names = {}, {id(weight): name for name, weight in self._trained.items()}
         for number, share in enumerate(self.zero.single_partition_of_fp32_groups):
             flat, size = self.zero.bit16_groups_flat[number], share.numel()
             begin = dist.get_rank(self.zero.real_dp_process_group[number]) * size
@@ -221,7 +224,8 @@ def place(model: Transformer, mesh: Mesh, seed: int) -> None:
         for module in model.modules():
             if isinstance(module, MoE):
                 for name, weight in list(module.experts.named_parameters()):
-                    mine = nn.Parameter(weight[: len(weight) // mesh.ep].clone())
+                    mine = weight[: len(weight) // mesh.ep].detach().clone()
+                    mine = nn.Parameter(mine, weight.requires_grad)
                     module.experts.register_parameter(name, mine)
     model.to_empty(device=mesh.device)
     for buffer in model.buffers():
@@ -331,8 +335,9 @@ def _use_groups(mesh: Mesh) -> None:
 
 @contextmanager
 def _expert_layer(model: nn.Module, mesh: Mesh) -> Iterator[None]:
-    """What it takes for a layer of its own, while it looks whether the model has any."""
-    if mesh.ep == 1:
+    """What it takes for a layer of its own, while it looks whether the model has any: where it is
+    to reduce gradients of experts apart from others."""
+    if not any(_is_expert(weight) and weight.requires_grad for weight in model.parameters()):
         yield
         return
     layers: Any = importlib.import_module("deepspeed.moe.layer")

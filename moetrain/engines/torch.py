@@ -23,7 +23,7 @@ class TorchEngine:
         """Takes a model on the meta device. Collective over the mesh."""
         recompute, compiled = engine.activation_checkpointing, engine.compile
         self.model = parallelize(model, mesh, computes_in(engine), seed, recompute, compiled)
-        self._routers = router_weights(model)
+        self._routers = [weight for weight in router_weights(model) if weight.requires_grad]
         # Kept here: between a forward and a backward pass, FSDP2 puts gathered copies in the model.
         self.weights = dict(self.model.named_parameters())
         self.mesh = mesh
@@ -31,7 +31,7 @@ class TorchEngine:
         self.clip_norm = train.clip_norm
         self._loss = torch.zeros((), device=mesh.device, dtype=torch.float64)
         self.optimizer = adamw(
-            self.weights.values(),
+            [weight for weight in self.weights.values() if weight.requires_grad],
             betas=(train.beta1, train.beta2),
             eps=train.adam_eps,
             weight_decay=train.weight_decay,
@@ -65,6 +65,6 @@ class TorchEngine:
         tensors = {f"model.{name}": buffer for name, buffer in self.buffers.items()}
         for name, weight in self.weights.items():
             tensors[f"model.{name}"] = weight.detach()
-            for key, value in self.optimizer.state[weight].items():
+            for key, value in self.optimizer.state.get(weight, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = value
         return tensors

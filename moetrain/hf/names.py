@@ -10,9 +10,10 @@ DtypeName = Literal["fp32", "bf16"]
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
 SOURCE = "huggingface.json"
 """The config.json that a model was imported with, in the folder of a run."""
-KEPT = (GENERATION, TOKENIZER, "chat_template.jinja", SOURCE)
+KEPT = (GENERATION, TOKENIZER, TEMPLATE, SOURCE)
 """Files of an imported model that say nothing of what is computed: they stand in the folders of
 runs that go on from it, and in their exports."""
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id")

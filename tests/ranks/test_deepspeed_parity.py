@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import parity
 import pytest
@@ -51,6 +51,19 @@ def test_training_equals_one_process(ranks2: RankPool, variant: Variant) -> None
     """Where tokens went, losses, every gradient, the norm, biases, and the weights."""
     ranks = ranks2.run(on_rank, variant.config(), variant.case.text)
     agree(ranks, reference(variant.case), ROUNDING)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("part", ["experts", "router"])
+def test_frozen_weights_stay_and_the_others_are_trained(
+    ranks2: RankPool, part: Literal["experts", "router"], stage: int
+) -> None:
+    def frozen(config: Config) -> Config:
+        train = config.train.model_copy(update={"freeze": (part,)})
+        return config.model_copy(update={"train": train})
+
+    ranks = ranks2.run(on_rank, frozen(Variant(EP2, stage, TOPK).config()), TOPK.text)
+    agree(ranks, alone(frozen(TOPK.config), TOPK.text), ROUNDING)
 
 
 # ---- nothing to learn from, nobody to learn ------------------------------------------------------
