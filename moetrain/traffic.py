@@ -19,6 +19,7 @@ from moetrain.constraints import WITHOUT_WEIGHTS
 from moetrain.engines.deepspeed_config import bucket_size
 from moetrain.model import Block, Transformer
 from moetrain.moe import Experts, MoE, Router, capacity
+from moetrain.moe.dropout import KEY_COLUMNS
 from moetrain.optim import decays
 from moetrain.precision import compute_dtype
 
@@ -74,8 +75,13 @@ def traffic(config: Config, model: Transformer, world_size: int) -> list[Traffic
 
 
 def row_bytes(config: Config) -> int:
-    """Of one token's vector on its way to an expert."""
-    return config.model.dim * compute_dtype(config.engine).itemsize
+    """Of one token's vector on its way to an expert, or back: the mean of both, since the keys of
+    expert dropout go one way."""
+    return (config.model.dim + _key_columns(config) // 2) * compute_dtype(config.engine).itemsize
+
+
+def _key_columns(config: Config) -> int:
+    return KEY_COLUMNS if config.moe.expert_dropout else 0
 
 
 def row_trips(config: Config, world_size: int) -> int:
@@ -111,15 +117,16 @@ def _fsdp(config: Config, model: Transformer, times: _Times, world_size: int) ->
     yield Traffic("experts' weights", "all_gather", "edp", same, count, numel * compute)
 
     dense = root + sum(blocks)
+    trained = [] if "experts" in config.train.freeze else experts
     units: list[tuple[str, Axis, int, int, int]] = [
         ("gradients", "dp_shard", shard, 1 + len(blocks), dense),
-        ("experts' gradients", "edp", same, len(experts), sum(experts)),
+        ("experts' gradients", "edp", same, len(trained), sum(trained)),
     ]
     for what, axis, ranks, count, numel in units:
         yield Traffic(what, "reduce_scatter", axis, ranks, count, numel * master)
         part = numel // ranks * master
         yield Traffic(what, "all_reduce", "dp_replicate", replicas, count, part)
-    routers = _numel(_weights(model, Router))
+    routers = _numel(w for w in _weights(model, Router) if w.requires_grad)
     count = int(routers > 0)
     num_bytes = routers * master
     yield Traffic("routers' gradients", "all_reduce", "world", world_size, count, num_bytes)
@@ -165,8 +172,9 @@ def _deepspeed(
     each of the optimizer's groups of weights is gathered after the update. All in fp32."""
     stage, ep = config.engine.zero_stage, config.parallel.ep
     spread = {id(weight) for weight in _weights(model, Experts)} if ep > 1 else set()
-    dense = [weight for weight in model.parameters() if id(weight) not in spread]
-    experts = [weight for weight in model.parameters() if id(weight) in spread]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    dense = [weight for weight in trained if id(weight) not in spread]
+    experts = [weight for weight in trained if id(weight) in spread]
     numel = _numel(dense) + _numel(experts) // ep
     rounds = times.backward if stage == 2 else 1
     count = rounds * ceil(numel / bucket_size(config, world_size, numel))
@@ -243,7 +251,8 @@ def _all_gather(config: Config, times: _Times) -> Iterator[Traffic]:
     compute = compute_dtype(config.engine).itemsize
     tokens, wide = ep * config.train.micro_batch * config.data.seq_len, max(4, compute)
     choices = moe.experts if moe.router == "expert_choice" else moe.top_k
-    x, gates = tokens * config.model.dim * compute, tokens * choices * wide
+    x = tokens * (config.model.dim + _key_columns(config)) * compute
+    gates = tokens * choices * wide
     plans, shares = (tokens * choices + ep * moe.experts) * INT64, tokens * config.model.dim * wide
     forward, backward = times.forward + times.recompute, times.backward
     sent = forward * (x + gates + plans)
@@ -267,7 +276,8 @@ def _statistics(config: Config, model: Transformer, world_size: int) -> Iterator
         *_balance(config, layers),
     ):
         yield Traffic(what, "all_reduce", "world", world_size, count, num_bytes)
-    if moe.router == "sigmoid" and moe.bias_update_rate > 0 and layers:
+    is_frozen = "router" in config.train.freeze
+    if moe.router == "sigmoid" and moe.bias_update_rate > 0 and layers and not is_frozen:
         loads = layers * moe.experts * INT64
         yield Traffic("loads of experts", "all_reduce", "world", world_size, 1, loads)
     if moe.capacity_factor == "auto" and layers:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class Tokenizer(Protocol):
     """Ends every document; also fills padding, which no loss or routing ever sees."""
     fingerprint: str
     """Changes exactly when the mapping may have changed."""
-    special: dict[str, int]
+    special: Mapping[str, int]
     """Special tokens, as they are spelled, with their ids."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -71,7 +72,7 @@ class ByteTokenizer:
     vocab_size = 257
     eos_id = 256
     fingerprint = BYTES
-    special: ClassVar = {END_OF_TEXT: 256}
+    special: Mapping[str, int] = MappingProxyType({END_OF_TEXT: 256})
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """UTF-8 bytes of each text, uint8."""
@@ -141,7 +142,7 @@ class JsonTokenizer:
         self.vocab_size = self.ids[-1] + 1
         self.eos_id = _find_eos(inner, subject)
         self.fingerprint = hashlib.sha256(content).hexdigest()
-        self.special = _special(inner)
+        self.special: Mapping[str, int] = _special(inner)
         self._content = content
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:

@@ -199,6 +199,7 @@ PLAIN, DROPLESS = pick("gshard", dropless=False), pick("topk", dropless=True)
 """The second has experts in every other block, and balances the whole batch, for which several
 micro-batches are surveyed first."""
 SHARED = pick("topk", dropless=False)
+DROPOUT = pick("renormalized", dropless=False)
 FP32 = {"precision": "fp32"}
 
 
@@ -210,7 +211,20 @@ def again(recompute: str) -> dict[str, Any]:
     return {"activation_checkpointing": recompute}
 
 
-WAYS: dict[str, tuple[str, Case, dict[str, Any], dict[str, Any]]] = {
+class Frozen(NamedTuple):
+    """A case of which some weights keep their values."""
+
+    case: Case
+    parts: tuple[str, ...]
+
+    @property
+    def config(self) -> Config:
+        train = self.case.config.train.model_copy(update={"freeze": self.parts})
+        return self.case.config.model_copy(update={"train": train})
+
+
+Trained = Case | Frozen
+WAYS: dict[str, tuple[str, Trained, dict[str, Any], dict[str, Any]]] = {
     "plain": ("ep2-data2", PLAIN, {}, {}),
     "twice": ("ep2-data2-twice", PLAIN, {}, {}),
     "surveyed": ("ep2-data2-twice", DROPLESS, {}, {}),
@@ -236,6 +250,10 @@ WAYS: dict[str, tuple[str, Case, dict[str, Any], dict[str, Any]]] = {
     "sigmoid": ("ep4", pick("sigmoid", dropless=False), {}, {}),
     "noisy-topk": ("ep4-twice", pick("noisy_topk", dropless=True), {}, {}),
     "hierarchical": ("ep2-data2", pick("hierarchical", dropless=False), {}, {}),
+    "dropout": ("ep4", DROPOUT, {}, {}),
+    "dropout-all-gather": ("ep2-data2", DROPOUT, again("full"), ALL_GATHER),
+    "frozen": ("hsdp", Frozen(pick("sigmoid", dropless=False), ("experts", "router")), {}, {}),
+    "zero1-frozen": ("ep2-data2", Frozen(SHARED, ("experts",)), zero(1), {}),
     "zero0": ("ep2-data2-twice", PLAIN, zero(0), {}),
     "zero1": ("ep2-data2-twice", SHARED, zero(1), {}),
     "zero2": ("ep2-data2", PLAIN, zero(2), {}),
@@ -246,7 +264,7 @@ WAYS: dict[str, tuple[str, Case, dict[str, Any], dict[str, Any]]] = {
 """Layout, what is trained, engine and transport."""
 
 
-def made(layout: str, case: Case, engine: dict[str, Any], parallel: dict[str, Any]) -> Config:
+def made(layout: str, case: Trained, engine: dict[str, Any], parallel: dict[str, Any]) -> Config:
     """All settings of a way."""
     sections = case.config.model_dump()
     sections["engine"].update(engine)
