@@ -89,7 +89,8 @@ def _fill(model: Transformer, compute: torch.dtype) -> None:
     for module in model.modules():
         dtype = torch.float32 if isinstance(module, Router) else compute
         for name, weight in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(torch.empty(weight.shape, dtype=dtype)))
+            value = torch.empty(weight.shape, dtype=dtype)
+            setattr(module, name, nn.Parameter(value, weight.requires_grad))
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
         if isinstance(module, MoE):  # dropless counts rows on the host; factor 1 has as many

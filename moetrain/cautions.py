@@ -37,6 +37,7 @@ def cautions(config: Config) -> list[str]:
 def _idle_settings(config: Config) -> Iterator[tuple[str, str]]:
     moe, source = config.moe, config.data.source
     if moe.experts == 0:
+        yield "train.freeze", "when moe.experts is 0"
         yield "log.trace", "when moe.experts is 0: nothing is routed"
         idle = set(type(moe).model_fields) - {"experts"}
         yield from ((f"moe.{field}", "when moe.experts is 0") for field in sorted(idle))
@@ -52,8 +53,10 @@ def _idle_settings(config: Config) -> Iterator[tuple[str, str]]:
         yield "data.mask_documents", "with data.packing whole: no document sees another anyway"
     if source == "stdlib":
         yield "data.field", "for data.source stdlib"
-    if moe.experts == 0:
-        yield "train.freeze", "when moe.experts is 0"
+    elif config.train.freeze == ("router",) and moe.router in WITHOUT_WEIGHTS:
+        yield "train.freeze", f"with moe.router {moe.router}, which has no weights"
+    if "router" in config.train.freeze:
+        yield "moe.bias_update_rate", "when train.freeze has the router"
     if config.engine.kind != "deepspeed":
         for field in ("engine.zero_stage", "engine.deepspeed_config"):
             yield field, f"with engine.kind {config.engine.kind}; only deepspeed reads it"

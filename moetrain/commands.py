@@ -498,6 +498,7 @@ class TokenizerTrain:
         """Train and write; print the file."""
         _require(self.vocab_size > 256, "vocab-size", self.vocab_size, "above 256, one per byte")
         data = settings.resolve(None, {"data": {**self.data, "source": self.source}}).data
+        _require(data.format == "text", "data.format", data.format, "text, to learn merges from")
         from moetrain.data import open_source, train_bpe
 
         train_bpe(open_source(data).documents(), vocab_size=self.vocab_size, out=self.out)

@@ -115,7 +115,7 @@ class MoEConfig(Section):
     """expert_choice only: accept that a token's experts depend on later tokens."""
     expert_ffn_dim: PositiveInt | None = None
     """Hidden width of one expert; null: as the dense feed-forward layers."""
-    expert_dropout: BelowOne = 0.0
+    expert_dropout: Annotated[float, Field(ge=0, le=0.99)] = 0.0
     """Training: share of an expert's hidden units that a token goes without. Against overfitting
     in fine-tuning (2101.03961 §2.4: 0.4)."""
     capacity_factor: PositiveFloat | Literal["auto"] | None = 1.25

@@ -111,12 +111,12 @@ def _head_problems(model: ModelConfig) -> Iterator[str]:
     elif dim % heads or (dim // heads) % 2:
         yield (
             f"model.heads ({heads}) must divide model.dim ({dim}) into heads of even width "
-            f"(rotary positions); try {_nearest(_divisors(dim // 2), heads)}, or set model.head_dim"
+            f"(rotary positions); try {nearest(divisors(dim // 2), heads)}, or set model.head_dim"
         )
     if kv_heads and heads % kv_heads:
         yield (
             f"model.kv_heads ({kv_heads}) must divide model.heads ({heads}); "
-            f"try {_nearest(_divisors(heads), kv_heads)}"
+            f"try {nearest(divisors(heads), kv_heads)}"
         )
 
 
@@ -171,12 +171,12 @@ def _choice_problems(moe: MoEConfig) -> Iterator[str]:
 def _group_problems(moe: MoEConfig) -> Iterator[str]:
     """Experts in equal groups, and as many choices in each of the groups a token may use."""
     experts, top_k, groups, top_groups = moe.experts, moe.top_k, moe.expert_groups, moe.top_groups
-    legal = [n for n in _divisors(experts) if n > 1 or moe.router == "sigmoid"]
+    legal = [n for n in divisors(experts) if n > 1 or moe.router == "sigmoid"]
     if groups not in legal:
         reason = f"divide moe.experts ({experts}) into equal groups"
         if moe.router == "hierarchical":
             reason = f"be at least 2 for moe.router hierarchical and {reason}"
-        yield f"moe.expert_groups ({groups}) must {reason}; try {_nearest(legal, groups)}"
+        yield f"moe.expert_groups ({groups}) must {reason}; try {nearest(legal, groups)}"
         return
     if top_groups in (fitting := _fitting_top_groups(experts, groups, top_k)):
         return
@@ -184,13 +184,13 @@ def _group_problems(moe: MoEConfig) -> Iterator[str]:
     yield (
         f"moe.top_groups ({top_groups}) must divide moe.top_k ({top_k}) into equal shares that fit "
         f"groups of {experts // groups} experts, and not exceed moe.expert_groups ({groups}); try "
-        + (_nearest(fitting, top_groups) if fitting else f"moe.top_k {_nearest(choices, top_k)}")
+        + (nearest(fitting, top_groups) if fitting else f"moe.top_k {nearest(choices, top_k)}")
     )
 
 
 def _fitting_top_groups(experts: int, groups: int, top_k: int) -> list[int]:
     size = experts // groups
-    return [n for n in _divisors(top_k) if n <= groups and top_k // n <= size]
+    return [n for n in divisors(top_k) if n <= groups and top_k // n <= size]
 
 
 def _expert_choice_problems(moe: MoEConfig) -> Iterator[str]:
@@ -265,7 +265,7 @@ def _placement_problems(config: Config) -> Iterator[str]:
         yield (
             f"moe.experts ({moe.experts}) must be divisible by parallel.ep ({ep}); "
             f"try {_multiples(moe.experts, ep)}, "
-            f"or parallel.ep {_nearest(_divisors(moe.experts), ep)}"
+            f"or parallel.ep {nearest(divisors(moe.experts), ep)}"
         )
     if not moe.block_indices(layers):
         yield (
@@ -276,7 +276,7 @@ def _placement_problems(config: Config) -> Iterator[str]:
     if isinstance(moe.group, int) and config.data.seq_len % moe.group:
         yield (
             f"moe.group ({moe.group}) must divide data.seq_len ({config.data.seq_len}); "
-            f"try {_nearest(_divisors(config.data.seq_len), moe.group)}, sequence or microbatch"
+            f"try {nearest(divisors(config.data.seq_len), moe.group)}, sequence or microbatch"
         )
 
 
@@ -296,13 +296,13 @@ def _dispatch_problems(config: Config) -> Iterator[str]:
         yield (
             f"parallel.overlap_chunks ({chunks}) must divide the experts of a rank ({held} = "
             f"moe.experts {config.moe.experts} / parallel.ep {ep}); "
-            f"try {_nearest(_divisors(held), chunks)}"
+            f"try {nearest(divisors(held), chunks)}"
         )
     if parallel.dispatch == "two_level" and (nodes == 1 or ep % nodes):
-        legal = [n for n in _divisors(ep) if n > 1]
+        legal = [n for n in divisors(ep) if n > 1]
         yield (
             f"parallel.nodes ({nodes}) must divide parallel.ep ({ep}) and be at least 2 for "
-            f"parallel.dispatch two_level; try {_nearest(legal, nodes)}, "
+            f"parallel.dispatch two_level; try {nearest(legal, nodes)}, "
             "or parallel.dispatch all_to_all"
         )
 
@@ -311,11 +311,11 @@ def node_problems(config: Config, local_world: int) -> Iterator[str]:
     """What keeps nodes of so many ranks from being those that the dispatcher has been told of."""
     ep, nodes = config.parallel.ep, config.parallel.nodes_apart
     if nodes > 1 and local_world % (ep // nodes):
-        legal = [n for n in _divisors(ep) if n > 1 and local_world % (ep // n) == 0]
+        legal = [n for n in divisors(ep) if n > 1 and local_world % (ep // n) == 0]
         yield (
             f"parallel.nodes ({nodes}) puts {ep // nodes} = parallel.ep {ep} / {nodes} ranks that "
             f"share experts on each node, which must divide the ranks of a node ({local_world}); "
-            f"try parallel.nodes {_nearest(legal, nodes)}"
+            f"try parallel.nodes {nearest(legal, nodes)}"
         )
 
 
@@ -325,15 +325,15 @@ def mesh_problems(config: Config, world_size: int) -> Iterator[str]:
     if world_size % replicas:
         yield (
             f"parallel.dp_replicate ({replicas}) must divide the world size ({world_size}); "
-            f"try {_nearest(_divisors(world_size), replicas)}"
+            f"try {nearest(divisors(world_size), replicas)}"
         )
         return
     dp_shard = config.dp_shard(world_size)
     if dp_shard % ep:
-        legal = _divisors(math.gcd(dp_shard, config.moe.experts))
+        legal = divisors(math.gcd(dp_shard, config.moe.experts))
         yield (
             f"parallel.ep ({ep}) must divide dp_shard ({dp_shard} = world size {world_size} / "
-            f"parallel.dp_replicate {replicas}); try {_nearest(legal, ep)}, "
+            f"parallel.dp_replicate {replicas}); try {nearest(legal, ep)}, "
             f"or a world size of {_multiples(world_size, ep * replicas)}"
         )
     elif config.moe.experts:
@@ -345,13 +345,13 @@ def _sharding_problems(config: Config, dp_shard: int) -> Iterator[str]:
     ep, rows = config.parallel.ep, math.gcd(config.model.dim, config.expert_ffn_dim)
     if rows % (dp_shard // ep) == 0:
         return
-    sizes = _divisors(math.gcd(dp_shard, config.moe.experts))
+    sizes = divisors(math.gcd(dp_shard, config.moe.experts))
     legal = [size for size in sizes if rows % (dp_shard // size) == 0]
     yield (
         f"model.dim ({config.model.dim}) and the width of an expert ({config.expert_ffn_dim}) must "
         f"be divisible by the number of ranks that hold the same experts ({dp_shard // ep} = "
         f"dp_shard {dp_shard} / parallel.ep {ep}); try another world size"
-        + (f", or parallel.ep {_nearest(legal, ep)}" if legal else "")
+        + (f", or parallel.ep {nearest(legal, ep)}" if legal else "")
     )
 
 
@@ -366,16 +366,18 @@ def _batch_problems(config: Config, world_size: int) -> Iterator[str]:
         yield (
             f"train.global_batch ({batch}) must be train.micro_batch ({micro}) × world size "
             f"({world_size}) × a whole number of accumulation steps; try train.micro_batch "
-            f"{_nearest(_divisors(batch // world_size), micro)}"
+            f"{nearest(divisors(batch // world_size), micro)}"
         )
 
 
-def _divisors(n: int) -> list[int]:
+def divisors(n: int) -> list[int]:
+    """Ascending, from 1 to n."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
 
 
-def _nearest(values: list[int], wanted: int, most: int = 5) -> str:
+def nearest(values: list[int], wanted: int, most: int = 5) -> str:
+    """A few of the values in words, those that are nearest to what was wanted."""
     *rest, last = sorted(sorted(values, key=lambda value: abs(value - wanted))[:most])
     return f"{', '.join(map(str, rest))} or {last}" if rest else str(last)
 

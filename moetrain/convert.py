@@ -23,6 +23,7 @@ from moetrain.checkpoint.disk import sync
 from moetrain.checkpoint.manifest import Manifest
 from moetrain.checkpoint.reading import dtype_of, open_checkpoint, read_tensor
 from moetrain.errors import UserError
+from moetrain.hf.names import KEPT
 from moetrain.restore import TOKENIZER_FILE
 
 Format = Literal["moetrain", "safetensors", "torch"]
@@ -126,8 +127,9 @@ def _write_checkpoint(place: Path, source: Source) -> None:
     with one_process():
         manifest = source.manifest
         checkpoint.save(place, manifest.step, source.read(source.names), manifest.extra)
-    if (tokenizer := source.path.parent.parent / TOKENIZER_FILE).exists():
-        shutil.copyfile(tokenizer, place / TOKENIZER_FILE)
+    for file in (TOKENIZER_FILE, *KEPT):
+        if (origin := source.path.parent.parent / file).exists():
+            shutil.copyfile(origin, place / file)
 
 
 def _write_torch(place: Path, source: Source) -> None:

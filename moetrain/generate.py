@@ -88,8 +88,8 @@ def run(
     """Print a prompt and its continuation by the model of a run or checkpoint.
 
     With `chat` the prompt is a user's message, put as the chat template has it, and the answer
-    alone is printed. Ends early at the end-of-text token. Raises UserError for an empty prompt,
-    several ranks, or a model whose experts choose their tokens.
+    alone is printed. Ends early at the end-of-text token, or at the end of a turn. Raises UserError
+    for an empty prompt, several ranks, or a model whose experts choose their tokens.
     """
     if rank_and_world()[1] > 1:
         raise UserError("generate runs in one process; start it without torchrun")
@@ -104,15 +104,17 @@ def run(
     prompt_ids = tokenizer.encode_batch([prompt])[0].tolist()
     if not prompt_ids:
         raise UserError("prompt ('') must hold some text; try 'import '")
+    ends = {tokenizer.eos_id}
     if chat:
-        prompt_ids = load_chat(found.config.data, tokenizer).prompt(prompt).tolist()
+        template = load_chat(found.config.data, tokenizer)
+        prompt_ids, ends = template.prompt(prompt).tolist(), template.end_ids
     choose = among(tokenizer.ids, _chooser(greedy, temperature, top_k, top_p, seed))
     with process_group() as device:
         model = restore.model_on_device(found, device)
         prompt_BL = torch.tensor([prompt_ids], device=device)
         new_ids: list[int] = []
         for token_B in continuations(model, prompt_BL, max_tokens, choose):
-            if token_B.item() == tokenizer.eos_id:
+            if token_B.item() in ends:
                 break
             new_ids.append(int(token_B))
     print(("" if chat else prompt) + tokenizer.decode(new_ids))

@@ -62,14 +62,15 @@ def _fsdp(config: Config, model: Transformer, world_size: int) -> list[Row]:
     sharded, units = _sharded(config, model, world_size), _units(config, model)
     trained = _sharded(config, model, world_size, trained_only=True)
     # Ranks reduce gradients with the last micro-batch, and keep whole ones until then.
-    between = sum(map(sum, units)) if _accumulates(config, world_size) else 0
+    reduced = _units(config, model, trained_only=True)
+    between = sum(map(sum, reduced)) if _accumulates(config, world_size) else 0
     return [
         Row("weights", sharded * master),
         Row("gradients", (trained + between) * master),
         Row("Adam moments", 2 * trained * master),
         Row("gathered weights", _gathered(units) * compute),
         # Of the unit whose gradient is complete: as computed, and as sent in master precision.
-        Row("gradients under way", max(map(max, units)) * (compute + master)),
+        Row("gradients under way", max(map(max, reduced)) * (compute + master)),
     ]
 
 
@@ -92,20 +93,24 @@ def _sharded(
     return total
 
 
-def _units(config: Config, model: Transformer) -> list[list[int]]:
+def _units(config: Config, model: Transformer, trained_only: bool = False) -> list[list[int]]:
     """Parameters that are gathered at once, and of which a rank then computes with all.
 
     Those outside the blocks; then for every block those outside its experts, and its experts.
     """
-    units = [[_numel(model) - _numel(model.blocks)]]
+
+    def numel(module: nn.Module) -> int:
+        weights = [w for w in module.parameters() if w.requires_grad or not trained_only]
+        return sum(weight.numel() for weight in weights)
+
+    units = [[numel(model) - numel(model.blocks)]]
     for block in model.blocks:
         assert isinstance(block, Block)
         if block.moe is None:
-            units.append([_numel(block)])
+            units.append([numel(block)])
         else:
-            units.append(
-                [_numel(block) - _numel(block.moe), _numel(block.moe.experts) // config.parallel.ep]
-            )
+            experts = numel(block.moe.experts) // config.parallel.ep
+            units.append([numel(block) - numel(block.moe), experts])
     return units
 
 
@@ -204,7 +209,3 @@ def _rounded(config: Config, model: Transformer) -> int:
     outside, *blocks = (sum(unit) for unit in _units(config, model))
     recomputes = config.engine.activation_checkpointing != "none"
     return (outside + (max(blocks) if recomputes else sum(blocks))) * 2
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters())

@@ -82,8 +82,8 @@ class Speed(TypedDict):
     tokens_per_s: float
     """Tokens per second over all devices."""
     tflops_per_device: float
-    """Model TFLOP/s: 6 × active parameters that are multiplied, plus attention; neither empty slots
-    nor recomputation count."""
+    """Model TFLOP/s: 6 × active parameters that are multiplied, frozen ones too, plus attention;
+    neither empty slots nor recomputation count."""
     mfu: float | None
     """Model FLOPs utilisation: that over the device's dense peak, a share of 1; null where the peak
     is not known, on CPUs too."""

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from moetrain import metrics, settings
 from moetrain.config import CheckpointConfig, Config
-from moetrain.data import TEMPLATE_FILE, Prepared
+from moetrain.data import TEMPLATE_FILE, TOKENIZER_CONFIG, Prepared, beside
 from moetrain.evaluate import nats_per_byte
 from moetrain.hf.names import KEPT
 from moetrain.mesh import Mesh, raise_alike
@@ -69,7 +69,7 @@ class Report:
         error = None
         if self._is_writer:
             try:
-                self._save_settings()
+                self._save_settings(is_new=start.step == 0)
                 # No rank writes before: the first step waits for rank 0.
                 drop_later_steps(folder, start.step)
                 self._log = MetricsLog(folder, start.step, start.owes_evaluation)
@@ -82,8 +82,9 @@ class Report:
             self._open(model, start)
         self._trace = TraceLog(folder, config, mesh.rank, mesh.world)
 
-    def _save_settings(self) -> None:
-        """What is needed to load the run's checkpoints elsewhere."""
+    def _save_settings(self, is_new: bool) -> None:
+        """What is needed to load the run's checkpoints elsewhere; an earlier run of the name may
+        have left such files of its own."""
         folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
         settings.save(self._config, folder / "config.yaml")
@@ -92,13 +93,26 @@ class Report:
         if new.exists():
             new.replace(path)
         else:
-            path.unlink(missing_ok=True)  # an earlier run's of this name
-        if (start := self._config.init_from) is not None:
-            for file in KEPT:
-                if (origin := start.parent.parent / file).exists():
-                    shutil.copyfile(origin, folder / file)
+            path.unlink(missing_ok=True)
+        for file, origin in self._beside().items():
+            if origin is None and is_new:
+                (folder / file).unlink(missing_ok=True)
+            elif origin is not None and origin.resolve() != (folder / file).resolve():
+                shutil.copyfile(origin, folder / file)
         if (chat := self._prepared.chat) is not None:
             (folder / TEMPLATE_FILE).write_text(chat.template, encoding="utf-8")
+
+    def _beside(self) -> dict[str, Path | None]:
+        """Files that say what the model is beside its weights, and where they come from, if
+        anywhere: from what it started with, or of a chat from its tokenizer."""
+        start, name = self._config.init_from, self._config.data.tokenizer
+        found: dict[str, Path | None] = dict.fromkeys(KEPT)
+        if start is not None:
+            there = {file: start.parent.parent / file for file in KEPT}
+            found |= {file: path for file, path in there.items() if path.exists()}
+        if self._prepared.chat is not None and found[TOKENIZER_CONFIG] is None:
+            found[TOKENIZER_CONFIG] = beside(name, TOKENIZER_CONFIG)
+        return found
 
     def _open(self, model: Transformer, start: Position) -> None:
         config, folder = self._config, self._folder

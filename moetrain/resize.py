@@ -19,8 +19,8 @@ from torch import Tensor
 
 from moetrain import restore, settings
 from moetrain.checkpoint.reading import open_checkpoint, read_tensor
-from moetrain.config import Config
-from moetrain.constraints import spell
+from moetrain.config import Config, MoEConfig
+from moetrain.constraints import divisors, nearest, spell
 from moetrain.errors import UserError
 from moetrain.hf.importing import Opened, write
 from moetrain.hf.names import KEPT
@@ -82,7 +82,8 @@ def _remarks(before: Config, after: Config) -> list[str]:
         return []
     return [
         f"moe.router ({one.router}) always has {one.top_k} choice{'s' * (one.top_k > 1)}; with "
-        f"{other.top_k} it is topk, with moe.renormalize {spell(other.renormalize)}"
+        f"{other.top_k} it is topk, with moe.renormalize {spell(other.renormalize)} and nothing "
+        "drawn at random"
     ]
 
 
@@ -90,11 +91,12 @@ def cut(
     config: Config, make: Make, parts: int, by: SplitBy, top_k: int | None = None
 ) -> tuple[Config, Make]:
     """The settings and tensors of a model with `parts` times the experts; see `split`."""
+    _require_choosing(config)
     width, moe = config.expert_ffn_dim, config.moe
     if by == "cut" and width % parts:
         raise UserError(
-            f"moe.expert_ffn_dim ({width}) cannot be cut into {parts} equal parts; use a divisor "
-            "of it"
+            f"moe.expert_ffn_dim ({width}) cannot be cut into {parts} equal parts; try "
+            f"{nearest(divisors(width)[1:], parts)}"
         )
     narrow = width // parts if by == "cut" else width
     resized = _with_experts(config, moe.experts * parts, top_k or moe.top_k * parts, narrow)
@@ -106,10 +108,12 @@ def uncut(
     config: Config, make: Make, parts: int, by: MergeBy, top_k: int | None = None
 ) -> tuple[Config, Make]:
     """The settings and tensors of a model with a `parts`-th of the experts; see `merge`."""
+    _require_choosing(config)
     width, moe = config.expert_ffn_dim, config.moe
     if moe.experts % parts:
         raise UserError(
-            f"moe.experts ({moe.experts}) must be divisible by --parts ({parts}); try a divisor"
+            f"moe.experts ({moe.experts}) must be divisible by --parts ({parts}); try "
+            f"{nearest(divisors(moe.experts)[1:] or [1], parts)}"
         )
     if top_k is None and moe.top_k % parts:
         raise UserError(
@@ -122,20 +126,24 @@ def uncut(
     return resized, lambda name: _changed(name, make(name), change, parts)
 
 
-def _with_experts(config: Config, experts: int, top_k: int, width: int) -> Config:
-    moe = config.moe
-    if not moe.experts:
+def _require_choosing(config: Config) -> None:
+    if not config.moe.experts:
         raise UserError("moe.experts (0) leaves nothing to split or merge; see moetrain upcycle")
-    if moe.router not in ROUTERS:
+    if config.moe.router not in ROUTERS:
         raise UserError(
-            f"moe.router ({moe.router}) cannot choose among other experts than it had; it must be "
-            f"one of {', '.join(ROUTERS)}"
+            f"moe.router ({config.moe.router}) cannot choose among other experts than it had; it "
+            f"must be one of {', '.join(ROUTERS)}"
         )
+
+
+def _with_experts(config: Config, experts: int, top_k: int, width: int) -> Config:
+    moe, sections = config.moe, config.model_dump()
     sections = config.model_dump()
     sections["moe"] |= {"experts": experts, "top_k": top_k, "expert_ffn_dim": width}
     if moe.router in RENORMALIZES and top_k != moe.top_k:
         renormalize = RENORMALIZES[moe.router]
-        sections["moe"] |= {"router": "topk", "renormalize": renormalize, "jitter": 0.0}
+        drawn = {name: MoEConfig.model_fields[name].default for name in ("jitter", "random_second")}
+        sections["moe"] |= {"router": "topk", "renormalize": renormalize, **drawn}
     # What is written is no part of a run, and on one rank until a run goes on from it.
     sections |= {"init_from": None, "parallel": {}}
     return settings.resolve(None, sections)
@@ -157,7 +165,9 @@ def _repeat(tensor_E: Tensor, n: int) -> Tensor:
 
 
 def _mean(tensor_E: Tensor, n: int) -> Tensor:
-    return tensor_E.unflatten(0, (-1, n)).mean(dim=1)
+    parts_En = tensor_E.unflatten(0, (-1, n))
+    first_E1 = parts_En[:, :1]
+    return (first_E1 + (parts_En - first_E1).mean(dim=1, keepdim=True)).squeeze(1)  # exact if equal
 
 
 def _cut_gate_up(weight_ED2F: Tensor, n: int) -> Tensor:

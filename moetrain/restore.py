@@ -46,7 +46,7 @@ def find(path: Path | str) -> Checkpoint:
     copies: dict[str, Any] = {}
     if (home / TOKENIZER_FILE).exists():
         copies["tokenizer"] = str(home / TOKENIZER_FILE)
-    if config.data.format == "chat" and (home / TEMPLATE_FILE).exists():
+    if (home / TEMPLATE_FILE).exists():
         copies["chat_template"] = home / TEMPLATE_FILE
     config = config.model_copy(update={"data": config.data.model_copy(update=copies)})
     return Checkpoint(

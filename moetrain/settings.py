@@ -282,7 +282,11 @@ def _explanations(error: ValidationError) -> Iterator[str]:
         yield _explanation(field, details)
 
 
-_PLAIN_WORDS = {"string_type": "text (put it in quotes)", "path_type": "a path"}
+_PLAIN_WORDS = {
+    "tuple_type": "a list, such as [a, b]",
+    "string_type": "text (put it in quotes)",
+    "path_type": "a path",
+}
 
 
 def _explanation(field: str, details: list[ErrorDetails]) -> str:

@@ -37,7 +37,8 @@ def train_flops_per_token(model: Transformer, seq_len: int) -> int:
 
     N counts the active parameters that are multiplied (the output projection, not the look-up);
     attention counts in full although it is causal. (PaLM, 2204.02311, appendix B.) Empty slots and
-    recomputation are not counted, and dropped assignments are.
+    recomputation are not counted; dropped assignments are, and frozen weights as if they were
+    trained.
     """
     counted = sizes(model)
     multiplied = counted.active - (0 if model.head is None else counted.embedding)

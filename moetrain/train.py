@@ -102,10 +102,12 @@ def set_up(config: Config, folder: Path, mesh: Mesh) -> Run:
     model = build_model(config, prepared.manifest.vocab_size)
     engine = engines.build(config, model, mesh)
     samples, held_out = (open_samples(prepared, split, config) for split in ("train", "eval"))
-    if samples.num_shortened and mesh.rank == 0:
+    shortened = samples.num_shortened + held_out.num_shortened
+    if shortened and mesh.rank == 0:
+        documents = prepared.manifest.train.documents + prepared.manifest.eval.documents
         warnings.warn(
-            f"data.seq_len ({config.data.seq_len}) leaves out the end of {samples.num_shortened:,} "
-            f"of {prepared.manifest.train.documents:,} documents, which are longer",
+            f"data.seq_len ({config.data.seq_len}) leaves out the end of {shortened:,} of "
+            f"{documents:,} documents, which are longer; raise it to keep them whole",
             stacklevel=2,
         )
     return Run(config, folder, mesh, prepared, engine, samples, held_out)

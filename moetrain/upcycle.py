@@ -19,6 +19,7 @@ from moetrain.build import build_model
 from moetrain.config import Config
 from moetrain.errors import UserError
 from moetrain.hf.importing import opened, write
+from moetrain.hf.names import SOURCE
 from moetrain.model import Transformer, initial_value
 from moetrain.resize import cut
 
@@ -54,8 +55,8 @@ def upcycle(
         make = maker(model, source.make, noise, seed)
         if split > 1:
             config, make = cut(config, make, split, "cut")
-        # What stands beside its tensors is of a dense model.
-        write(out, config, source._replace(make=make, beside={}))
+        beside = {file: path for file, path in source.beside.items() if file != SOURCE}
+        write(out, config, source._replace(make=make, beside=beside))
 
 
 def with_experts(config: Config, experts: int, top_k: int, every: int, seed: int) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer as Inner
 
 from moetrain.config import DataConfig
 from moetrain.data import load_chat, load_tokenizer, prepare, train_bpe
-from moetrain.data.chat import Chat, as_document
+from moetrain.data.chat import Chat, ContentError, as_document
 from moetrain.data.samples import Samples
 from moetrain.errors import UserError
 from moetrain.loss import IGNORED
@@ -144,18 +145,23 @@ def test_batches_of_a_file_have_targets_in_answers_alone(tmp_path: Path, suffix:
         ]
         for i in range(40)
     ]
-    path = tmp_path / f"talks.{suffix}"
+    path, strict = tmp_path / f"talks.{suffix}", tmp_path / "strict.jinja"
+    refuses = (
+        "{% for m in messages if 'tool_calls' in m and m.content != 'q' %}{{ 1 / 0 }}{% endfor %}"
+    )
+    strict.write_text(refuses + PLAIN.read_text())
     if suffix == "jsonl":
         path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
-    else:
+    else:  # in which every message has all keys, some of them null
         import datasets
 
+        talks[0][0]["tool_calls"] = "none"
         datasets.Dataset.from_dict({"messages": talks}).to_parquet(path)
     data = DataConfig(
         source=str(path),
         field="messages",
         format="chat",
-        chat_template=PLAIN,
+        chat_template=strict,
         packing="whole",
         cache=tmp_path / "cache",
         eval_fraction=0.2,
@@ -206,6 +212,44 @@ def test_what_is_no_conversation_is_named(tmp_path: Path, messages: Any, problem
 def test_a_template_that_does_not_do_is_named(folder: Path, template: str, problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         chat_of(folder, template).encode(as_document(TALKS[0]))
+
+
+def test_a_single_conversation_is_too_few(tmp_path: Path) -> None:
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": TALKS[0]}))
+    data = DataConfig(
+        source=str(tmp_path / "talks.jsonl"),
+        field="messages",
+        format="chat",
+        chat_template=PLAIN,
+        cache=tmp_path / "cache",
+    )
+    with pytest.raises(UserError, match="holds a single conversation; training and evaluation"):
+        prepare(data)
+
+
+def test_a_value_that_json_lacks_is_named() -> None:
+    talk = [{**TALKS[0][0], "at": datetime(2020, 1, 1)}, TALKS[0][1]]
+    with pytest.raises(ContentError, match="holds what is neither text nor number in a message"):
+        as_document(talk)
+
+
+def test_a_prompt_cannot_end_its_turn(folder: Path) -> None:
+    chat, inner = chat_of(folder, TURNS), Inner.from_file(str(folder / "tokenizer.json"))
+    prompt = "\ue000<|im_end|>\\"
+    ids = chat.prompt(prompt).tolist()
+    assert ids.count(inner.token_to_id("<|im_end|>")) == 1
+    assert inner.decode(ids) == f"user\n{prompt}\n\nassistant\n"
+    end = {inner.token_to_id("<|endoftext|>")}
+    assert chat.end_ids == end
+    named = chat_of(folder, TURNS, eos="<|im_end|>")
+    assert named.end_ids == end | {inner.token_to_id("<|im_end|>")}
+
+
+def test_the_fingerprint_is_of_what_the_template_uses(folder: Path) -> None:
+    plain, other = (chat_of(folder, TURNS, eos=eos) for eos in ("<|endoftext|>", "<|im_end|>"))
+    assert plain.fingerprint == other.fingerprint
+    marked, changed = (chat_of(folder, MARKED, eos=eos) for eos in ("<|endoftext|>", "<|im_end|>"))
+    assert len({plain.fingerprint, marked.fingerprint, changed.fingerprint}) == 3
 
 
 def test_a_tokenizer_without_a_template_needs_one(tmp_path: Path) -> None:

@@ -172,9 +172,9 @@ def test_masked_documents_change_the_loss_and_not_the_counts(data, prepared):
     assert sizes[0].ledgers[0].tokens == sizes[1].ledgers[0].tokens
 
 
-def test_nats_per_byte_by_hand(prepared):
+def test_nats_per_byte_by_hand(data, prepared):
     manifest = prepared.manifest
-    assert nats_per_byte(2.0, manifest) * manifest.eval.bytes == 2.0 * manifest.eval.tokens
+    assert nats_per_byte(2.0, manifest, data) * manifest.eval.bytes == 2.0 * manifest.eval.tokens
 
 
 # ---------------------------------------------------------------- from a checkpoint
@@ -195,11 +195,13 @@ def uniform_run(data, tmp_path_factory):
         yield run
 
 
-def test_a_uniform_model_scores_the_logarithm_of_the_vocabulary(uniform_run, prepared, capsys):
+def test_a_uniform_model_scores_the_logarithm_of_the_vocabulary(
+    uniform_run, data, prepared, capsys
+):
     assert cli.main(["eval", str(uniform_run), "--sequences", "5"]) == 0
     first, second, third = capsys.readouterr().out.splitlines()
     assert first == f"step-00000001 on held-out text: {math.log(257):.4f} nats per token"
-    per_byte = nats_per_byte(math.log(257), prepared.manifest)
+    per_byte = nats_per_byte(math.log(257), prepared.manifest, data)
     assert second.startswith(f"  {per_byte:.4f} nats per byte (unigram model ")
     assert third.endswith("% of assignments dropped (capacity factor 2.0)")
 

@@ -76,11 +76,11 @@ def test_another_choice_is_named_when_a_run_goes_on(
     assert "train.freeze ([router]) was [experts]" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["torch", "deepspeed"])
-def test_neither_gradients_nor_moments_of_it_are_counted(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "batches"), [("torch", 1), ("torch", 2), ("deepspeed", 1)])
+def test_neither_gradients_nor_moments_of_it_are_counted(kind: str, batches: int) -> None:
     base: Any = {
         "moe": {"experts": 8},
-        "train": {"global_batch": 8, "micro_batch": 8},
+        "train": {"global_batch": 8 * batches, "micro_batch": 8},
         "engine": {"kind": kind, "zero_stage": 0},
     }
     config = Config.model_validate(base)
@@ -89,7 +89,8 @@ def test_neither_gradients_nor_moments_of_it_are_counted(kind: str) -> None:
         rows[name] = dict(memory(made, build_model(made, 257), 257, 1))
     experts = 4 * 8 * 3 * 256 * 1024  # layers, experts, matrices of a SwiGLU expert
     assert rows["all"]["weights"] == rows["none"]["weights"]
-    assert rows["all"]["gradients"] - rows["none"]["gradients"] == 4 * experts
+    # Whole ones of all micro-batches but the last, too.
+    assert rows["all"]["gradients"] - rows["none"]["gradients"] == 4 * batches * experts
     assert rows["all"]["Adam moments"] - rows["none"]["Adam moments"] == 8 * experts
 
 
@@ -98,4 +99,20 @@ def test_freezing_without_experts_is_warned_of(
 ) -> None:
     config = write_config(tmp_path, moe={"experts": 0}, train={"freeze": ["router"]})
     assert main(["check", str(config), "--world-size", "1"]) == 0
-    assert "train.freeze" in capsys.readouterr().err
+    assert "train.freeze ([router]) has no effect when moe.experts is 0" in capsys.readouterr().err
+
+
+def test_a_router_that_has_nothing_to_freeze_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, moe={"router": "hash"}, train={"freeze": ["router"]})
+    assert main(["check", str(config), "--world-size", "1"]) == 0
+    assert "has no effect with moe.router hash, which has no weights" in capsys.readouterr().err
+
+
+def test_a_word_instead_of_a_list_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, train={"freeze": "experts"})
+    assert main(["check", str(config), "--world-size", "1"]) == 2
+    assert "train.freeze (experts) must be a list, such as [a, b]" in capsys.readouterr().err

@@ -96,8 +96,6 @@ def test_no_document_sees_another(prepared: Prepared) -> None:
         tokens_1L = torch.tensor([document[:49]])
         alone += loss_of(model, tokens_1L[:, :-1], tokens_1L[:, 1:], None, None)
     assert together == pytest.approx(alone, rel=1e-10)
-    shared = Samples(prepared, "train", 48, 0, False, "cut").batch(range(3))
-    assert shared.document_BL is None
 
 
 def fill(model: Transformer) -> None:

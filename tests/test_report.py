@@ -51,6 +51,7 @@ PREPARED: Any = SimpleNamespace(
     manifest=SimpleNamespace(
         eval=SimpleNamespace(tokens=300, bytes=100), byte_entropy={"unigram": 2.0, "bigram": 1.0}
     ),
+    chat=None,
 )
 
 

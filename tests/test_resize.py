@@ -20,13 +20,16 @@ WAYS = ["cut", "copy"]
 UNDO = {"cut": "join", "copy": "average"}
 
 
-def random_run(folder: Path, **moe: Any) -> Path:
+def random_run(folder: Path, precision: str = "fp32", **moe: Any) -> Path:
     """A run whose model has random weights, routers that are sure of themselves, and biases."""
     sections = {name: SMALL_RUN[name] for name in ("model", "data")}
+    sections["engine"] = {"precision": precision}
     shape = {"experts": E, "top_k": 2, "expert_ffn_dim": F, "first_dense": 1, "router": "topk"}
     factors = {"capacity_factor": None, "eval_capacity_factor": None}
     config = settings.resolve(None, {**sections, "moe": {**shape, **factors, **moe}})
     model = build_model(config, 257).to_empty(device="cpu")
+    if precision == "fp64":
+        model.double()
     generator = torch.Generator().manual_seed(0)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         scale = 2.0 if "router" in name else 0.3
@@ -74,6 +77,24 @@ def test_a_split_model_computes_the_same_and_a_merge_undoes_it(
     before, after = model_of(run).state_dict(), model_of(fewer).state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("by", WAYS)
+def test_equal_parts_become_what_they_are(by: str, tmp_path: Path) -> None:
+    """Of eight, too, whose sum is rounded."""
+    run, more, fewer = random_run(tmp_path / "run"), tmp_path / "more", tmp_path / "fewer"
+    assert main(["split", str(run), str(more), "--parts", "8", "--by", by]) == 0
+    assert main(["merge", str(more), str(fewer), "--parts", "8", "--by", UNDO[by]]) == 0
+    before, after = model_of(run).state_dict(), model_of(fewer).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_model_in_fp64_stays_in_fp64(tmp_path: Path) -> None:
+    run = random_run(tmp_path / "run", precision="fp64")
+    assert main(["split", str(run), str(tmp_path / "more")]) == 0
+    whole, cut = logits(model_of(run)), logits(model_of(tmp_path / "more"))
+    torch.testing.assert_close(cut, whole, rtol=1e-13, atol=1e-13)
+    assert cut.dtype == torch.float64
 
 
 def test_a_token_that_is_dropped_is_dropped_by_every_part(tmp_path: Path) -> None:
@@ -130,20 +151,31 @@ def test_a_gate_of_fixed_choices_is_said_to_be_another(
 ) -> None:
     run = random_run(tmp_path / "run", router="gshard")
     assert main(["split", str(run), str(tmp_path / "more")]) == 0
-    assert "moe.router (gshard) always has 2 choices; with 4 it is topk" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "moe.router (gshard) always has 2 choices; with 4 it is topk" in told
+    assert "nothing drawn at random" in told
 
 
 @pytest.mark.parametrize(
     ("moe", "words", "message"),
     [
-        ({}, ["split", "--parts", "3"], "moe.expert_ffn_dim (16) cannot be cut into 3 equal parts"),
+        (
+            {},
+            ["split", "--parts", "3"],
+            "moe.expert_ffn_dim (16) cannot be cut into 3 equal parts; try 2, 4, 8 or 16",
+        ),
         ({}, ["split", "--parts", "1"], "--parts (1) must be 2 or more"),
         ({}, ["split", "--top-k", "0"], "--top-k (0) must be 1 or more"),
-        ({}, ["merge", "--parts", "3"], "moe.experts (4) must be divisible by --parts (3)"),
+        (
+            {},
+            ["merge", "--parts", "3"],
+            "moe.experts (4) must be divisible by --parts (3); try 2 or 4",
+        ),
         ({}, ["merge", "--parts", "4"], "moe.top_k (2) is not divisible by --parts (4)"),
         ({}, ["merge", "--top-k", "3"], "moe.top_k (3) must not exceed moe.experts (2)"),
         ({"router": "hash"}, ["split"], "moe.router (hash) cannot choose among other experts"),
-        ({"experts": 0}, ["merge"], "moe.experts (0) leaves nothing"),
+        ({"experts": 0}, ["merge", "--parts", "3"], "moe.experts (0) leaves nothing"),
+        ({"experts": 0}, ["split", "--parts", "3"], "moe.experts (0) leaves nothing"),
     ],
 )
 def test_what_cannot_be_is_told_and_nothing_is_left(

@@ -95,7 +95,7 @@ def test_it_trains_on_and_its_experts_part(dense: Any, tmp_path: Path) -> None:
         (["--experts", "0"], "--experts (0) must be 1 or more"),
         (["--noise", "-1"], "--noise (-1.0) must be 0 or more"),
         (["--every", "0"], "moe.every (0) must be"),
-        (["--split", "5"], "moe.expert_ffn_dim (24) cannot be cut into 5 equal parts"),
+        (["--split", "5"], "moe.expert_ffn_dim (24) cannot be cut into 5 equal parts; try"),
     ],
 )
 def test_what_cannot_be_is_told_and_nothing_is_left(

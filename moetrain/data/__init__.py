@@ -1,7 +1,7 @@
 """Text to batches: corpus, tokenizer, packed shards, and a deterministic order of samples."""
 
 from moetrain.data.cache import Prepared, prepare
-from moetrain.data.chat import TEMPLATE_FILE, load_chat
+from moetrain.data.chat import TEMPLATE_FILE, TOKENIZER_CONFIG, load_chat
 from moetrain.data.corpus import open_source
 from moetrain.data.samples import Batch, Samples
 from moetrain.data.shards import Manifest, verify
@@ -9,6 +9,7 @@ from moetrain.data.splits import Split
 from moetrain.data.tokenizer import (
     BYTES,
     Tokenizer,
+    beside,
     bytes_as_json,
     is_on_hub,
     load_tokenizer,
@@ -18,12 +19,14 @@ from moetrain.data.tokenizer import (
 __all__ = [
     "BYTES",
     "TEMPLATE_FILE",
+    "TOKENIZER_CONFIG",
     "Batch",
     "Manifest",
     "Prepared",
     "Samples",
     "Split",
     "Tokenizer",
+    "beside",
     "bytes_as_json",
     "is_on_hub",
     "load_chat",

@@ -117,7 +117,9 @@ def _build(
     )
     try:
         partial.chmod(0o755)  # mkdtemp keeps others out; a cache may be shared
-        documents = assign_splits(source.documents(), data.eval_fraction, data.source)
+        documents = assign_splits(
+            source.documents(), data.eval_fraction, data.source, are_conversations=chat is not None
+        )
         write_manifest(partial, _write_splits(documents, data.source, tokenizer, chat, partial))
         partial.rename(directory)
     finally:

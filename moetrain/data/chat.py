@@ -1,8 +1,10 @@
 """Conversations: messages become tokens, of which the assistant's answers carry the loss.
 
 What stands around the messages says the tokenizer's chat template, a Jinja text as Hugging Face has
-it; tokens are those of `apply_chat_template`. An answer is what the template adds to the
-conversation before it when that is asked to go on, so its own end is learned, too.
+it; tokens are those of `apply_chat_template`, but for special tokens that messages spell out, which
+stay plain text. (`strftime_now` is not there: tokens are prepared once.) An answer is what the
+template adds to the conversation before it when that is asked to go on, so its own end is learned,
+too.
 """
 
 from __future__ import annotations
@@ -10,12 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -25,6 +26,8 @@ from moetrain.data.shards import Encoded
 from moetrain.data.tokenizer import Tokenizer, beside
 from moetrain.errors import UserError
 
+VERSION = 1
+"""To be raised when the same conversation becomes other tokens; part of the fingerprint."""
 ASSISTANT = "assistant"
 TEMPLATE_FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 PRIVATE_USE = range(0xE000, 0xF900)
@@ -33,29 +36,46 @@ PRIVATE_USE = range(0xE000, 0xF900)
 Messages = Sequence[Mapping[str, Any]]
 
 
+class ContentError(ValueError):
+    """What is wrong with a row, and what to do."""
+
+    def __init__(self, problem: str, cure: str = "mend the row, or leave it out"):
+        super().__init__(problem)
+        self.cure = cure
+
+
 def as_document(value: Any) -> str:
     """A conversation as it is kept among other documents: its messages as JSON, '' for none.
 
-    Raises ValueError where it is no list of messages with a role and a content, or none of them is
-    of the assistant.
+    What is null in a message counts as absent, since Parquet cannot leave it out. Raises
+    `ContentError` where it is no list of messages with a role and a content, or none of them is of
+    the assistant.
     """
     if not isinstance(value, list):
-        raise ValueError(f"holds {type(value).__name__}, not a list of messages")
+        raise ContentError(
+            f"holds {type(value).__name__}, not a list of messages",
+            "choose another column, or set data.format to text",
+        )
     for number, message in enumerate(value):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             found = ", ".join(message) if isinstance(message, dict) else type(message).__name__
-            raise ValueError(f"needs role and content in message {number}, which has {found}")
+            raise ContentError(f"needs role and content in message {number}, which has {found}")
         for part in ("role", "content"):
             if not isinstance(message[part], str):
                 kind = type(message[part]).__name__
-                raise ValueError(f"holds {kind}, not text, as {part} of message {number}")
-    if value and all(message["role"] != ASSISTANT for message in value):
-        raise ValueError(f"holds no message of the role {ASSISTANT}, whose answers are learned")
-    text = json.dumps(value, ensure_ascii=False) if value else ""
+                raise ContentError(f"holds {kind}, not text, as {part} of message {number}")
+    if not value:
+        return ""
+    if all(message["role"] != ASSISTANT for message in value):
+        raise ContentError(f"holds no message of the role {ASSISTANT}, whose answers are learned")
+    said = [{k: v for k, v in message.items() if v is not None} for message in value]
     try:
+        text = json.dumps(said, ensure_ascii=False)
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("holds half a surrogate pair") from None
+        raise ContentError("holds half a surrogate pair") from None
+    except TypeError as error:
+        raise ContentError(f"holds what is neither text nor number in a message: {error}") from None
     return text
 
 
@@ -71,22 +91,25 @@ class Chat:
         Raises UserError where it is no template.
         """
         self.template, self._tokenizer, self._subject = template, tokenizer, subject
+        environment = _environment()
         try:
-            self._compiled = _environment().from_string(template, globals=dict(names))
+            used = meta.find_undeclared_variables(environment.parse(template))
+            self._compiled = environment.from_string(template)
         except TemplateError as error:
             raise UserError(f"{subject} is no Jinja template: {error}") from error
-
-    @cached_property
-    def fingerprint(self) -> str:
+        self._names = {name: names[name] for name in sorted(used & names.keys())}
+        self.fingerprint = hashlib.sha256(
+            json.dumps([VERSION, template, self._names]).encode()
+        ).hexdigest()
         """Changes exactly when a conversation may be written otherwise."""
-        names = {name: self._compiled.globals[name] for name in sorted(self._compiled.globals)}
-        names = {name: value for name, value in names.items() if isinstance(value, str)}
-        return hashlib.sha256(json.dumps([self.template, names]).encode()).hexdigest()
+        own = tokenizer.eos_id
+        self.end_ids = {own, tokenizer.special.get(names.get("eos_token", ""), own)}
+        """What may end an answer."""
 
     def prompt(self, text: str) -> np.ndarray:
         """The ids of a user's message, up to where the answer begins: int64."""
-        document, mark = self._guarded(json.dumps([{"role": "user", "content": text}]))
-        return self._tokens(self._render(json.loads(document), goes_on=True), mark)[0]
+        messages, mark = self._guarded([{"role": "user", "content": text}])
+        return self._tokens(self._render(messages, goes_on=True), mark)[0]
 
     def encode(self, document: str) -> Encoded:
         """A conversation, as `as_document` writes it, in tokens.
@@ -94,8 +117,7 @@ class Chat:
         Raises UserError where the template refuses it, or writes a message otherwise once others
         follow.
         """
-        document, mark = self._guarded(document)
-        messages: Messages = json.loads(document)
+        messages, mark = self._guarded(json.loads(document))
         whole = self._render(messages)
         ids, starts = self._tokens(whole, mark)
         in_loss, num_bytes = np.zeros(len(ids), dtype=bool), 0
@@ -112,7 +134,7 @@ class Chat:
         """Where each answer begins and ends in the whole text."""
         for number, message in enumerate(messages):
             if message["role"] == ASSISTANT:
-                before = self._render(messages[:number], goes_on=True)
+                before = self._render(messages[:number], goes_on=True, of=messages)
                 through = self._render(messages[: number + 1])
                 if not (through.startswith(before) and whole.startswith(through)):
                     raise UserError(
@@ -122,20 +144,32 @@ class Chat:
                     )
                 yield len(before), len(through)
 
-    def _render(self, messages: Messages, goes_on: bool = False) -> str:
+    def _render(self, messages: Messages, goes_on: bool = False, of: Messages = ()) -> str:
+        """The text of messages, which are the first `of` a conversation, or all of it."""
+        given = {"tools": None, "documents": None, **self._names}
         try:
-            return self._compiled.render(messages=messages, add_generation_prompt=goes_on)
-        except (TemplateError, TypeError, ValueError) as error:
-            told = _beginning(messages)
+            return self._compiled.render(messages=messages, add_generation_prompt=goes_on, **given)
+        except Exception as error:  # a template may raise anything
+            told = _beginning(of or messages)
             raise UserError(f"{self._subject} cannot write {told}: {error}") from error
 
-    def _guarded(self, document: str) -> tuple[str, str]:
-        """JSON whose texts spell no special token, since a mark lies inside each; and the mark."""
-        used = {*document, *self.template}
+    def _guarded(self, messages: Messages) -> tuple[Messages, str]:
+        """Messages that spell no special token, since a mark lies inside each; and the mark."""
+        used = {*json.dumps(messages, ensure_ascii=False), *self.template}
         mark = next(character for character in map(chr, PRIVATE_USE) if character not in used)
-        for name in self._tokenizer.special:
-            document = document.replace(name, f"{name[0]}{mark}{name[1:]}")
-        return document, mark
+
+        def guard(value: Any) -> Any:
+            if isinstance(value, str):
+                for name in self._tokenizer.special:
+                    value = value.replace(name, f"{name[0]}{mark}{name[1:]}")
+                return value
+            if isinstance(value, list):
+                return [guard(item) for item in value]
+            if isinstance(value, dict):
+                return {key: guard(item) for key, item in value.items()}
+            return value
+
+        return guard(messages), mark
 
     def _tokens(self, text: str, mark: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids of a text, and where they begin in it, without its marks."""
@@ -154,9 +188,10 @@ def load_chat(data: DataConfig, tokenizer: Tokenizer) -> Chat:
     Raises UserError where there is none, or it cannot be read.
     """
     described = _described(data.tokenizer)
-    names = {name: _content(token) for name, token in described.items() if name[-6:] == "_token"}
+    tokens = {name: _spelling(token) for name, token in described.items() if name[-6:] == "_token"}
     by_id = {index: name for name, index in tokenizer.special.items()}
-    names = {"bos_token": "", "eos_token": by_id.get(tokenizer.eos_id, ""), **names}
+    known = {name: token for name, token in tokens.items() if token is not None}
+    names = {"bos_token": "", "eos_token": by_id.get(tokenizer.eos_id, ""), **known}
     if data.chat_template is not None:
         subject = f"data.chat_template ({data.chat_template})"
         return Chat(_read(data.chat_template.expanduser(), subject), tokenizer, names, subject)
@@ -169,7 +204,8 @@ def load_chat(data: DataConfig, tokenizer: Tokenizer) -> Chat:
     if not isinstance(template, str):
         raise UserError(
             f"data.tokenizer ({data.tokenizer}) has no chat template; name a file with "
-            "data.chat_template (configs/chat.jinja is a plain one)"
+            "data.chat_template (configs/chat.jinja is a plain one), or put it beside, into the "
+            f"folder of the model or run, as {TEMPLATE_FILE}"
         )
     return Chat(template, tokenizer, names, subject)
 
@@ -186,9 +222,10 @@ def _described(tokenizer: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _content(token: Any) -> str:
-    """The spelling of a special token, which may be given with its properties."""
-    return (token.get("content") if isinstance(token, dict) else token) or ""
+def _spelling(token: Any) -> str | None:
+    """Of a special token, which may be given with its properties; None where it is no text."""
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else None
 
 
 def _read(path: Path, subject: str) -> str:
@@ -226,8 +263,20 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return found
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _refuse(message: str) -> NoReturn:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.config import DataConfig
-from moetrain.data.chat import as_document
+from moetrain.data.chat import ContentError, as_document
 from moetrain.data.files import JSON_SUFFIXES, file_documents, file_kind
 from moetrain.data.hub import hub_documents
 from moetrain.errors import UserError
@@ -72,11 +72,10 @@ def _documents(texts: Iterable[Any], data: DataConfig) -> Iterator[str]:
             continue
         try:
             text = as_document(value) if data.format == "chat" else _as_text(value)
-        except ValueError as error:
+        except ContentError as error:
             raise UserError(
                 f"data.field ('{data.field}') {error}, in document {number} of data.source "
-                f"('{data.source}'); choose another column, or set data.format "
-                f"({data.format}) otherwise"
+                f"('{data.source}'); {error.cure}"
             ) from error
         if text:
             yield text
@@ -84,7 +83,7 @@ def _documents(texts: Iterable[Any], data: DataConfig) -> Iterator[str]:
 
 def _as_text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"holds {type(value).__name__}, not text")
+        raise ContentError(f"holds {type(value).__name__}, not text", "choose another column")
     return value
 
 

@@ -12,7 +12,7 @@ import logging
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from moetrain.data.hub import check_column, column
 from moetrain.errors import UserError
@@ -28,7 +28,7 @@ def file_kind(path: Path) -> Literal["text", "json", "parquet"]:
     return "json" if suffix in JSON_SUFFIXES else "text"
 
 
-def file_documents(files: Iterable[Path], field: str) -> Iterator[str | None]:
+def file_documents(files: Iterable[Path], field: str) -> Iterator[Any]:
     """Yield the documents of each file: its rows' `field`, or its whole text.
 
     A text file is one document. Line breaks are read as `\\n`, however they are written.
@@ -54,7 +54,7 @@ def _text_documents(path: Path, _field: str) -> Iterator[str]:
         yield file.read()
 
 
-def _json_documents(path: Path, field: str) -> Iterator[str | None]:
+def _json_documents(path: Path, field: str) -> Iterator[Any]:
     # not by the library, whose JSON loader wants one type per column, also where unused
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
@@ -62,7 +62,7 @@ def _json_documents(path: Path, field: str) -> Iterator[str | None]:
                 yield _json_field(line, field, f"{path}, line {number},")
 
 
-def _parquet_documents(path: Path, field: str) -> Iterator[str | None]:
+def _parquet_documents(path: Path, field: str) -> Iterator[Any]:
     import datasets
     import pyarrow
 
@@ -84,7 +84,7 @@ def _opened(path: Path) -> IO[str]:
     return path.open(encoding="utf-8")
 
 
-def _json_field(line: str, field: str, where: str) -> str | None:
+def _json_field(line: str, field: str, where: str) -> Any:
     try:
         row = json.loads(line.strip())
     except (ValueError, RecursionError) as error:

@@ -66,7 +66,7 @@ def may_be_on_hub(name: str) -> bool:
 
 def hub_documents(
     name: str, subset: str | None, split: str, streaming: bool, field: str
-) -> Iterator[str | None]:
+) -> Iterator[Any]:
     """Yield the text column of a dataset on the hub, row by row.
 
     Raises:

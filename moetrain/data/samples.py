@@ -67,7 +67,7 @@ class Samples:
         manifest = prepared.manifest
         self.split, self.seq_len, self.seed = split, seq_len, seed
         self.num_shortened = 0
-        """Documents that lose their end because none of it would fit into a sequence."""
+        """Documents that lose their end, being longer than a sequence."""
         self._tokens = open_tokens(prepared.directory, manifest, split)
         self._in_loss = open_loss(prepared.directory, manifest, split)
         self._eos_id = manifest.eos_id

@@ -50,7 +50,7 @@ class SplitManifest(Record):
     """Ids, one end of text per document among them."""
     documents: int
     bytes: int
-    """UTF-8 bytes of the documents."""
+    """UTF-8 bytes of the documents; of conversations, of their answers."""
     token_files: list[FileEntry]
     offset_files: list[FileEntry]
     """int64: where each document begins in the tokens, and at last the number of tokens."""

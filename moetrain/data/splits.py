@@ -16,13 +16,14 @@ HEAD = 256
 
 
 def assign_splits(
-    documents: Iterable[str], fraction: float, source: str
+    documents: Iterable[str], fraction: float, source: str, are_conversations: bool = False
 ) -> Iterator[tuple[Split, str]]:
     """Yield (`train` or `eval`, text): held out is what hashes below `fraction`.
 
     So a document stays in its split when others come or go, and its copies go with it. Among the
     first HEAD documents the lowest hash is always held out and the highest never. A document that
-    is alone is cut: its last `fraction` of characters, one at least, is held out.
+    is alone is cut: its last `fraction` of characters, one at least, is held out. A conversation
+    cannot be.
 
     Args:
         documents: the corpus, read once.
@@ -34,13 +35,14 @@ def assign_splits(
     """
     documents = iter(documents)
     head = list(islice(documents, HEAD))
-    if len(head) == 1:
+    if len(head) == 1 and not are_conversations:
         yield from _cut(head[0], fraction, source)
         return
     keys = [_content_key(text) for text in head]
     lowest, highest = min(keys, default=0), max(keys, default=0)
     if lowest == highest:
         what = f"holds {len(head)} copies of one document" if head else "holds no text"
+        what = "holds a single conversation" if len(head) == 1 else what
         raise UserError(
             f"data.source ('{source}') {what}; training and evaluation need a document each"
         )

@@ -275,13 +275,16 @@ def _download(name: str, subject: str) -> Path:
 
 
 def _download_if_there(name: str, file: str) -> Path | None:
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     def load() -> Path | None:
         try:
             return _cached(name, file)
         except LocalEntryNotFoundError:
-            raise  # no connection, and nothing cached
+            if try_to_load_from_cache(name, file) is _CACHED_NO_EXIST:
+                return None  # as it was found when there was a connection
+            raise
         except EntryNotFoundError:
             return None
 

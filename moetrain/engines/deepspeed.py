@@ -273,7 +273,7 @@ def _start(
         _use_groups(mesh)
         zero = settings["zero_optimization"]
         # Its default is 2 GB, whatever the size of the model.
-        numel = sum(weight.numel() for weight in model.parameters())
+        numel = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         zero.setdefault("reduce_bucket_size", min(numel, BUCKET))
         with _expert_layer(model, mesh):
             return deepspeed.initialize(

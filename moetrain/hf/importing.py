@@ -95,6 +95,8 @@ def write(out: Path, config: Config, model: Opened) -> None:
     data = config.data.model_copy(update={"tokenizer": name})
     config = config.model_copy(update={"data": data})
     empty = build_model(config, loaded.vocab_size)
+    if config.engine.precision == "fp64":
+        empty.double()
     named = [*empty.named_parameters(), *empty.named_buffers()]
     tensors = {f"model.{name}": tensor.detach() for name, tensor in named}
     extra = described(config, Position(), loaded.vocab_size, loaded.fingerprint, text=None)

@@ -37,9 +37,10 @@ def split_keys(rows: Tensor) -> tuple[Tensor, Tensor]:
 def drop_units(hidden: Tensor, key: Tensor, share: float) -> Tensor:
     """The hidden units (..., F) of rows with such keys (...), `share` of them 0 and the others
     scaled, so that the mean stays as it is."""
-    num_units, least = hidden.shape[-1], round(share * LEVELS)
-    block = torch.arange(-(-num_units // 4), device=key.device)
-    shift = 16 * torch.arange(4, device=key.device)
-    drawn = (fold(key[..., None], block)[..., None] >> shift) & (LEVELS - 1)
-    stays = drawn.flatten(-2)[..., :num_units] >= least
+    least = round(share * LEVELS)
+    drawn = fold(key[..., None], torch.arange(-(-hidden.shape[-1] // 4), device=key.device))
+    stays = torch.empty_like(hidden, dtype=torch.bool)
+    for place in range(4):  # one quarter of the hash after the other, to hold few of them at a time
+        quarter = stays[..., place::4]
+        quarter.copy_(((drawn >> 16 * place) & (LEVELS - 1))[..., : quarter.shape[-1]] >= least)
     return hidden.where(stays, 0) * (LEVELS / (LEVELS - least))
