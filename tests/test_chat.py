@@ -146,9 +146,8 @@ def test_batches_of_a_file_have_targets_in_answers_alone(tmp_path: Path, suffix:
         for i in range(40)
     ]
     path, strict = tmp_path / f"talks.{suffix}", tmp_path / "strict.jinja"
-    refuses = (
-        "{% for m in messages if 'tool_calls' in m and m.content != 'q' %}{{ 1 / 0 }}{% endfor %}"
-    )
+    null = "m.tool_calls is defined and m.tool_calls != 'none'"
+    refuses = f"{{% for m in messages if {null} %}}{{{{ raise_exception(m) }}}}{{% endfor %}}"
     strict.write_text(refuses + PLAIN.read_text())
     if suffix == "jsonl":
         path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
