@@ -154,6 +154,8 @@ class Means(NamedTuple):
     z_loss: float
     layers: tuple[LayerMeans, ...]
     """One per MoE layer."""
+    targets: int
+    """Tokens that carry a loss."""
 
     @property
     def ledgers(self) -> tuple[Ledger, ...]:
@@ -200,6 +202,7 @@ def reduce(
             LayerMeans(ledger, share, by_rank)
             for (ledger, by_rank), share in zip(ledgers, dropped_share, strict=True)
         ),
+        targets=int(counts.targets),
     )
 
 

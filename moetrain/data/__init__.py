@@ -4,6 +4,7 @@ from moetrain.data.cache import Prepared, prepare
 from moetrain.data.corpus import open_source
 from moetrain.data.samples import Batch, Samples
 from moetrain.data.shards import Manifest, verify
+from moetrain.data.splits import WHOLE, Split
 from moetrain.data.tokenizer import (
     BYTES,
     Tokenizer,
@@ -15,10 +16,12 @@ from moetrain.data.tokenizer import (
 
 __all__ = [
     "BYTES",
+    "WHOLE",
     "Batch",
     "Manifest",
     "Prepared",
     "Samples",
+    "Split",
     "Tokenizer",
     "bytes_as_json",
     "is_on_hub",

@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +25,13 @@ from moetrain.data.entropy import byte_entropy, count_pairs
 from moetrain.data.shards import (
     FORMAT,
     Manifest,
+    SplitManifest,
     SplitWriter,
     read_manifest,
     token_dtype,
     write_manifest,
 )
-from moetrain.data.splits import SPLITS, Split, assign_splits
+from moetrain.data.splits import SPLITS, WHOLE, Split, assign_splits
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 from moetrain.errors import UserError
 from moetrain.redact import redact, require_whole
@@ -40,6 +41,8 @@ BATCH_LENGTH = 1 << 22
 """Characters tokenized at once."""
 LINE_SECONDS = 10.0
 """Between progress lines where there is no terminal."""
+NOTHING = SplitManifest(tokens=0, documents=0, bytes=0, token_files=[], offset_files=[])
+"""The training split of a corpus that is held out as a whole."""
 
 
 @dataclass(frozen=True)
@@ -110,24 +113,30 @@ def _build(data: DataConfig, source: Source, tokenizer: Tokenizer, directory: Pa
     try:
         partial.chmod(0o755)  # mkdtemp keeps others out; a cache may be shared
         documents = assign_splits(source.documents(), data.eval_fraction, data.source)
-        write_manifest(partial, _write_splits(documents, data.source, tokenizer, partial))
+        splits = ("eval",) if data.eval_fraction == WHOLE else SPLITS
+        manifest = _write_splits(documents, splits, data.source, tokenizer, partial)
+        write_manifest(partial, manifest)
         partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_splits(
-    documents: Iterator[tuple[Split, str]], source: str, tokenizer: Tokenizer, folder: Path
+    documents: Iterator[tuple[Split, str]],
+    splits: Sequence[Split],
+    source: str,
+    tokenizer: Tokenizer,
+    folder: Path,
 ) -> Manifest:
     size = (tokenizer.vocab_size, tokenizer.eos_id)
-    writers = {split: SplitWriter(folder, split, *size) for split in SPLITS}
-    pairs = {split: count_pairs([]) for split in SPLITS}
+    writers = {split: SplitWriter(folder, split, *size) for split in splits}
+    pairs = {split: count_pairs([]) for split in splits}
     with _progress() as advance:
         for batch in _batches(documents):
             ids = tokenizer.encode_batch([text for _, text in batch])
             for (split, text), ids_of_text in zip(batch, ids, strict=True):
                 writers[split].add(ids_of_text, len(text.encode()))
-            for split in SPLITS:
+            for split in splits:
                 pairs[split] += count_pairs(text for name, text in batch if name == split)
             advance(len(batch), sum(map(len, ids)))
     return Manifest(
@@ -136,8 +145,8 @@ def _write_splits(
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         dtype=token_dtype(tokenizer.vocab_size),
-        byte_entropy=byte_entropy(pairs["train"], pairs["eval"]),
-        train=writers["train"].close(),
+        byte_entropy=byte_entropy(pairs["train"], pairs["eval"]) if "train" in pairs else {},
+        train=writers["train"].close() if "train" in writers else NOTHING,
         eval=writers["eval"].close(),
     )
 
