@@ -24,7 +24,7 @@ from moetrain.metrics import drop_rate
 from moetrain.model import Output
 from moetrain.moe import Draws, Ledger
 from moetrain.moe.layer import Mode
-from moetrain.objective import Means, count, count_all, reduce, sums
+from moetrain.objective import Means, add, count, count_all, reduce, sums
 from moetrain.redact import redact
 from moetrain.tables import print_table
 
@@ -68,7 +68,7 @@ def evaluate(
     micro = config.train.micro_batch
     wanted = min(sequences, len(samples))
     chosen = [i * len(samples) // wanted for i in range(wanted)]
-    parts, counts = [], []
+    total, counts = None, []
     for first in range(0, wanted, micro * mesh.world):
         if is_interrupted():
             return None
@@ -76,9 +76,11 @@ def evaluate(
         indices = chosen[start : start + micro]
         padding = [-1] * (micro - len(indices))
         batch = on_device(samples.batch(indices + padding), mesh.device)
-        parts.append(sums(forward(model, batch, "eval")))
+        part = sums(forward(model, batch, "eval"))
+        total = part if total is None else add(total, part)  # a text may be of many batches
         counts.append(count(batch, routing_group_tokens(config)))
-    return reduce(parts, count_all(counts, mesh), mesh)
+    assert total is not None, "there is no empty text"
+    return reduce([total], count_all(counts, mesh), mesh)
 
 
 def nats_per_byte(loss: float, manifest: Manifest) -> float:
@@ -120,7 +122,7 @@ class Score(NamedTuple):
         return (
             self.targets,
             f"{loss:.4f}",
-            f"{perplexity(loss):.5g}",
+            f"{perplexity(loss):#.5g}",
             f"{self.nats / self.num_bytes:.4f}",
             f"{100 * drop_rate(self.ledgers):.2f} %" if self.ledgers else "",
         )
@@ -130,7 +132,7 @@ COLUMNS = ("source", "tokens", "nats per token", "perplexity", "nats per byte", 
 TOGETHER = "all together"
 
 
-def total(scores: Sequence[Score]) -> Score:
+def together(scores: Sequence[Score]) -> Score:
     """Of several texts: a token counts the same in each."""
     targets, nats, num_bytes, ledgers = zip(*scores, strict=True)
     return Score(sum(targets), sum(nats), sum(num_bytes), tuple(chain(*ledgers)))
@@ -244,7 +246,7 @@ def _summary(found: restore.Checkpoint, split: Split, means: Means, manifest: Ma
     text = "held-out text" if split == "eval" else "training text"
     lines = [
         f"{found.path.name} on {text}: {means.loss:.4f} nats per token "
-        f"(perplexity {perplexity(means.loss):.5g})"
+        f"(perplexity {perplexity(means.loss):#.5g})"
     ]
     if split == "eval":
         entropy = manifest.byte_entropy
@@ -265,7 +267,7 @@ def _print_scores(
     is_sparse = bool(scores[0].ledgers)
     rows = [(name, *score.row()) for name, score in zip(sources, scores, strict=True)]
     if len(rows) > 1:
-        rows.append((TOGETHER, *total(scores).row()))
+        rows.append((TOGETHER, *together(scores).row()))
     print(f"{found.path.name}" + (f", {_limit(found.config)}" if is_sparse else ""))
     width = len(COLUMNS) if is_sparse else len(COLUMNS) - 1
     print_table(COLUMNS[:width], (row[:width] for row in rows))

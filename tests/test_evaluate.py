@@ -211,7 +211,7 @@ def uniform_run(data, tmp_path_factory):
 def test_a_uniform_model_scores_the_logarithm_of_the_vocabulary(uniform_run, prepared, capsys):
     assert cli.main(["eval", str(uniform_run), "--sequences", "5"]) == 0
     first, second, third = capsys.readouterr().out.splitlines()
-    uniform = f"{math.log(257):.4f} nats per token (perplexity 257)"
+    uniform = f"{math.log(257):.4f} nats per token (perplexity 257.00)"
     assert first == f"step-00000001 on held-out text: {uniform}"
     per_byte = nats_per_byte(math.log(257), prepared.manifest)
     assert second.startswith(f"  {per_byte:.4f} nats per byte (unigram model ")
@@ -221,7 +221,7 @@ def test_a_uniform_model_scores_the_logarithm_of_the_vocabulary(uniform_run, pre
 def test_training_text_has_no_references(uniform_run, capsys):
     assert cli.main(["eval", str(uniform_run), "--split", "train", "--sequences", "5"]) == 0
     first, second = capsys.readouterr().out.splitlines()
-    uniform = f"{math.log(257):.4f} nats per token (perplexity 257)"
+    uniform = f"{math.log(257):.4f} nats per token (perplexity 257.00)"
     assert first == f"step-00000001 on training text: {uniform}"
     assert "dropped" in second
 
@@ -246,7 +246,7 @@ def test_dropless_and_dense_models_say_so(data, tmp_path, capsys, monkeypatch, m
 TEXTS = {
     "short.txt": ["short"],
     "rows.jsonl": ["a row", "an ébauche\n" * 9, "x"],
-    "one.txt": ["é"],
+    "one.txt": ["x"],
     "long.txt": ["all and nothing " * 20],
 }
 
@@ -321,7 +321,7 @@ def test_perplexity_of_each_text_is_that_of_a_loop_over_its_tokens(trained, caps
     assert found[TOGETHER][:4] == [
         str(all_tokens),
         f"{all_nats / all_tokens:.4f}",
-        f"{math.exp(all_nats / all_tokens):.5g}",
+        f"{math.exp(all_nats / all_tokens):#.5g}",
         f"{all_nats / all_bytes:.4f}",
     ]
     assert float(found[str(folder / "long.txt")][4].split()[0]) > 0
