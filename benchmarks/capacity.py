@@ -48,7 +48,9 @@ from moetrain.trace import Trace
 
 Flags = Annotated[
     dict[str, Any],
-    tyro.conf.arg(constructor=settings.flags_of(Config, without="out"), name=""),
+    tyro.conf.arg(
+        constructor=settings.flags_of(Config, Config.model_fields.keys() - {"out"}), name=""
+    ),
 ]
 
 

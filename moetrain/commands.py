@@ -26,8 +26,13 @@ from moetrain.redact import redact
 from moetrain.saying import forget, say
 
 Flags = Annotated[dict[str, Any], arg(constructor=settings.flags_of(Config), name="")]
+READING = ("subset", "split", "streaming", "field", "max_documents")
+"""The settings of data that say how a source is read."""
 CorpusFlags = Annotated[
-    dict[str, Any], arg(constructor=settings.flags_of(DataConfig, without="source"), name="data")
+    dict[str, Any], arg(constructor=settings.flags_of(DataConfig, READING), name="data")
+]
+TextFlags = Annotated[
+    dict[str, Any], arg(constructor=settings.flags_of(DataConfig, (*READING, "cache")), name="data")
 ]
 DropPolicy = Literal["position", "probability", "random", "spill"]
 ConfigPath = Positional[Annotated[Path, arg(metavar="CONFIG")]]
@@ -96,19 +101,45 @@ class Eval:
 
     path: RunPath
     """Folder of a run (its newest checkpoint) or of one checkpoint."""
+    data: TextFlags
+    source: tuple[str, ...] = ()
+    """Texts to read instead of the run's own, each by itself and whole: as data.source."""
     split: Literal["eval", "train"] = "eval"
-    """Held-out documents, or those trained on."""
+    """Held-out documents, which all of a --source are, or those trained on."""
     sequences: int | None = None
-    """Sequences to read; null: as many as the run's eval.sequences."""
+    """Sequences to read; null: as many as the run's eval.sequences, and all of a --source."""
 
     def run(self) -> int:
         """Print the loss."""
         if self.sequences is not None:
             _require(self.sequences > 0, "sequences", self.sequences, "1 or more")
+        if self.source:
+            texts = self._texts()
+            from moetrain.evaluate import run_on
+
+            run_on(self.path, texts, sequences=self.sequences)
+            return 0
+        if self.data:
+            flag = next(iter(self.data)).replace("_", "-")
+            raise UserError(
+                f"--data.{flag} has no effect without --source: the run's own text is read as in "
+                "training; drop it, or name a source"
+            )
         from moetrain.evaluate import run
 
         run(self.path, split=self.split, sequences=self.sequences)
         return 0
+
+    def _texts(self) -> list[DataConfig]:
+        if self.split != "eval":
+            raise UserError(
+                f"--split ({self.split}) is of the run's own text, and a --source is read whole; "
+                "drop one of the two"
+            )
+        given = [{"data": {**self.data, "source": source}} for source in self.source]
+        configs = [settings.resolve(None, values) for values in given]
+        warn([caution for config in configs for caution in cautions(config)])
+        return [config.data for config in configs]
 
 
 @app.command(name="generate")

@@ -94,12 +94,7 @@ def run(
     if rank_and_world()[1] > 1:
         raise UserError("generate runs in one process; start it without torchrun")
     found = restore.find(path)
-    if found.config.moe.experts and found.config.moe.router == "expert_choice":
-        raise UserError(
-            f"moe.router (expert_choice) of {found.path} cannot generate: its experts choose among "
-            "all tokens of a text, those still to be written included; evaluate it with moetrain "
-            "eval, or train one with another moe.router"
-        )
+    require_causal(found)
     tokenizer = restore.tokenizer(found)
     prompt_ids = tokenizer.encode_batch([prompt])[0].tolist()
     if not prompt_ids:
@@ -118,6 +113,16 @@ def run(
                 break
             new_ids.append(int(token_B))
     print(("" if chat else prompt) + tokenizer.decode(new_ids))
+
+
+def require_causal(found: restore.Checkpoint) -> None:
+    """Raise UserError for a model whose experts choose their tokens."""
+    if found.config.moe.experts and found.config.moe.router == "expert_choice":
+        raise UserError(
+            f"moe.router (expert_choice) of {found.path} cannot generate: its experts choose among "
+            "all tokens of a text, those still to be written included; evaluate it with moetrain "
+            "eval, or train one with another moe.router"
+        )
 
 
 def _chooser(

@@ -94,6 +94,20 @@ def sums(output: Output) -> Sums:
     )
 
 
+def add(one: Sums, other: Sums) -> Sums:
+    """Two batches taken as one, as far as `reduce` asks; floats are added in fp64."""
+    books = zip(one.ledgers, other.ledgers, strict=True)
+    return Sums(
+        loss=one.loss.double() + other.loss,
+        balance_N=one.balance_N.double() + other.balance_N,
+        z_N=one.z_N.double() + other.z_N,
+        demands=(),
+        gate_mass_N2=one.gate_mass_N2.double() + other.gate_mass_N2,
+        ledgers=tuple(Ledger(*map(torch.add, ours, theirs)) for ours, theirs in books),
+        would_drop=(),
+    )
+
+
 class BatchBalance(NamedTuple):
     """The balance losses of a global batch taken as one set of tokens, the same on every rank."""
 
@@ -154,6 +168,8 @@ class Means(NamedTuple):
     z_loss: float
     layers: tuple[LayerMeans, ...]
     """One per MoE layer."""
+    targets: int
+    """Tokens that carry a loss."""
 
     @property
     def ledgers(self) -> tuple[Ledger, ...]:
@@ -200,6 +216,7 @@ def reduce(
             LayerMeans(ledger, share, by_rank)
             for (ledger, by_rank), share in zip(ledgers, dropped_share, strict=True)
         ),
+        targets=int(counts.targets),
     )
 
 

@@ -13,7 +13,7 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, ClassVar, TypedDict, get_args, get_type_hints
@@ -191,8 +191,8 @@ def _bool_flag(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     )
 
 
-def flags_of(section: type[Section], without: str = "") -> Any:
-    """A type for tyro: every field of a section but `without` as a flag that may be missing.
+def flags_of(section: type[Section], only: Collection[str] | None = None) -> Any:
+    """A type for tyro: every field of a section, or `only` some, as a flag that may be missing.
 
     What was not given is missing from the parsed dict as well, so a flag's default cannot hide the
     value of the file. Help comes from the fields' descriptions.
@@ -202,7 +202,7 @@ def flags_of(section: type[Section], without: str = "") -> Any:
     for name, field in section.model_fields.items():
         if subsection := _subsection(section, name):
             flags[name] = flags_of(subsection)
-        elif name != without:
+        elif only is None or name in only:
             hint = tyro.conf.arg(
                 help=field.description, help_behavior_hint=f"(default: {spell(field.default)})"
             )

@@ -46,3 +46,31 @@ def initialised(
 
 def random_tokens(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def follower(successor: dict[int, int]) -> tuple[Config, Transformer]:
+    """A model that says after each byte the one that follows it here, and else the end of text.
+
+    Likeliest of all, always, is the last row of its vocabulary, which is padding.
+    """
+    config = small_config(
+        model={
+            "dim": 258,
+            "layers": 1,
+            "heads": 1,
+            "tie_embeddings": False,
+            "vocab_size": 320,
+        },
+        moe={"experts": 0},
+    )
+    model = initialised(config, torch.float32, vocab_size=257)
+    model.blocks[0].attention.wo.weight.zero_()  # type: ignore[union-attr]
+    model.blocks[0].feed_forward.w_down.weight.zero_()  # type: ignore[union-attr]
+    model.embedding.weight.copy_(torch.eye(320, 258))
+    assert model.head is not None
+    model.head.weight.zero_()
+    for byte in range(256):
+        model.head.weight[successor.get(byte, 256), byte] = 1
+    model.head.weight[-1] = 2
+    return config, model

@@ -163,7 +163,7 @@ def alone(config: Config, text: Text, change: Change | None = None, steps: int =
                     weight.grad *= CLIP_NORM / norm
         optimizer.step()
         plain_rebalance(model, records, moe.bias_update_rate)
-        means = plain_means(losses, output, records)
+        means = plain_means(losses, output, records, batch)
         results.append(Step(means, norm, grads, _full(dict(model.named_buffers()))))
     return Outcome(initial, results, _full(weights), fates(notes, serving.batches))
 
@@ -265,7 +265,7 @@ def plain_rebalance(model: nn.Module, records: list[Routing], rate: float) -> No
 
 
 def plain_means(
-    losses: tuple[Tensor, Tensor, Tensor], output: Output, records: list[Routing]
+    losses: tuple[Tensor, Tensor, Tensor], output: Output, records: list[Routing], batch: Batch
 ) -> Means:
     """The same as the numbers that a step reports."""
     layers = []
@@ -276,7 +276,8 @@ def plain_means(
         share = lost / whole if whole else 0.0
         layers.append(LayerMeans(stats.ledger, share, (tuple(outcome_O.tolist()),)))
     loss, balance_loss, z_loss = (value.item() for value in losses)
-    return Means(loss, balance_loss, z_loss, tuple(layers))
+    targets = [target for target in batch.targets_BL.flatten().tolist() if target != IGNORE]
+    return Means(loss, balance_loss, z_loss, tuple(layers), len(targets))
 
 
 def _plain_adamw(train: TrainConfig, weights: Tensors) -> torch.optim.AdamW:
@@ -348,7 +349,7 @@ def evaluated_alone(config: Config, text: Text, sequences: int) -> Means:
     with torch.no_grad():
         output = plain_forward(model, batch, "eval", None)
         losses = plain_losses(config, output, records, batch, "group")
-        return plain_means(losses, output, records)
+        return plain_means(losses, output, records, batch)
 
 
 def build_run(
@@ -459,6 +460,7 @@ def agree_on_means(mine: Means, theirs: Means, where: str, tolerance: float = 1e
     """Losses up to rounding, ledgers exactly."""
     for field in ("loss", "balance_loss", "z_loss"):
         close(getattr(mine, field), getattr(theirs, field), f"{where}: {field} is", tolerance)
+    assert mine.targets == theirs.targets, where
     for number, (layer, other) in enumerate(zip(mine.layers, theirs.layers, strict=True)):
         message = f"of MoE layer {number}"
         for field in Ledger._fields:

@@ -43,7 +43,7 @@ def calls(monkeypatch):
     modules = {
         "train": {"run": 0},
         "check": {"report": "the report"},
-        "evaluate": {"run": None},
+        "evaluate": {"run": None, "run_on": None},
         "generate": {"run": None},
         "checkpoint.inspect": {"print_list": None, "print_checkpoint": None, "verify": 2},
         "checkpoint.diff": {"print_diff": 1},
@@ -140,6 +140,22 @@ def test_check_refuses_a_world_that_does_not_fit(calls, yaml_file, capsys):
 def test_eval(calls, flags, kwargs):
     assert cli.main(["eval", "runs/a", *flags]) == 0
     assert calls == [("evaluate.run", (Path("runs/a"),), kwargs)]
+
+
+def test_eval_of_other_texts(calls, yaml_file, capsys):
+    args = ["--sequences", "9", "--data.field", "body", "--data.cache", "c"]
+    assert cli.main(["eval", "runs/a", "--source", "x.jsonl", yaml_file, *args]) == 0
+    read = DataConfig(field="body", cache=Path("c"))
+    texts = [read.model_copy(update={"source": source}) for source in ("x.jsonl", yaml_file)]
+    assert calls == [("evaluate.run_on", (Path("runs/a"), texts), {"sequences": 9})]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_eval_warns_of_a_setting_without_effect(calls, yaml_file, capsys):
+    assert cli.main(["eval", "a", "--source", yaml_file, "--data.subset", "x"]) == 0
+    assert capsys.readouterr().err == (
+        f"moetrain: warning: data.subset (x) has no effect for the local data.source {yaml_file}\n"
+    )
 
 
 def test_generate(calls):
@@ -277,6 +293,16 @@ REFUSED = {
         ["eval", "a", "--split", "test"],
         "invalid choice 'test' for argument '--split'. Expected one of ('eval', 'train').",
     ),
+    "split of a source": (
+        ["eval", "a", "--source", "b", "--split", "train"],
+        "--split (train) is of the run's own text, and a --source is read whole; drop one of the "
+        "two",
+    ),
+    "reading without a source": (
+        ["eval", "a", "--data.max-documents", "3"],
+        "--data.max-documents has no effect without --source: the run's own text is read as in "
+        "training; drop it, or name a source",
+    ),
     "max tokens": (
         ["generate", "a", "--prompt", "x", "--max-tokens", "0"],
         "--max-tokens (0) must be 1 or more",
@@ -326,6 +352,16 @@ def test_a_wrong_line_is_one_message_and_code_2(calls, yaml_file, capsys, args, 
     assert cli.main([yaml_file if arg == "FILE" else arg for arg in args]) == 2
     assert calls == []
     assert capsys.readouterr() == ("", f"moetrain: error: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [("eval a --source b", "--data.seq-len"), ("tokenizer train stdlib out", "--data.cache")],
+)
+def test_settings_that_say_nothing_of_reading_a_source_are_no_flags(calls, capsys, command, flag):
+    assert cli.main([*command.split(), flag, "3"]) == 2
+    assert calls == []
+    assert f"{flag} (applied to moetrain" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])

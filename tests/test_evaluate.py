@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import math
+import re
 import shutil
 from functools import partial
 
@@ -11,11 +15,20 @@ import torch
 from models import initialised, small_config
 from runs import save_model, write_text
 
-from moetrain import checkpoint, cli, settings
+from moetrain import checkpoint, cli, restore, settings
 from moetrain.build import build_model
 from moetrain.config import Config, DataConfig
-from moetrain.data import Prepared, Samples, prepare
-from moetrain.evaluate import evaluate, nats_per_byte
+from moetrain.data import WHOLE, Prepared, Samples, prepare, verify
+from moetrain.evaluate import (
+    COLUMNS,
+    TOGETHER,
+    Score,
+    evaluate,
+    nats_per_byte,
+    perplexity,
+    run_on,
+    score,
+)
 from moetrain.mesh import Mesh, process_group
 from moetrain.objective import Means
 from moetrain.parallel import parallelize
@@ -200,7 +213,8 @@ def test_a_uniform_model_scores_the_logarithm_of_the_vocabulary(
 ):
     assert cli.main(["eval", str(uniform_run), "--sequences", "5"]) == 0
     first, second, third = capsys.readouterr().out.splitlines()
-    assert first == f"step-00000001 on held-out text: {math.log(257):.4f} nats per token"
+    uniform = f"{math.log(257):.4f} nats per token (perplexity 257.00)"
+    assert first == f"step-00000001 on held-out text: {uniform}"
     per_byte = nats_per_byte(math.log(257), prepared.manifest, data)
     assert second.startswith(f"  {per_byte:.4f} nats per byte (unigram model ")
     assert third.endswith("% of assignments dropped (capacity factor 2.0)")
@@ -209,7 +223,8 @@ def test_a_uniform_model_scores_the_logarithm_of_the_vocabulary(
 def test_training_text_has_no_references(uniform_run, capsys):
     assert cli.main(["eval", str(uniform_run), "--split", "train", "--sequences", "5"]) == 0
     first, second = capsys.readouterr().out.splitlines()
-    assert first == f"step-00000001 on training text: {math.log(257):.4f} nats per token"
+    uniform = f"{math.log(257):.4f} nats per token (perplexity 257.00)"
+    assert first == f"step-00000001 on training text: {uniform}"
     assert "dropped" in second
 
 
@@ -226,6 +241,167 @@ def test_dropless_and_dense_models_say_so(data, tmp_path, capsys, monkeypatch, m
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].endswith(ending)
     assert len(lines) == (2 if moe == {"experts": 0} else 3)
+
+
+# ---------------------------------------------------------------- on other texts
+
+TEXTS = {
+    "short.txt": ["short"],
+    "rows.jsonl": ["a row", "an ébauche\n" * 9, "x"],
+    "one.txt": ["x"],
+    "long.txt": ["all and nothing " * 20],
+}
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """A run in fp64 that drops, and a folder of texts."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name, documents in TEXTS.items():
+        rows = (json.dumps({"body": text}) + "\n" for text in documents)
+        content = "".join(rows) if name.endswith("l") else documents[0]
+        (folder / name).write_text(content, encoding="utf-8")
+    config = configured(data, drop_policy="probability")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            patch.delenv(name, raising=False)
+        run = folder / "run"
+        model = initialised(config, vocab_size=VOCAB)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(2)  # far from uniform
+        save_model(run, config, model)
+        yield run, folder, config, model
+
+
+@torch.no_grad()
+def literal_nats(model, documents: list[str]) -> tuple[float, int, int]:
+    """Nats, tokens and bytes of a text, sequence by sequence and token by token."""
+    ids = [token for text in documents for token in (*text.encode(), 256)]
+    nats, targets = 0.0, 0
+    for start in range(0, len(ids) - 1, 32):
+        row = ids[start : start + 33]
+        batch = torch.full((1, 32), 256)  # a group is as long as a sequence: padding takes no slot
+        batch[0, : len(row) - 1] = torch.tensor(row[:-1])
+        valid = torch.arange(32)[None] < len(row) - 1
+        logits_LV = model(batch, valid_BL=valid, mode="eval").logits_BLV[0]
+        for place, token in enumerate(row[1:]):
+            nats += math.log(sum(math.exp(x) for x in logits_LV[place].tolist()))
+            nats -= logits_LV[place, token].item()
+            targets += 1
+    return nats, targets, sum(len(text.encode()) for text in documents)
+
+
+def scores_of(run, texts: list[DataConfig], sequences: int | None = None) -> list[list[str]]:
+    """The rows of the table that an evaluation of some texts prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        run_on(run, texts, sequences)
+    return [re.split(r"  +", line) for line in out.getvalue().splitlines()]
+
+
+def test_perplexity_of_each_text_is_that_of_a_loop_over_its_tokens(trained, capsys):
+    run, folder, _, model = trained
+    files = [str(folder / name) for name in TEXTS]
+    assert cli.main(["eval", str(run), "--data.field", "body", "--source", *files]) == 0
+    title, heading, *lines = capsys.readouterr().out.splitlines()
+    assert title == "step-00000001, capacity factor 0.75"
+    assert re.split(r"  +", heading) == list(COLUMNS)
+    found = {row[0]: row[1:] for row in (re.split(r"  +", line) for line in lines)}
+    assert list(found) == [*files, TOGETHER]
+    all_nats, all_tokens, all_bytes = 0.0, 0, 0.0
+    for name, documents in TEXTS.items():
+        nats, tokens, size = literal_nats(model, documents)
+        count, per_token, ppl, per_byte, dropped = found[str(folder / name)]
+        assert int(count) == tokens == sum(len(t.encode()) + 1 for t in documents) - 1
+        assert per_token == f"{nats / tokens:.4f}"
+        assert float(ppl) == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+        assert per_byte == f"{nats / tokens * (tokens + 1) / size:.4f}"
+        assert dropped.endswith(" %")
+        all_nats, all_tokens = all_nats + nats, all_tokens + tokens
+        all_bytes += size * tokens / (tokens + 1)
+    assert found[TOGETHER][:4] == [
+        str(all_tokens),
+        f"{all_nats / all_tokens:.4f}",
+        f"{math.exp(all_nats / all_tokens):#.5g}",
+        f"{all_nats / all_bytes:.4f}",
+    ]
+    assert float(found[str(folder / "long.txt")][4].split()[0]) > 0
+
+
+def test_every_layout_gives_the_same_scores(trained):
+    run, folder, _, _ = trained
+    texts = [DataConfig(source=str(folder / name), field="body") for name in TEXTS]
+
+    def work(ep: int) -> list[Score]:
+        return score(restore.find(run), texts, None, Mesh(torch.device("cpu"), ep))
+
+    (alone,), several = simulate_ranks(1, work, 1), simulate_ranks(4, work, 2)
+    for scores in several:
+        for one, other in zip(scores, alone, strict=True):
+            assert one[:3] == pytest.approx(other[:3], rel=1e-12)
+            for ours, theirs in zip(one.ledgers, other.ledgers, strict=True):
+                assert torch.equal(ours.outcome_EKO, theirs.outcome_EKO)
+
+
+def test_sequences_bound_what_is_read_of_each_text(trained):
+    run, folder, _, _ = trained
+    texts = [DataConfig(source=str(folder / name)) for name in ("long.txt", "short.txt")]
+    _, _, long, short, together = scores_of(run, texts, sequences=2)
+    assert [long[1], short[1], together[1]] == ["64", "5", "69"]
+
+
+def test_a_single_text_has_no_row_for_all(trained):
+    run, folder, _, _ = trained
+    assert len(scores_of(run, [DataConfig(source=str(folder / "short.txt"))])) == 3
+
+
+def test_a_dense_model_has_no_drops_in_its_table(data, tmp_path):
+    config = small_config(data=data.model_dump(), moe={"experts": 0})
+    save_model(tmp_path / "run", config, initialised(config, torch.float32, vocab_size=VOCAB))
+    title, heading, _ = scores_of(tmp_path / "run", [data])
+    assert (title, heading) == (["step-00000001"], list(COLUMNS[:-1]))
+
+
+def test_a_text_to_evaluate_on_is_held_out_whole(trained, data):
+    _, folder, _, _ = trained
+    text = DataConfig(source=str(folder / "rows.jsonl"), field="body", cache=data.cache)
+    prepared = prepare(text.model_copy(update={"eval_fraction": WHOLE}))
+    assert (prepared.manifest.eval.documents, prepared.manifest.train.documents) == (3, 0)
+    verify(prepared.directory)
+    assert prepared.directory != prepare(text).directory
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.txt", "none.txt') does not exist, or matches no file; name a file"),
+        ("empty.txt", "empty.txt') holds no text to evaluate on; name another"),
+        ("rows.jsonl", "has only body"),
+    ],
+)
+def test_a_source_without_text_is_one_message(trained, capsys, name, message):
+    run, folder, _, _ = trained
+    (folder / "empty.txt").touch()
+    assert cli.main(["eval", str(run), "--source", str(folder / name)]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_secrets_of_a_source_are_not_printed(trained, tmp_path, monkeypatch):
+    run, _, _, _ = trained
+    monkeypatch.setenv("SOME_TOKEN", "swordfish")
+    (tmp_path / "swordfish.txt").write_text("text")
+    assert scores_of(run, [DataConfig(source=str(tmp_path / "swordfish.txt"))])[2][0].endswith(
+        "/***.txt"
+    )
+
+
+@pytest.mark.parametrize(("loss", "expected"), [(0.0, 1.0), (2.5, math.e**2.5), (800, math.inf)])
+def test_perplexity(loss, expected):
+    assert perplexity(loss) == pytest.approx(expected)
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path, capsys):

@@ -7,12 +7,11 @@ import math
 
 import pytest
 import torch
-from models import initialised, random_tokens, small_config
+from models import follower, initialised, random_tokens, small_config
 from runs import save_model
 from torch import Tensor
 
 from moetrain import cli
-from moetrain.config import Config
 from moetrain.generate import among, continuations, greedy, sampler
 from moetrain.model import KVCache, Transformer
 
@@ -211,36 +210,6 @@ def test_tokens_come_one_by_one():
 
 
 # ---------------------------------------------------------------- from a checkpoint
-
-END = 256
-
-
-@torch.no_grad()
-def follower(successor: dict[int, int]) -> tuple[Config, Transformer]:
-    """A model that says after each byte the one that follows it here, and else the end of text.
-
-    Likeliest of all, always, is the last row of its vocabulary, which is padding.
-    """
-    config = small_config(
-        model={
-            "dim": 258,
-            "layers": 1,
-            "heads": 1,
-            "tie_embeddings": False,
-            "vocab_size": 320,
-        },
-        moe={"experts": 0},
-    )
-    model = initialised(config, torch.float32, vocab_size=257)
-    model.blocks[0].attention.wo.weight.zero_()  # type: ignore[union-attr]
-    model.blocks[0].feed_forward.w_down.weight.zero_()  # type: ignore[union-attr]
-    model.embedding.weight.copy_(torch.eye(320, 258))
-    assert model.head is not None
-    model.head.weight.zero_()
-    for byte in range(256):
-        model.head.weight[successor.get(byte, END), byte] = 1
-    model.head.weight[-1] = 2
-    return config, model
 
 
 @pytest.fixture(scope="module")

@@ -131,7 +131,11 @@ def test_model_knows_no_layout() -> None:
 
 @pytest.mark.parametrize(
     ("module", "importers"),
-    [("moetrain.cli", {"moetrain.__main__"}), ("moetrain.train", {"moetrain.commands"})],
+    [
+        ("moetrain.cli", {"moetrain.__main__", "moetrain.lm_eval"}),
+        ("moetrain.lm_eval", set()),
+        ("moetrain.train", {"moetrain.commands"}),
+    ],
 )
 def test_the_top_is_imported_by_nobody_below(module: str, importers: set[str]) -> None:
     found = {name for name in TREES if module in {entry.name for entry in IMPORTS[name]}}

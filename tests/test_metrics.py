@@ -61,7 +61,7 @@ def train_line(layers, loss=2.5):
         bad_steps=2,
         spikes=1,
         is_spike=True,
-        means=Means(loss, 1.1, 0.3, tuple(layers)),
+        means=Means(loss, 1.1, 0.3, tuple(layers), 64),
         capacity_factors=[1.0 + n for n in range(len(layers))],
         grad_norm=0.9,
         lr=1e-3,
@@ -300,7 +300,7 @@ def test_lines_of_real_routing_agree_with_counting_by_hand(groups, experts, k, s
 
 
 def test_an_evaluation_line_carries_no_training_loss():
-    means = Means(3.0, 1.0, 1.0, (CROWDED, BALANCED))
+    means = Means(3.0, 1.0, 1.0, (CROWDED, BALANCED), 64)
     line = metrics.eval_line(step=20, means=means, nats_per_byte=0.9)
     assert line == {
         "step": 20,

@@ -19,6 +19,7 @@ from moetrain.objective import (
     Counts,
     Means,
     Sums,
+    add,
     batch_balance,
     count,
     count_all,
@@ -173,7 +174,18 @@ def test_counts_by_hand(group_size, groups, world):
     assert simulate_ranks(world, of_rank) == [expected] * world
 
 
-def reduced(world: int):
+def apart(parts: list[Sums]) -> list[Sums]:
+    return parts
+
+
+def added(parts: list[Sums]) -> list[Sums]:
+    return [add(*parts)]
+
+
+CUTS = pytest.mark.parametrize("cut", [apart, added])
+
+
+def reduced(world: int, cut):
     """Parts with other numbers on every rank, two micro-batches each."""
 
     def of_rank():
@@ -182,17 +194,19 @@ def reduced(world: int):
             part(1.5 + rank, [2, 4], [10, 20], first=1000 * rank),
             part(2.5 + rank, [6, 8], [30, 40], first=50),
         ]
-        return reduce(parts, counts(16, 10, 5), Mesh(torch.device("cpu")))
+        return reduce(cut(parts), counts(16, 10, 5), Mesh(torch.device("cpu")))
 
     return simulate_ranks(world, of_rank)
 
 
+@CUTS
 @pytest.mark.parametrize("world", [1, 4])
-def test_means_by_hand(world):
-    results = reduced(world)
+def test_means_by_hand(world, cut):
+    results = reduced(world, cut)
     ranks = range(world)
     for means in results:
         assert means.loss == pytest.approx(sum(4 + 2 * rank for rank in ranks) / 16)
+        assert means.targets == 16
         assert means.balance_loss == pytest.approx(world * (8 + 12) / 2 / 5)
         assert means.z_loss == pytest.approx(world * (40 + 60) / 2 / 10)
         for layer, total in enumerate(means.ledgers):
@@ -221,11 +235,12 @@ def test_counts_beyond_what_floats_hold_stay_exact():
     assert simulate_ranks(2, of_rank) == [2 * odd, 2 * odd]
 
 
-def test_sums_of_fp32_losses_are_not_rounded_to_fp32():
+@CUTS
+def test_sums_of_fp32_losses_are_not_rounded_to_fp32(cut):
     def of_rank() -> float:
         parts = [part(loss, [], []) for loss in (2.0**24, 1.0)]
         rounded = [p._replace(loss=p.loss.float()) for p in parts]
-        return reduce(rounded, counts(1, 1, 1), Mesh(torch.device("cpu"))).loss
+        return reduce(cut(rounded), counts(1, 1, 1), Mesh(torch.device("cpu"))).loss
 
     assert simulate_ranks(1, of_rank) == [2**24 + 1]
 
@@ -235,7 +250,7 @@ def test_means_of_nothing_are_zero():
         return reduce([part(0, [], [])], counts(0, 0, 0), Mesh(torch.device("cpu")))
 
     (means,) = simulate_ranks(1, of_rank)
-    assert means == (0, 0, 0, ())
+    assert means == (0, 0, 0, (), 0)
     assert means.ledgers == ()
 
 

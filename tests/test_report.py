@@ -35,7 +35,7 @@ LEDGER = Ledger(
     OUTCOME_EKO, *map(torch.tensor, (2 * STEP_TOKENS, [60, 128, 0, 0], STEP_TOKENS, 0, 240))
 )
 LAYER = LayerMeans(LEDGER, 0.25, ((188, 0, 68, 0),))
-MEANS = Means(2.5, 1.5, 0.5, (LAYER, LAYER))
+MEANS = Means(2.5, 1.5, 0.5, (LAYER, LAYER), 64)
 COUNTS = Counts(*map(torch.tensor, (STEP_TOKENS, STEP_TOKENS, 16)))
 
 
@@ -215,8 +215,9 @@ def test_a_dense_run_has_lines_without_layers(tmp_path, capsys):
         with opened(tmp_path, config=small_config(moe={"experts": 0})) as report:
             report.step_took(1.0, 0.0)
             position, result = done(1)
-            report.train(position, result._replace(capacity_factors=[]), Means(2.5, 0.0, 0.0, ()))
-            report.evaluation(1, Means(2.5, 0.0, 0.0, ()))
+            dense = Means(2.5, 0.0, 0.0, (), 64)
+            report.train(position, result._replace(capacity_factors=[]), dense)
+            report.evaluation(1, dense)
 
     alone(work)
     line, _ = read_metrics(tmp_path)

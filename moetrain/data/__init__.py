@@ -5,7 +5,7 @@ from moetrain.data.chat import TEMPLATE_FILE, TOKENIZER_CONFIG, load_chat
 from moetrain.data.corpus import open_source
 from moetrain.data.samples import Batch, Samples
 from moetrain.data.shards import Manifest, verify
-from moetrain.data.splits import Split
+from moetrain.data.splits import WHOLE, Split
 from moetrain.data.tokenizer import (
     BYTES,
     Tokenizer,
@@ -20,6 +20,7 @@ __all__ = [
     "BYTES",
     "TEMPLATE_FILE",
     "TOKENIZER_CONFIG",
+    "WHOLE",
     "Batch",
     "Manifest",
     "Prepared",

@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +27,13 @@ from moetrain.data.shards import (
     FORMAT,
     Encoded,
     Manifest,
+    SplitManifest,
     SplitWriter,
     read_manifest,
     token_dtype,
     write_manifest,
 )
-from moetrain.data.splits import SPLITS, Split, assign_splits
+from moetrain.data.splits import SPLITS, WHOLE, Split, assign_splits
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 from moetrain.errors import UserError
 from moetrain.redact import redact, require_whole
@@ -42,6 +43,8 @@ BATCH_LENGTH = 1 << 22
 """Characters tokenized at once."""
 LINE_SECONDS = 10.0
 """Between progress lines where there is no terminal."""
+NOTHING = SplitManifest(tokens=0, documents=0, bytes=0, token_files=[], offset_files=[])
+"""The training split of a corpus that is held out as a whole."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,9 @@ def _build(
         documents = assign_splits(
             source.documents(), data.eval_fraction, data.source, are_conversations=chat is not None
         )
-        write_manifest(partial, _write_splits(documents, data.source, tokenizer, chat, partial))
+        splits = ("eval",) if data.eval_fraction == WHOLE else SPLITS
+        manifest = _write_splits(documents, splits, data.source, tokenizer, chat, partial)
+        write_manifest(partial, manifest)
         partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -128,14 +133,15 @@ def _build(
 
 def _write_splits(
     documents: Iterator[tuple[Split, str]],
+    splits: Sequence[Split],
     source: str,
     tokenizer: Tokenizer,
     chat: Chat | None,
     folder: Path,
 ) -> Manifest:
     size = (tokenizer.vocab_size, tokenizer.eos_id)
-    writers = {split: SplitWriter(folder, split, *size) for split in SPLITS}
-    pairs = {split: count_pairs([]) for split in SPLITS}
+    writers = {split: SplitWriter(folder, split, *size) for split in splits}
+    pairs = {split: count_pairs([]) for split in splits}
     with _progress() as advance:
         for batch in _batches(documents):
             texts = [text for _, text in batch]
@@ -144,7 +150,7 @@ def _write_splits(
             for (split, _), parts in zip(batch, encoded, strict=True):
                 writers[split].add(*parts)
                 num_tokens += len(parts.ids)
-            for split in SPLITS if chat is None else ():
+            for split in splits if chat is None else ():
                 pairs[split] += count_pairs(text for name, text in batch if name == split)
             advance(len(batch), num_tokens)
     return Manifest(
@@ -153,8 +159,10 @@ def _write_splits(
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         dtype=token_dtype(tokenizer.vocab_size),
-        byte_entropy={} if chat else byte_entropy(pairs["train"], pairs["eval"]),
-        train=writers["train"].close(),
+        byte_entropy=byte_entropy(pairs["train"], pairs["eval"])
+        if chat is None and "train" in pairs
+        else {},
+        train=writers["train"].close() if "train" in writers else NOTHING,
         eval=writers["eval"].close(),
     )
 

@@ -71,7 +71,8 @@ class Manifest(Record):
     """Of the tokens: <u2 where the vocabulary fits, else <u4."""
     byte_entropy: dict[str, float]
     """`unigram`, `bigram`: what these models, counted on the training text, score on the held-out
-    text: nats spent on its bytes and on the ends of documents, over the number of bytes."""
+    text: nats spent on its bytes and on the ends of documents, over the number of bytes. Empty
+    where there is no training text."""
     train: SplitManifest
     eval: SplitManifest
 
@@ -221,7 +222,8 @@ class BlockArray:
             _check_size(path, entry.bytes)
         self._maps = [np.memmap(path, dtype=self.dtype, mode="r") for path in self.paths]
         self._verified = [np.zeros(len(entry.blocks), dtype=bool) for entry in entries]
-        self._file_len = len(self._maps[0])  # every file but the last has as many
+        # Every file but the last has as many; an array of nothing has no file.
+        self._file_len = len(self._maps[0]) if self._maps else 0
         self._block_len = BLOCK_BYTES // self.dtype.itemsize
 
     def __len__(self) -> int:

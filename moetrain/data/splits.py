@@ -11,6 +11,8 @@ from moetrain.errors import UserError
 
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, Split] = ("train", "eval")
+WHOLE = 1.0
+"""The fraction that holds out a whole corpus, of which nothing is trained on."""
 HEAD = 256
 """Documents read ahead, so that both splits are certain to get one."""
 
@@ -23,7 +25,7 @@ def assign_splits(
     So a document stays in its split when others come or go, and its copies go with it. Among the
     first HEAD documents the lowest hash is always held out and the highest never. A document that
     is alone is cut: its last `fraction` of characters, one at least, is held out. A conversation
-    cannot be.
+    cannot be. WHOLE holds out every document.
 
     Args:
         documents: the corpus, read once.
@@ -35,6 +37,12 @@ def assign_splits(
     """
     documents = iter(documents)
     head = list(islice(documents, HEAD))
+    if fraction == WHOLE:
+        if not head:
+            raise UserError(f"data.source ('{source}') holds no text to evaluate on; name another")
+        for text in chain(head, documents):
+            yield "eval", text
+        return
     if len(head) == 1 and not are_conversations:
         yield from _cut(head[0], fraction, source)
         return
