@@ -464,6 +464,18 @@ def test_a_run_in_the_real_wandb_offline(tmp_path, home, caplog):
     assert [path for path in home.rglob("*") if path.is_file()] == []
 
 
+def test_a_resumed_run_tells_of_the_best_evaluation_before(tmp_path, fake):
+    every = {"eval": {"every": 4}, "checkpoint": {"every": 4}}
+    path = write_config(tmp_path, log={"wandb": "online"}, **every)
+    assert train_run(path) == 0
+    lines = [line for line in read_metrics(tmp_path / "runs" / "run") if "eval_loss" in line]
+    best = min(lines, key=lambda line: line["eval_loss"])
+    before = len(fake())
+    assert train_run(path, "--train.steps", 9) == 0
+    (kind, told), *_ = [line for line in fake()[before:] if line[0] not in ("init", "define")]
+    assert (kind, told) == ("summary", {f"best_{name}": value for name, value in best.items()})
+
+
 @pytest.mark.parametrize("when", ["FAKE_INIT", "FAKE_LOG"])
 def test_no_rank_of_a_run_waits_for_it(tmp_path, monkeypatch, caplog, when):
     """wandb hangs until the rank without it has trained to the end. Then it goes on, and has
