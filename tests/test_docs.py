@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import runpy
 import shlex
@@ -12,7 +13,7 @@ from typing import get_args
 
 import pytest
 
-from moetrain import cli, settings
+from moetrain import cli, commands, settings
 from moetrain.commands import Check, Train
 from moetrain.config import Config, MoEConfig
 from moetrain.constraints import check_world
@@ -137,9 +138,19 @@ def anchors(text: str) -> set[str]:
 
 def test_generated_pages_are_in_step_with_the_code() -> None:
     pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["pages"]()
-    assert pages.keys() == {"configuration.md", "metrics.md"}
+    assert pages.keys() == {"commands.md", "configuration.md", "metrics.md"}
     for name, text in pages.items():
         assert TEXT[f"docs/{name}"] == text, "run: python docs/generate.py"
+
+
+def test_every_command_is_described() -> None:
+    sections = re.findall(r"^## moetrain (.+)$", TEXT["docs/commands.md"], re.MULTILINE)
+    declared = [value for value in vars(commands).values() if dataclasses.is_dataclass(value)]
+    assert len(sections) == len(declared) > 10
+    for section in sections:
+        with pytest.raises(SystemExit) as stop:
+            cli.parse([*section.split(), "--help"])
+        assert stop.value.code == 0, section
 
 
 def test_every_metric_is_described() -> None:
