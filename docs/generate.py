@@ -1,19 +1,22 @@
-"""Write docs/configuration.md and docs/metrics.md from the code: python docs/generate.py"""
+"""Write the pages of docs/ that repeat what the code declares: python docs/generate.py"""
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
+import re
 import types
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 from typing_extensions import TypeIs
 
-from moetrain import metrics
+from moetrain import commands, metrics
 from moetrain.config import Config, Section
 from moetrain.constraints import spell
 
@@ -44,6 +47,17 @@ same figures as pictures: [running](running.md#pictures); for other settings:
 This page is written by `python docs/generate.py` from `moetrain/metrics.py`.
 """
 
+COMMANDS = """\
+# Commands
+
+What `moetrain` can do; `python -m moetrain` is the same. `moetrain --help`, and `--help` after any
+command, tell it on the terminal. What has no default must be given. Settings of a run are flags of
+the commands that read them, by the names of [the configuration](configuration.md). What the exit
+code says: [running](running.md#exit-codes).
+
+This page is written by `python docs/generate.py` from `moetrain/commands.py`.
+"""
+
 _LINES = {
     "A training line": (metrics.TrainLine, metrics.Rates, metrics.Speed),
     "Each of `layers`": (metrics.LayerLine,),
@@ -60,13 +74,68 @@ _NUMBERS = {
     "list[list[int]]": "4 integers a rank",
     "list[LayerLine]": "objects",
 }
+_FLAGS = {  # as the arguments of a command that take settings
+    commands.Flags: "[--section.field VALUE ...]",
+    commands.CorpusFlags: "[--data.field VALUE ...]",
+}
 _NAMES = {int: "integer", float: "number", bool: "`true`, `false`", str: "text", Path: "path"}
 _SIGNS = {Gt: "> {0.gt}", Ge: "≥ {0.ge}", Lt: "< {0.lt}", Le: "≤ {0.le}"}
 
 
 def pages() -> dict[str, str]:
     """The text of each page by its file's name."""
-    return {"configuration.md": _settings_page(), "metrics.md": _metrics_page()}
+    return {
+        "commands.md": _commands_page(),
+        "configuration.md": _settings_page(),
+        "metrics.md": _metrics_page(),
+    }
+
+
+def _commands_page() -> str:
+    tree = ast.parse(inspect.getsource(commands))
+    sections = [COMMANDS]
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and (name := _command_name(node)):
+            sections.append(_command(name, node))
+    return "\n".join(sections)
+
+
+def _command_name(node: ast.ClassDef) -> str:
+    """`checkpoint list` of a class that @checkpoint_app.command(name="list") decorates."""
+    for decorator in node.decorator_list:
+        if found := re.fullmatch(r"(?:(\w+)_)?app\.command\(name='(.+)'\)", ast.unparse(decorator)):
+            return " ".join(filter(None, found.groups()))
+    return ""
+
+
+def _command(name: str, node: ast.ClassDef) -> str:
+    """How a command is called, what it does, and what each of its arguments is."""
+    command = getattr(commands, node.name)
+    hints = get_type_hints(command, include_extras=True)
+    meanings = dict(_documented(node))
+    places, needed, settings, rows = [], [], [], []
+    for field in dataclasses.fields(command):
+        kind, is_needed = hints[field.name], field.default is dataclasses.MISSING
+        if kind in _FLAGS:
+            settings.append(_FLAGS[kind])
+            continue
+        if get_origin(kind) is Annotated:  # positional
+            argument = kind.__metadata__[0].metavar
+            places.append(argument)
+        else:
+            argument = f"--{field.name.replace('_', '-')}"
+            needed += [f"{argument} ..."] * is_needed
+        default = "" if is_needed else f"`{_default(field.default)}`"
+        values = "on where it is given" if kind is bool else _kind(kind)
+        rows.append(f"| `{argument}` | {default} | {values} | {meanings[field.name]} |")
+    usage = " ".join([f"moetrain {name}", *places, *needed, *settings])
+    about = " ".join((ast.get_docstring(node) or "").split())
+    table = "\n".join(["| argument | default | values | meaning |", "|---|---|---|---|", *rows])
+    return f"## moetrain {name}\n\n{about}\n\n```text\n{usage}\n```\n\n{table}\n"
+
+
+def _default(value: Any) -> str:
+    return "none" if value == () else spell(value)
 
 
 def _metrics_page() -> str:
@@ -83,13 +152,20 @@ def _metrics_page() -> str:
 
 
 def _field_rows(node: ast.ClassDef) -> Iterator[str]:
-    """One row for every field of a typed dictionary and the docstring below it."""
-    for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+    """One row for every field of a typed dictionary."""
+    meanings = dict(_documented(node))
+    for field in node.body:
         if isinstance(field, ast.AnnAssign):
-            assert isinstance(after, ast.Expr), f"{ast.unparse(field)} has no docstring"
-            meaning = " ".join(ast.literal_eval(after.value).split())
-            value = _NUMBERS[ast.unparse(field.annotation)]
-            yield f"| `{ast.unparse(field.target)}` | {value} | {meaning} |"
+            name, value = ast.unparse(field.target), _NUMBERS[ast.unparse(field.annotation)]
+            yield f"| `{name}` | {value} | {meanings[name]} |"
+
+
+def _documented(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
+    """The fields of a class that have a docstring below them, and that."""
+    for field, after in pairwise(node.body):
+        match field, after:
+            case ast.AnnAssign(), ast.Expr(value=ast.Constant(value=str(text))):
+                yield ast.unparse(field.target), " ".join(text.split())
 
 
 def _settings_page() -> str:
@@ -133,9 +209,11 @@ def _kind(annotation: Any) -> str:
         return f"any of {_kind(get_args(annotation)[0])}"
     if get_origin(annotation) in (Union, types.UnionType):
         return ", ".join(_kind(choice) for choice in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return f"any number of: {_kind(get_args(annotation)[0])}"
     if hasattr(annotation, "__metadata__"):
-        (bounds,) = annotation.__metadata__
-        return _bounded(_kind(annotation.__origin__), bounds.metadata)
+        bounds = getattr(annotation.__metadata__[0], "metadata", [])
+        return _bounded(_kind(annotation.__origin__), bounds)
     return _NAMES[annotation]
 
 

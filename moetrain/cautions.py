@@ -70,6 +70,9 @@ def _idle_settings(config: Config) -> Iterator[tuple[str, str]]:
         yield "log.trace", "when log.every is 0 (never)"
     if config.log.wandb == "off":
         yield "log.wandb_project", "when log.wandb is off"
+        yield "log.wandb_artifacts", "when log.wandb is off"
+    elif config.checkpoint.every == 0:
+        yield "log.wandb_artifacts", "when checkpoint.every is 0 (never)"
 
 
 def _idle_moe_settings(moe: MoEConfig) -> Iterator[tuple[str, str]]:

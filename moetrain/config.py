@@ -326,6 +326,9 @@ class LogConfig(Section):
     """Weights & Biases, from rank 0."""
     wandb_project: str = "moetrain"
     """Weights & Biases: the project that receives the run."""
+    wandb_artifacts: Bool = False
+    """Weights & Biases: keep the last checkpoint of the run there, too, once it has come to its
+    end."""
 
 
 class Config(Section):

@@ -42,6 +42,11 @@ def peak_flops(device_name: str, arithmetic: str) -> float | None:
     return None
 
 
+def device_name(device: torch.device) -> str:
+    """What a GPU calls itself; of any other device its type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def device_peak_flops(device: torch.device, precision: str) -> float | None:
     """Dense peak FLOP/s of `device` for a run in `precision` (bf16, fp32, fp64), or None.
 
@@ -51,4 +56,4 @@ def device_peak_flops(device: torch.device, precision: str) -> float | None:
         return None
     may_use_tf32 = torch.get_float32_matmul_precision() != "highest"
     arithmetic = "tf32" if precision == "fp32" and may_use_tf32 else precision
-    return peak_flops(torch.cuda.get_device_name(device), arithmetic)
+    return peak_flops(device_name(device), arithmetic)

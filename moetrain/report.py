@@ -9,30 +9,33 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from moetrain import metrics, settings
+from moetrain.checkpoint import latest, read_manifest
 from moetrain.config import CheckpointConfig, Config
 from moetrain.data import TEMPLATE_FILE, TOKENIZER_CONFIG, Prepared, beside
+from moetrain.errors import UserError
 from moetrain.evaluate import nats_per_byte
 from moetrain.hf.names import KEPT
 from moetrain.mesh import Mesh, raise_alike
 from moetrain.model import Transformer
 from moetrain.objective import Means
-from moetrain.peaks import device_peak_flops
+from moetrain.peaks import device_name, device_peak_flops
 from moetrain.plots import PLOTS_FOLDER, write_plots
 from moetrain.precision import computes_in, multiplies_bf16
 from moetrain.progress import progress
 from moetrain.redact import redact
 from moetrain.restore import TOKENIZER_FILE
-from moetrain.sinks import MetricsLog
-from moetrain.sizes import sizes, train_flops_per_token
+from moetrain.sinks import MetricsLog, read_metrics
+from moetrain.sizes import Sizes, sizes, train_flops_per_token
 from moetrain.spikes import describe
 from moetrain.step import Position, StepResult, sample_indices
 from moetrain.stragglers import RankClock, Streaks, slow_ranks
 from moetrain.trace import TraceLog, drop_later_steps
-from moetrain.wandb_sink import WandbSink
+from moetrain.wandb_sink import KEEP_S, WandbSink
 
 SLOW_BF16 = (
     "engine.precision (bf16) is not what this machine has instructions for: products may take "
@@ -115,21 +118,13 @@ class Report:
         return found
 
     def _open(self, model: Transformer, start: Position) -> None:
-        config, folder = self._config, self._folder
+        config, folder, counted = self._config, self._folder, sizes(model)
         self._closing.callback(self._log.close)
         if config.log.wandb != "off":
-            self._wandb = WandbSink(
-                folder,
-                config.log.wandb,
-                config.log.wandb_project,
-                config.name,
-                settings.redacted(config),
-                resumed=start.step > 0,
-            )
+            self._wandb = self._begin_wandb(config.log.wandb, start.step, counted)
             self._closing.callback(self._wandb.close)
         self._progress = progress(config.train.steps, has_experts=config.moe.experts > 0)
         self._closing.enter_context(self._progress)
-        counted = sizes(model)
         self._progress.note(
             f"{folder}: {counted.total:,} parameters, {counted.active:,} active, on "
             f"{self._mesh.world} rank{'s' * (self._mesh.world > 1)} ({self._mesh.device.type}, "
@@ -137,6 +132,33 @@ class Report:
         )
         if config.engine.precision == "bf16" and not multiplies_bf16():
             self._progress.note(f"moetrain: warning: {SLOW_BF16}")
+
+    def _begin_wandb(
+        self, mode: Literal["offline", "online"], start_step: int, counted: Sizes
+    ) -> WandbSink:
+        """Begin or continue a run of wandb, with what is known of it by now."""
+        config, device = self._config, self._mesh.device
+        known = {
+            "parameters": {"total": counted.total, "active": counted.active},
+            "ranks": self._mesh.world,
+            "device": device_name(device),
+            "computes_in": computes_in(config.engine),
+        }
+        sink = WandbSink(
+            self._folder,
+            mode,
+            config.log.wandb_project,
+            config.name,
+            {**settings.redacted(config), **known},
+            resumed=start_step > 0,
+        )
+        if start_step and (earlier := self._evaluations()):
+            sink.compare(min(earlier, key=itemgetter("eval_loss")))
+        return sink
+
+    def _evaluations(self) -> list[dict[str, Any]]:
+        """The lines of the evaluations so far whose loss was finite."""
+        return [x for x in read_metrics(self._folder) if x.get("eval_loss") is not None]
 
     def __enter__(self) -> Self:
         return self
@@ -233,11 +255,37 @@ class Report:
             self._progress.note(f"stopped by a signal after step {step} of {steps}")
 
     def finish(self) -> None:
-        """Draw the plots and say where they are."""
+        """Give the last checkpoint to wandb where it is to keep it; draw the plots and say where
+        they are."""
         if self._is_writer:
+            if self._wandb is not None and self._config.log.wandb_artifacts:
+                try:
+                    self._keep_checkpoint(self._wandb)
+                except (OSError, UserError) as error:
+                    text = f"moetrain: warning: wandb gets no checkpoint: {error}"
+                    self._progress.note(redact(text))
             pictures = write_plots(self._folder, self._prepared.manifest.byte_entropy)
             if names := ", ".join(path.name for path in pictures):
                 self._progress.note(f"plots in {self._folder / PLOTS_FOLDER}: {names}")
+
+    def _keep_checkpoint(self, sink: WandbSink) -> None:
+        """Let wandb keep the newest checkpoint, in a folder as of a run."""
+        saved = latest(self._folder)
+        if saved is None:
+            return
+        step = read_manifest(saved).step
+        beside = [self._folder / name for name in ("config.yaml", TOKENIZER_FILE, *KEPT)]
+        files = [saved, *(path for path in beside if path.exists())]
+        held_out = [line for line in self._evaluations() if line["step"] == step]
+        sink.keep(
+            {path.relative_to(self._folder).as_posix(): path for path in files},
+            self._config.name,
+            {"step": step, **(held_out[-1] if held_out else {})},
+        )
+        self._progress.note(
+            f"wandb is to keep the checkpoint of step {step} as {self._config.name}; the run waits "
+            f"for it, {KEEP_S / 60:.0f} minutes at most"
+        )
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._is_writer:

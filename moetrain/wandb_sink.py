@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import queue
 import signal
@@ -25,6 +26,9 @@ from pathlib import Path
 from typing import Any, Literal, TextIO, final
 
 _log = logging.getLogger(__name__)
+
+KEEP_S = 600.0
+"""How long wandb may take over a run's checkpoint: the run ends that much later at most."""
 
 _QUEUE_LINES = 1000
 _MAX_BINS = 512  # of a histogram, as wandb has it
@@ -58,6 +62,7 @@ class WandbSink:
         config: the resolved configuration, without secrets.
         resumed: continue the wandb run that this folder began, if any.
         start_s: seconds that wandb may take to start.
+        keep_s: seconds that it may take over a checkpoint that `keep` gives it.
         close_s: seconds that `close` lets it take to finish.
     """
 
@@ -70,6 +75,7 @@ class WandbSink:
         config: Mapping[str, Any],
         resumed: bool,
         start_s: float = 60.0,
+        keep_s: float = KEEP_S,
         close_s: float = 10.0,
     ) -> None:
         from moetrain.redact import redact  # the child cannot, and need not
@@ -85,10 +91,11 @@ class WandbSink:
             "id": _run_id(folder, resumed),
             "resume": "allow" if mode == "online" else None,
         }
-        limits = {"start_s": start_s, "finish_s": close_s}
-        self._close_s = close_s
+        limits = {"start_s": start_s, "keep_s": keep_s, "finish_s": close_s}
+        self._keep_s, self._close_s = keep_s, close_s
+        self._best = math.inf
         self._redact = redact
-        self._failed = False
+        self._failed, self._failing = False, "wandb is off for the rest of this run"
         self._lock = threading.Lock()
         self._queue: queue.Queue[str | None] = queue.Queue(_QUEUE_LINES)
         self._queue.put(json.dumps({"init": settings, **limits}, default=str))
@@ -103,10 +110,34 @@ class WandbSink:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Queue one metrics line."""
+        self._send("log", flatten(line))
+        self.compare(line)
+
+    def compare(self, line: Mapping[str, Any]) -> None:
+        """Put the evaluation of a metrics line, if it holds the best so far, into the summary.
+
+        wandb's own minimum would forget what a resumed run had reached before.
+        """
+        loss = line.get("eval_loss")
+        if loss is not None and loss < self._best:
+            self._best = loss
+            self._send("summary", {f"best_{name}": value for name, value in line.items()})
+
+    def keep(self, files: Mapping[str, Path], name: str, metadata: Mapping[str, Any]) -> None:
+        """Queue files and folders, by their names in it, as an artifact of type `model`.
+
+        `close` waits for it, `keep_s` seconds more at most.
+        """
+        paths = {place: str(path.resolve()) for place, path in files.items()}
+        self._failing = "wandb has not all of this run"
+        self._close_s += self._keep_s
+        self._send("keep", {"files": paths, "name": name, "metadata": metadata})
+
+    def _send(self, kind: str, value: Mapping[str, Any]) -> None:
         if self._failed:
             return
         try:
-            self._queue.put_nowait(json.dumps(flatten(line)))
+            self._queue.put_nowait(json.dumps([kind, value]))
         except queue.Full:
             self._fail(f"it is {_QUEUE_LINES} lines behind")
 
@@ -149,7 +180,7 @@ class WandbSink:
             if self._failed:
                 return
             self._failed = True
-        _log.warning("wandb is off for the rest of this run: %s", self._redact(reason))
+        _log.warning("%s: %s", self._failing, self._redact(reason))
         with contextlib.suppress(ProcessLookupError):
             if self._child.poll() is None:
                 os.killpg(self._child.pid, signal.SIGKILL)
@@ -201,22 +232,37 @@ def _start_child(folder: Path) -> subprocess.Popen[str]:
         text=True,
         errors="replace",
         start_new_session=True,
-        env={"WANDB_CACHE_DIR": str(folder / "cache"), "WANDB_SILENT": "true"} | os.environ,
+        env={
+            "WANDB_CACHE_DIR": str(folder / "cache"),
+            "WANDB_DATA_DIR": str(folder / "data"),  # artifacts that are not uploaded yet
+            "WANDB_SILENT": "true",
+        }
+        | os.environ,
     )
 
 
 def _child_main(lines: TextIO, report: TextIO) -> None:
-    """The child: start wandb, log every line, finish; `report` hears why where that fails."""
+    """The child: start wandb, pass every line on, finish; `report` hears why where that fails."""
     first = json.loads(lines.readline())
+    init, not_kept = first["init"], ""
     try:
         with _limit(first["start_s"], "start", report):
-            run = _init_wandb(first["init"], first["start_s"])
+            run = _init_wandb(init, first["start_s"])
         for text in lines:
-            run.log({name: _shown(value) for name, value in json.loads(text).items()})
+            kind, value = json.loads(text)
+            if kind == "log":
+                run.log({name: _shown(figure) for name, figure in value.items()})
+            elif kind == "summary":
+                run.summary.update(value)
+            else:
+                with _limit(first["keep_s"], "keep the checkpoint", report):
+                    not_kept = _keep(run, init["mode"], **value)
         with _limit(first["finish_s"], "finish", report):
             run.finish()
     except BaseException as error:
         _end(f"{type(error).__name__}: {error}", report)
+    if not_kept:
+        _end(not_kept, report)
 
 
 def _init_wandb(init: dict[str, Any], timeout_s: float) -> Any:
@@ -235,6 +281,28 @@ def _init_wandb(init: dict[str, Any], timeout_s: float) -> Any:
     # A step of our own: a resumed run goes back in steps, which wandb's counter does not allow.
     run.define_metric("*", step_metric="step")
     return run
+
+
+def _keep(run: Any, mode: str, files: dict[str, str], name: str, metadata: dict[str, Any]) -> str:
+    """Give files to wandb as a model and, online, wait until it has them.
+
+    Returns why that failed: then what was logged must still be finished.
+    """
+    import wandb
+
+    # Offline, wandb copies the files, which may be gone when they are uploaded.
+    policy = "mutable" if mode == "offline" else "immutable"
+    try:
+        artifact = wandb.Artifact(name, type="model", metadata=metadata)
+        for place, path in files.items():
+            add = artifact.add_dir if os.path.isdir(path) else artifact.add_file
+            add(path, name=place, policy=policy, skip_cache=True)
+        run.log_artifact(artifact)
+        if mode == "online":
+            artifact.wait()
+    except Exception as error:
+        return f"the checkpoint is not kept: {type(error).__name__}: {error}"
+    return ""
 
 
 def _shown(value: Any) -> Any:

@@ -22,13 +22,28 @@ def act(when):
     if action == "tell":
         print("the key is", os.environ["WANDB_API_KEY"], file=sys.stderr)
         raise RuntimeError("refused " + os.environ["WANDB_API_KEY"])
+class Summary:
+    def __init__(self, run): self.run = run
+    def update(self, values): self.run.record("summary", values)
 class Run:
     def define_metric(self, *args, **kwargs): self.record("define", [args, kwargs])
     def log(self, values): act("LOG"); self.record("log", values)
+    def log_artifact(self, artifact): act("KEEP"); self.record("artifact", artifact)
+    @property
+    def summary(self): return Summary(self)
     def finish(self): act("FINISH"); self.record("finish", None)
     def record(self, kind, value):
         with open(os.environ["FAKE_RECORD"], "a") as file:
             file.write(json.dumps([kind, value], default=vars) + "\\n")
+class Artifact:
+    def __init__(self, name, type, metadata):
+        self.name, self.type, self.metadata, self.files = name, type, metadata, {}
+    def add_file(self, path, name, policy, skip_cache):
+        self.files[name] = [policy, os.path.getsize(path)]
+    def add_dir(self, path, name, policy, skip_cache):
+        for file in sorted(os.listdir(path)):
+            self.add_file(os.path.join(path, file), name + "/" + file, policy, skip_cache)
+    def wait(self): act("WAIT")
 class Histogram:
     def __init__(self, np_histogram): self.values, self.bins = np_histogram
 def init(**kwargs):
@@ -43,8 +58,9 @@ def init(**kwargs):
 def install(folder: Path, patch: pytest.MonkeyPatch) -> Callable[[], list[list]]:
     """Let processes that are started from here find it; returns how to read what it was told.
 
-    FAKE_INIT, FAKE_LOG and FAKE_FINISH say what goes wrong when: raise, exit, die, block (for
-    ever), slow, wait (until the file FAKE_UNTIL is there), tell (print the key and raise with it).
+    FAKE_INIT, FAKE_LOG, FAKE_KEEP (an artifact is begun), FAKE_WAIT (for it) and FAKE_FINISH say
+    what goes wrong when: raise, exit, die, block (for ever), slow, wait (until the file FAKE_UNTIL
+    is there), tell (print the key and raise with it).
     """
     (folder / "site").mkdir()
     (folder / "site" / "wandb.py").write_text(FAKE)

@@ -461,6 +461,14 @@ IDLE = {
         Config(log=LogConfig(wandb_project="x")),
         "log.wandb_project (x) has no effect when log.wandb is off",
     ),
+    "artifacts without wandb": (
+        Config(log=LogConfig(wandb_artifacts=True), checkpoint=CheckpointConfig(every=10)),
+        "log.wandb_artifacts (true) has no effect when log.wandb is off",
+    ),
+    "artifacts without checkpoints": (
+        Config(log=LogConfig(wandb="offline", wandb_artifacts=True)),
+        "log.wandb_artifacts (true) has no effect when checkpoint.every is 0 (never)",
+    ),
     "policy of evaluation alone": (
         Config(moe=MoEConfig(capacity_factor=None, drop_policy="random")),
         "moe.drop_policy (random) has no effect when moe.capacity_factor is null (dropless): "
@@ -645,6 +653,9 @@ USED = {
     "spike_response": Config(train=TrainConfig(spike_response="stop")),
     "keep": Config(checkpoint=CheckpointConfig(every=10, keep=5)),
     "project of wandb": Config(log=LogConfig(wandb="offline", wandb_project="x")),
+    "artifacts of wandb": Config(
+        log=LogConfig(wandb="offline", wandb_artifacts=True), checkpoint=CheckpointConfig(every=10)
+    ),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import re
 import runpy
 import shlex
@@ -12,14 +14,14 @@ from typing import get_args
 
 import pytest
 
-from moetrain import cli, settings
+from moetrain import cli, commands, settings
 from moetrain.commands import Check, Train
 from moetrain.config import Config, MoEConfig
 from moetrain.constraints import check_world
 from moetrain.metrics import EvalLine, LayerLine, TrainLine
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("docs/*.md")), *ROOT.glob("README.md")]
+PAGES = [*sorted(ROOT.glob("docs/**/*.md")), *ROOT.glob("README.md")]
 TEXT = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
 IN_PAGES = pytest.mark.parametrize("page", TEXT)
 
@@ -42,6 +44,7 @@ def spans(text: str) -> list[str]:
 
 def arguments(line: str) -> list[str] | None:
     """The arguments that a shell line gives to `moetrain`, or None where it starts nothing."""
+    line = re.sub(r" (&|>\S+)$", "", line)
     words = [word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)]
     for launcher in LAUNCHERS:
         if launcher in words:
@@ -60,7 +63,7 @@ def arguments(line: str) -> list[str] | None:
 COMMANDS = [
     (page, line)
     for page, text in TEXT.items()
-    for body in blocks(text, "sh")
+    for body in blocks(text, "sh") + blocks(text, "bash")
     for line in body.replace("\\\n", " ").splitlines()
     if arguments(line)
 ]
@@ -74,6 +77,8 @@ COMMANDS = [
             "NPROC=2 launch/train.sh a.yaml --moe.experts 4",
             ["train", "a.yaml", "--moe.experts", "4"],
         ),
+        ("NODE_RANK=0 launch/train.sh a.yaml &", ["train", "a.yaml"]),
+        ("moetrain eval runs/x >loss.txt", ["eval", "runs/x"]),
         ("sbatch --nodes=2 launch/slurm.sbatch --dry-run a.yaml", ["train", "a.yaml"]),
         ("torchrun --nproc-per-node=2 -m moetrain eval x", ["eval", "x"]),
         ("python -m moetrain.torchrun -m moetrain eval x", ["eval", "x"]),
@@ -92,10 +97,15 @@ def test_there_is_something_to_check() -> None:
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
-def test_commands_parse_and_their_settings_hold(page: str, line: str) -> None:
+def test_commands_parse_and_their_settings_hold(page: str, line: str, tmp_path: Path) -> None:
     command = cli.parse(arguments(line) or [])
     if isinstance(command, Train | Check):
-        config = settings.resolve(ROOT / command.config, command.flags)
+        path = ROOT / command.config
+        for body in blocks(TEXT[page], "yaml"):  # the page may hold the file itself
+            if body.startswith(f"# {command.config}\n"):
+                path = tmp_path / command.config
+                path.write_text(body, encoding="utf-8")
+        config = settings.resolve(path, command.flags)
         if isinstance(command, Check):
             check_world(config, command.world_size)
 
@@ -137,9 +147,19 @@ def anchors(text: str) -> set[str]:
 
 def test_generated_pages_are_in_step_with_the_code() -> None:
     pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["pages"]()
-    assert pages.keys() == {"configuration.md", "metrics.md"}
+    assert pages.keys() == {"commands.md", "configuration.md", "metrics.md"}
     for name, text in pages.items():
         assert TEXT[f"docs/{name}"] == text, "run: python docs/generate.py"
+
+
+def test_every_command_is_described() -> None:
+    sections = re.findall(r"^## moetrain (.+)$", TEXT["docs/commands.md"], re.MULTILINE)
+    declared = [value for value in vars(commands).values() if dataclasses.is_dataclass(value)]
+    assert len(sections) == len(declared) > 10
+    for section in sections:
+        with pytest.raises(SystemExit) as stop:
+            cli.parse([*section.split(), "--help"])
+        assert stop.value.code == 0, section
 
 
 def test_every_metric_is_described() -> None:
@@ -162,7 +182,9 @@ def test_every_picture_is_named() -> None:
 
 
 def test_python_blocks_run(tmp_path: Path) -> None:
-    bodies = [body for text in TEXT.values() for body in blocks(text, "python")]
+    # Those of tutorials need what was done before them: docs/run_tutorials.py runs them.
+    pages = [page for page in TEXT if not page.startswith("docs/tutorials/")]
+    bodies = [body for page in pages for body in blocks(TEXT[page], "python")]
     assert len(bodies) >= 2
     for number, body in enumerate(bodies):
         (tmp_path / f"test_block_{number}.py").write_text(body, encoding="utf-8")
@@ -174,3 +196,36 @@ def test_python_blocks_run(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("shown", "refused"),
+    [
+        ("step 7\n...\nend of fp32", ""),
+        ("end of fp32\n...\nstep 7", "not printed: step 7"),
+        ("step 7 of 9", "not printed: step 7 of 9"),
+    ],
+)
+def test_a_tutorial_must_print_what_it_shows_but_for_numbers(
+    tmp_path: Path, shown: str, refused: str
+) -> None:
+    run = runpy.run_path(str(ROOT / "docs" / "run_tutorials.py"))["run"]
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```text\n# words.txt\nend of bf16\n```\n"
+        "```sh\necho step 12; echo between\ncat words.txt\n```\n"
+        f"```text\n{shown}\n```\n"
+    )
+    if refused:
+        with pytest.raises(SystemExit, match=refused):
+            run(page, tmp_path / "work", dict(os.environ))
+    else:
+        run(page, tmp_path / "work", dict(os.environ))
+
+
+def test_a_tutorial_whose_commands_fail_is_refused(tmp_path: Path) -> None:
+    run = runpy.run_path(str(ROOT / "docs" / "run_tutorials.py"))["run"]
+    page = tmp_path / "page.md"
+    page.write_text("```sh\nfalse\necho 1\n```\n")
+    with pytest.raises(SystemExit, match="ended with 1"):
+        run(page, tmp_path / "work", dict(os.environ))

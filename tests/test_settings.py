@@ -140,7 +140,7 @@ WRONG_YAML = {
     "nothing near": ("zzz: 1", f"zzz is not a setting; the top level has {SECTIONS}"),
     "nothing near in a section": (
         "log: {zzz: 1}",
-        "log.zzz is not a setting; log has every, trace, wandb, wandb_project",
+        "log.zzz is not a setting; log has every, trace, wandb, wandb_project, wandb_artifacts",
     ),
     "dotted key": (
         "moe.experts: 4",

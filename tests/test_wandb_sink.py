@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,15 +12,19 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from fake_wandb import install
+from runs import train as train_run
 from runs import without_pictures, write_config
 
-from moetrain import settings
+from moetrain import cli, settings
+from moetrain.build import build_model
 from moetrain.mesh import Mesh
+from moetrain.sinks import read_metrics
+from moetrain.sizes import sizes
 from moetrain.testing import simulate_ranks
 from moetrain.train import set_up, train
 from moetrain.wandb_sink import WandbSink, flatten
@@ -215,6 +220,88 @@ def test_a_list_arrives_as_a_histogram_with_a_bar_for_each_entry(tmp_path, fake)
     assert logged["drop_rate/layer_00"] == 0.5
 
 
+def evaluation(step: int, loss: float) -> dict[str, float]:
+    return {"step": step, "eval_loss": loss, "eval_drop_rate": 0.25}
+
+
+def test_the_summary_holds_the_best_evaluation_also_of_before_a_restart(tmp_path, fake):
+    target = sink(tmp_path)
+    target.compare(evaluation(2, 3.0))
+    for step, loss in ((4, 3.5), (6, 2.5), (8, float("nan")), (10, 2.75)):
+        target.write(evaluation(step, loss))
+    target.close()
+    told = [value for kind, value in fake() if kind == "summary"]
+    assert told == [
+        {"best_step": 2, "best_eval_loss": 3.0, "best_eval_drop_rate": 0.25},
+        {"best_step": 6, "best_eval_loss": 2.5, "best_eval_drop_rate": 0.25},
+    ]
+
+
+def saved_run(tmp_path: Path) -> dict[str, Path]:
+    """A folder and a file beside it, by the names they have in an artifact."""
+    folder = tmp_path / "run" / "checkpoints" / "step-00000008"
+    folder.mkdir(parents=True)
+    (folder / "tensors").write_bytes(bytes(100))
+    (tmp_path / "run" / "config.yaml").write_text("seed: 1")
+    return {
+        "checkpoints/step-00000008": folder,
+        "config.yaml": tmp_path / "run" / "config.yaml",
+    }
+
+
+@pytest.mark.parametrize(("mode", "policy"), [("online", "immutable"), ("offline", "mutable")])
+def test_an_artifact_holds_the_files_as_they_lie_in_the_run(tmp_path, fake, caplog, mode, policy):
+    target = sink(tmp_path, mode=mode)
+    target.keep(saved_run(tmp_path), "name", {"step": 8, "eval_loss": 2.5})
+    target.close()
+    ((_, kept),) = [line for line in fake() if line[0] == "artifact"]
+    assert kept == {
+        "name": "name",
+        "type": "model",
+        "metadata": {"step": 8, "eval_loss": 2.5},
+        "files": {
+            "checkpoints/step-00000008/tensors": [policy, 100],
+            "config.yaml": [policy, 7],
+        },
+    }
+    assert fake()[-1] == ["finish", None]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("when", "action", "reason", "is_finished"),
+    [
+        ("KEEP", "raise", "the checkpoint is not kept: RuntimeError: no network at KEEP", True),
+        ("WAIT", "raise", "the checkpoint is not kept: RuntimeError: no network at WAIT", True),
+        ("WAIT", "block", "it did not keep the checkpoint within 0.5 s", False),
+        ("WAIT", "die", "its process ended with code -9", False),
+    ],
+)
+def test_an_artifact_that_fails_is_one_warning_in_bounded_time(
+    tmp_path, fake, monkeypatch, caplog, when, action, reason, is_finished
+):
+    monkeypatch.setenv("FAKE_" + when, action)
+    target = sink(tmp_path, keep_s=0.5 if action == "block" else 60)
+    log_steps(target, 3)
+    target.keep(saved_run(tmp_path), "name", {"step": 8})
+    target.close()
+    (record,) = caplog.records
+    assert record.getMessage() == f"wandb has not all of this run: {reason}"
+    kinds = [kind for kind, _ in fake() if kind != "artifact"]
+    assert kinds == ["init", "define", *["log"] * 3, *["finish"] * is_finished]
+
+
+def test_a_checkpoint_that_is_gone_costs_the_artifact_alone(tmp_path, fake, caplog):
+    target = sink(tmp_path)
+    files = saved_run(tmp_path)
+    shutil.rmtree(files["checkpoints/step-00000008"])
+    target.keep(files, "name", {"step": 8})
+    target.close()
+    (record,) = caplog.records
+    assert "the checkpoint is not kept: FileNotFoundError" in record.getMessage()
+    assert [kind for kind, _ in fake()] == ["init", "define", "finish"]
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """No key anywhere, and a home where stray files show."""
@@ -320,6 +407,73 @@ def test_the_real_wandb_and_a_server_that_falls_silent_midway(tmp_path, home, mo
     (record,) = caplog.records
     assert "it did not finish within 1 s" in record.getMessage()
     assert target._child.poll() is not None
+
+
+def records(run_dir: Path) -> list[Any]:
+    """What the real wandb wrote down offline: a log in blocks of 32 KiB, as LevelDB has it."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
+    content, found, whole = path.read_bytes(), [], b""
+    place = 7  # after the file's own header
+    while place < len(content):
+        if 2**15 - place % 2**15 < 7:
+            place += 2**15 - place % 2**15
+        size, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        whole += content[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # all of a record, or the last piece
+            found.append(Record.FromString(whole))
+            whole = b""
+    return found
+
+
+def test_a_run_in_the_real_wandb_offline(tmp_path, home, caplog):
+    """Config, summary and the last checkpoint, which is a run that can be evaluated from."""
+    log = {"wandb": "offline", "wandb_artifacts": True}
+    path = write_config(tmp_path, eval={"every": 4}, checkpoint={"every": 4, "keep": 1}, log=log)
+    assert train_run(path) == 0
+    assert not [record for record in caplog.records if record.name.startswith("moetrain")]
+    run = tmp_path / "runs" / "run"
+    told = records(run)
+    config, summary = {}, {}
+    for record in told:
+        config |= {x.key: json.loads(x.value_json) for x in record.run.config.update}
+        summary |= {x.key or "/".join(x.nested_key): x.value_json for x in record.summary.update}
+    assert config["moe"]["experts"] == 4
+    counted = sizes(build_model(settings.load(path), 257))
+    assert config["parameters"] == {"total": counted.total, "active": counted.active}
+    assert (config["ranks"], config["device"], config["computes_in"]) == (1, "cpu", "fp32")
+
+    evaluations = [line for line in read_metrics(run) if "eval_loss" in line]
+    best = min(evaluations, key=lambda line: line["eval_loss"])
+    for name, value in best.items():
+        assert json.loads(summary[f"best_{name}"]) == value
+    assert json.loads(summary["eval_loss"]) == evaluations[-1]["eval_loss"]
+    assert json.loads(summary["step"]) == 8
+
+    (artifact,) = [record.artifact for record in told if record.HasField("artifact")]
+    assert (artifact.name, artifact.type) == ("run", "model")
+    assert json.loads(artifact.metadata) == evaluations[-1]
+    copy = tmp_path / "copy"
+    for entry in artifact.manifest.contents:
+        (copy / entry.path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(entry.local_path, copy / entry.path)
+    assert cli.main(["checkpoint", "diff", str(copy), str(run)]) == 0
+    assert cli.main(["eval", str(copy)]) == 0
+    assert [path for path in home.rglob("*") if path.is_file()] == []
+
+
+def test_a_resumed_run_tells_of_the_best_evaluation_before(tmp_path, fake):
+    every = {"eval": {"every": 4}, "checkpoint": {"every": 4}}
+    path = write_config(tmp_path, log={"wandb": "online"}, **every)
+    assert train_run(path) == 0
+    lines = [line for line in read_metrics(tmp_path / "runs" / "run") if "eval_loss" in line]
+    best = min(lines, key=lambda line: line["eval_loss"])
+    before = len(fake())
+    assert train_run(path, "--train.steps", 9) == 0
+    (kind, told), *_ = [line for line in fake()[before:] if line[0] not in ("init", "define")]
+    assert (kind, told) == ("summary", {f"best_{name}": value for name, value in best.items()})
 
 
 @pytest.mark.parametrize("when", ["FAKE_INIT", "FAKE_LOG"])
