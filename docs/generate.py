@@ -16,7 +16,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 from typing_extensions import TypeIs
 
-from moetrain import commands, metrics
+from moetrain import metrics
+from moetrain.commands import base, checkpoints, data, models, runs
 from moetrain.config import Config, Section
 from moetrain.constraints import spell
 
@@ -55,7 +56,7 @@ command, tell it on the terminal. What has no default must be given. Settings of
 the commands that read them, by the names of [the configuration](configuration.md). What the exit
 code says: [running](running.md#exit-codes).
 
-This page is written by `python docs/generate.py` from `moetrain/commands.py`.
+This page is written by `python docs/generate.py` from `moetrain/commands`.
 """
 
 _LINES = {
@@ -75,8 +76,9 @@ _NUMBERS = {
     "list[LayerLine]": "objects",
 }
 _FLAGS = {  # as the arguments of a command that take settings
-    commands.Flags: "[--section.field VALUE ...]",
-    commands.CorpusFlags: "[--data.field VALUE ...]",
+    base.Flags: "[--section.field VALUE ...]",
+    base.CorpusFlags: "[--data.field VALUE ...]",
+    base.TextFlags: "[--data.field VALUE ...]",
 }
 _NAMES = {int: "integer", float: "number", bool: "`true`, `false`", str: "text", Path: "path"}
 _SIGNS = {Gt: "> {0.gt}", Ge: "≥ {0.ge}", Lt: "< {0.lt}", Le: "≤ {0.le}"}
@@ -92,11 +94,11 @@ def pages() -> dict[str, str]:
 
 
 def _commands_page() -> str:
-    tree = ast.parse(inspect.getsource(commands))
     sections = [COMMANDS]
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and (name := _command_name(node)):
-            sections.append(_command(name, node))
+    for module in (runs, models, checkpoints, data):
+        for node in ast.parse(inspect.getsource(module)).body:
+            if isinstance(node, ast.ClassDef) and (name := _command_name(node)):
+                sections.append(_command(name, node, getattr(module, node.name)))
     return "\n".join(sections)
 
 
@@ -108,9 +110,8 @@ def _command_name(node: ast.ClassDef) -> str:
     return ""
 
 
-def _command(name: str, node: ast.ClassDef) -> str:
+def _command(name: str, node: ast.ClassDef, command: type) -> str:
     """How a command is called, what it does, and what each of its arguments is."""
-    command = getattr(commands, node.name)
     hints = get_type_hints(command, include_extras=True)
     meanings = dict(_documented(node))
     places, needed, settings, rows = [], [], [], []
@@ -205,8 +206,6 @@ def _kind(annotation: Any) -> str:
         return "`null`"
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
-    if get_origin(annotation) is tuple:
-        return f"any of {_kind(get_args(annotation)[0])}"
     if get_origin(annotation) in (Union, types.UnionType):
         return ", ".join(_kind(choice) for choice in get_args(annotation))
     if get_origin(annotation) is tuple:

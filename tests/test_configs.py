@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from moetrain import check, cli, commands, settings
+from moetrain import check, cli, settings
 from moetrain.build import build_model
 from moetrain.cautions import cautions
+from moetrain.commands.runs import Check
 from moetrain.config import Config
 from moetrain.constraints import check_world
 from moetrain.data import is_on_hub, load_tokenizer
@@ -39,10 +40,10 @@ def paragraph(name: str) -> str:
     return " ".join(comment(name))
 
 
-def check_command(name: str) -> commands.Check:
+def check_command(name: str) -> Check:
     line = next(line for line in comment(name) if line.startswith("moetrain check"))
     command = cli.parse(shlex.split(line)[1:])
-    assert isinstance(command, commands.Check)
+    assert isinstance(command, Check)
     return command
 
 

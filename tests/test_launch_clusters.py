@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from moetrain import cli, settings
-from moetrain.commands import Train
+from moetrain.commands.runs import Train
 from moetrain.constraints import check_world
 
 CONFIG = "configs/quickstart.yaml"
