@@ -37,7 +37,8 @@ from sweeping.advice import advise
 from sweeping.table import Sweep, live_rows
 from sweeping.writing import write
 
-from moetrain import cli, commands, settings
+from moetrain import cli, settings
+from moetrain.commands.base import ConfigPath
 from moetrain.config import Config
 from moetrain.constraints import spell
 from moetrain.errors import UserError
@@ -58,7 +59,7 @@ Flags = Annotated[
 class Options:
     """Sweep capacity factors, and what they interact with, over a config."""
 
-    config: commands.ConfigPath
+    config: ConfigPath
     """YAML file of settings, which flags lie over; or folder of a run with a routing trace."""
     flags: Flags
     capacity_factors: list[float | None] = field(
