@@ -57,6 +57,12 @@ def saved(saved_run: Path) -> Path:
     return saved_run / "checkpoints" / "step-00000100"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start processes come first: they take the longest and mostly wait, and a worker
+    that is left alone with one at the end would keep the others idle."""
+    items.sort(key=lambda item: item.path.parent.name != "ranks")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--full-matrix`: every combination where the suite runs a cover of all pairs."""
     parser.addoption("--full-matrix", action="store_true", help="see tests/ranks/test_matrix.py")

@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from strategies import FACTORS, GATES, MANY, POLICIES, cases, listen
 from strategies import Case as Layer
 
-from moetrain import commands
 from moetrain.build import build_model
+from moetrain.commands.runs import DropPolicy
 from moetrain.config import Config
 from moetrain.errors import UserError
 from moetrain.evaluate import forward
@@ -314,4 +314,4 @@ def test_what_the_trace_cannot_tell_is_refused(
 
 
 def test_policies_of_the_command_line_are_those_of_the_layer() -> None:
-    assert get_args(commands.DropPolicy) == POLICIES
+    assert get_args(DropPolicy) == POLICIES

@@ -209,7 +209,7 @@ WRONG_YAML = {
         "name: 2024-01-02",
         "name (2024-01-02) must be text (put it in quotes); the default is run",
     ),
-    "list as path": ("out: [a]", "out (['a']) must be a path; the default is runs"),
+    "list as path": ("out: [a]", "out ([a]) must be a path; the default is runs"),
     "long value": (
         f"moe: {{router: {'x' * 99}}}",
         f"moe.router ({'x' * 57}...) must be {ROUTERS}; the default is topk",
