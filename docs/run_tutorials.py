@@ -2,15 +2,18 @@
 
 Each page has a folder of its own, in which launch/ and benchmarks/ are those of the repository. Its
 blocks are taken in order. One that begins with a comment that is a file's name is written to that
-file; `sh` is run, and must succeed; `text` must be what the commands before it printed, but for
-numbers and for lines left out at "...". Blocks of `bash` are for another machine or a network, and
-those of `console` show what every machine prints in its own way: neither is looked at.
+file; `sh` is run, and must succeed; the lines of `text` must be among those that the commands
+before it printed, in this order, but for numbers. Blocks of `bash` are for another machine or a
+network, and those of `console` show what every machine prints in its own way: neither is looked at.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +26,9 @@ TUTORIALS = ROOT / "docs" / "tutorials"
 LIMIT_S = 300
 """How long one block may take."""
 
+TELLING_MORE = ("CI", "BUILD_NUMBER", "COLUMNS", "FORCE_COLOR", "PY_COLORS")
+"""Variables by which programs print otherwise than to a reader."""
+
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FILE = re.compile(r"# ([\w-]+\.\w+)\n")
 
@@ -31,10 +37,11 @@ def main(names: Sequence[str]) -> None:
     """Run the pages of these names, or all; raises SystemExit where one is not as it says."""
     pages = [TUTORIALS / name for name in names] or sorted(TUTORIALS.glob("*.md"))
     with tempfile.TemporaryDirectory() as folder:
-        environment = _environment(Path(folder))
+        home = Path(folder).resolve()
+        environment = _environment(home)
         for page in pages:
             started = time.monotonic()
-            run(page, Path(folder) / page.stem, environment)
+            run(page, home / page.stem, environment)
             print(f"{page.name}: {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -55,7 +62,9 @@ def run(page: Path, folder: Path, environment: dict[str, str]) -> None:
 
 def _environment(folder: Path) -> dict[str, str]:
     """That of a reader who has moetrain on the path, no GPU, and nothing prepared."""
-    return os.environ | {
+    kept = {name: value for name, value in os.environ.items() if name not in TELLING_MORE}
+    return kept | {
+        "MASTER_PORT": str(_free_port()),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "VENV": sys.prefix,
         "CUDA_VISIBLE_DEVICES": "",
@@ -63,20 +72,33 @@ def _environment(folder: Path) -> dict[str, str]:
     }
 
 
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
 def _output_of(commands: str, folder: Path, environment: dict[str, str]) -> str:
-    """What commands print, both ways; raises SystemExit where one fails."""
-    # timeout ends what they have started, too.
-    done = subprocess.run(
-        ["timeout", "--kill-after=10", str(LIMIT_S), "bash", "-euo", "pipefail", "-c", commands],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-    )
-    if done.returncode:
-        raise SystemExit(f"{commands}--- ended with {done.returncode}:\n{done.stdout}")
-    return done.stdout.replace(str(folder), "…")
+    """What commands print, both ways; raises SystemExit where one fails or takes too long."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            ["bash", "-euo", "pipefail", "-c", commands],
+            cwd=folder,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code: int | str = process.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            code = f"nothing after {LIMIT_S} s"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what they have left running, too
+        file.seek(0)
+        printed = file.read()
+    if code:
+        raise SystemExit(f"{commands}--- ended with {code}:\n{printed}")
+    return printed.replace(str(folder), "…")
 
 
 def _missing(shown: str, output: str) -> str:
@@ -89,7 +111,7 @@ def _missing(shown: str, output: str) -> str:
 
 
 def _without_numbers(line: str) -> str:
-    return re.sub(r"\s*(?:-|fp|bf)?\d[\d.,:]*(?:\s*%)?\s*", " # ", line).strip()
+    return re.sub(r"\s*(?:-|fp|bf)?\d[\d.,:]*(?:[kMG]\b|\s*%)?\s*", " # ", line).strip()
 
 
 if __name__ == "__main__":

@@ -44,6 +44,10 @@ def _idle_settings(config: Config) -> Iterator[tuple[str, str]]:
     else:
         yield from _idle_moe_settings(moe)
         yield from _idle_dispatch_settings(config)
+        if config.train.freeze == ("router",) and moe.router in WITHOUT_WEIGHTS:
+            yield "train.freeze", f"with moe.router {moe.router}, which has no weights"
+        if "router" in config.train.freeze and moe.router == "sigmoid":
+            yield "moe.bias_update_rate", "when train.freeze has the router"
     if source == "stdlib" or Path(source).expanduser().exists():
         for field in ("data.subset", "data.split", "data.streaming"):
             yield field, f"for the local data.source {source}"
@@ -53,10 +57,6 @@ def _idle_settings(config: Config) -> Iterator[tuple[str, str]]:
         yield "data.mask_documents", "with data.packing whole: no document sees another anyway"
     if source == "stdlib":
         yield "data.field", "for data.source stdlib"
-    elif config.train.freeze == ("router",) and moe.router in WITHOUT_WEIGHTS:
-        yield "train.freeze", f"with moe.router {moe.router}, which has no weights"
-    if "router" in config.train.freeze:
-        yield "moe.bias_update_rate", "when train.freeze has the router"
     if config.engine.kind != "deepspeed":
         for field in ("engine.zero_stage", "engine.deepspeed_config"):
             yield field, f"with engine.kind {config.engine.kind}; only deepspeed reads it"

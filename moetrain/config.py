@@ -365,6 +365,11 @@ class Config(Section):
         return self.moe.expert_ffn_dim or self.model.dense_ffn_dim
 
     @property
+    def keeps_artifacts(self) -> bool:
+        """Whether Weights & Biases is to keep the last checkpoint, and there is to be one."""
+        return self.log.wandb_artifacts and self.checkpoint.every > 0
+
+    @property
     def balances_batch(self) -> bool:
         """Whether there is a balance loss to train by that looks at the global batch as a whole."""
         moe = self.moe

@@ -4,6 +4,7 @@ random."""
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -118,10 +119,11 @@ class Score(NamedTuple):
     """One per MoE layer."""
 
     @classmethod
-    def of(cls, means: Means, manifest: Manifest) -> Score:
-        """On the held-out documents of a prepared text."""
+    def of(cls, means: Means, manifest: Manifest, predicts_all: bool) -> Score:
+        """On the held-out documents of a prepared text, of which all tokens may be targets."""
         share = means.targets / manifest.eval.tokens
-        num_bytes = None if manifest.eval.loss_files else manifest.eval.bytes * share
+        is_all = predicts_all and not manifest.eval.loss_files
+        num_bytes = manifest.eval.bytes * share if is_all else None
         return cls(means.targets, means.loss * means.targets, num_bytes, means.ledgers)
 
     def row(self) -> tuple[int, str, str, str, str]:
@@ -181,14 +183,21 @@ def score(
     """
     ready = _prepared(found, [_whole(found.config.data, text) for text in texts])
     reader = _Reader(found, mesh)
+    is_cut = found.config.data.packing == "cut"
     return [
-        Score.of(reader.read(prepared, "eval", sequences), prepared.manifest) for prepared in ready
+        Score.of(reader.read(prepared, "eval", sequences), prepared.manifest, is_cut)
+        for prepared in ready
     ]
 
 
 def _whole(run: DataConfig, text: DataConfig) -> DataConfig:
     """Another text, all of it held out, as the run's own is read."""
-    own = {"tokenizer": run.tokenizer, "cache": text.cache or run.cache, "eval_fraction": WHOLE}
+    own = {
+        "tokenizer": run.tokenizer,
+        "chat_template": text.chat_template or run.chat_template,
+        "cache": text.cache or run.cache,
+        "eval_fraction": WHOLE,
+    }
     return text.model_copy(update=own)
 
 
@@ -229,6 +238,18 @@ class _Reader:
         samples = open_samples(prepared, split, self.config)
         means = evaluate(self.model, samples, sequences or len(samples), self.config, self.mesh)
         assert means is not None, "nothing interrupts it"
+        length, source = self.config.data.seq_len, prepared.manifest.source
+        if samples.num_shortened and self.mesh.rank == 0:
+            warnings.warn(
+                f"data.seq_len ({length}) of the run leaves out the end of "
+                f"{samples.num_shortened:,} documents of {source}, which are longer",
+                stacklevel=2,
+            )
+        if not means.targets:
+            raise UserError(
+                f"{source} has no answer within data.seq_len ({length}) of the sequences read; "
+                "read more of them, or shorten what is asked"
+            )
         return means
 
 

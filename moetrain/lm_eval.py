@@ -17,11 +17,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, cast, final
 
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+try:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: the harness is in an extra: pip install -e '.[eval]'") from None
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -79,7 +83,8 @@ class RunLM(TemplateLM):
         self.batch_size = _number("batch_size", batch_size)
         found = restore.find(str(path))
         require_causal(found)
-        self.max_length = _number("max_length", max_length or found.config.data.seq_len)
+        longest = found.config.data.seq_len if max_length is None else max_length
+        self.max_length = _number("max_length", longest)
         self.max_gen_toks = min(MAX_GEN_TOKS, -(-self.max_length // 2))
         self._tokenizer = restore.tokenizer(found)
         with process_group() as own_device:
@@ -97,6 +102,12 @@ class RunLM(TemplateLM):
     ) -> list[int]:
         """Ids of a text, never with special tokens, as in training."""
         return self._tokenizer.encode_batch([string])[0].tolist()
+
+    def apply_chat_template(self, *_: object, **__: object) -> str:
+        """Raises UserError: tasks are put to the model as plain text."""
+        raise UserError(
+            "--apply_chat_template is nothing that the model moetrain does; leave it out"
+        )
 
     def _loglikelihood_tokens(
         self,
@@ -121,6 +132,7 @@ class RunLM(TemplateLM):
                 f"max_length ({self.max_length}) is less than the {len(continuation)} tokens of a "
                 f"continuation; set it to at least that"
             )
+        context = context or [self.prefix_token_id]  # of white space alone nothing is left
         return Row((context + continuation)[-(self.max_length + 1) :], len(continuation))
 
     @torch.no_grad()
@@ -215,12 +227,12 @@ def _number(name: str, value: int | str) -> int:
 def _usable(wanted: str | None, own: torch.device) -> torch.device:
     try:
         device = torch.device(wanted or own)
+        if device.type == "cuda" and own.type != "cuda":
+            return own
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except RuntimeError as error:
         raise UserError(f"device ({wanted}) is none: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda" and own.type != "cuda":
-        return own
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     return device
 
 

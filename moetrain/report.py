@@ -6,6 +6,7 @@ called on every rank.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -16,10 +17,10 @@ from typing import Any, Literal, Self
 from moetrain import metrics, settings
 from moetrain.checkpoint import latest, read_manifest
 from moetrain.config import CheckpointConfig, Config
-from moetrain.data import TEMPLATE_FILE, TOKENIZER_CONFIG, Prepared, beside
+from moetrain.data import Prepared, beside
 from moetrain.errors import UserError
 from moetrain.evaluate import nats_per_byte
-from moetrain.hf.names import KEPT
+from moetrain.hf.names import KEPT, TEMPLATE_FILE, TOKENIZER_CONFIG
 from moetrain.mesh import Mesh, raise_alike
 from moetrain.model import Transformer
 from moetrain.objective import Means
@@ -97,10 +98,10 @@ class Report:
             new.replace(path)
         else:
             path.unlink(missing_ok=True)
-        for file, origin in self._beside().items():
-            if origin is None and is_new:
+        for file, origin in self._beside().items() if is_new else ():
+            if origin is None:
                 (folder / file).unlink(missing_ok=True)
-            elif origin is not None and origin.resolve() != (folder / file).resolve():
+            elif origin.resolve() != (folder / file).resolve():
                 shutil.copyfile(origin, folder / file)
         if (chat := self._prepared.chat) is not None:
             (folder / TEMPLATE_FILE).write_text(chat.template, encoding="utf-8")
@@ -229,6 +230,8 @@ class Report:
 
     def evaluation(self, step: int, means: Means) -> None:
         """Report an evaluation on held-out text."""
+        if not means.targets:
+            means = means._replace(loss=math.nan)  # of nothing, which must not look like the best
         per_byte = nats_per_byte(means.loss, self._prepared.manifest, self._config.data)
         self._write(metrics.eval_line(step=step, means=means, nats_per_byte=per_byte))
 
@@ -258,7 +261,7 @@ class Report:
         """Give the last checkpoint to wandb where it is to keep it; draw the plots and say where
         they are."""
         if self._is_writer:
-            if self._wandb is not None and self._config.log.wandb_artifacts:
+            if self._wandb is not None and self._config.keeps_artifacts:
                 try:
                     self._keep_checkpoint(self._wandb)
                 except (OSError, UserError) as error:
@@ -277,15 +280,16 @@ class Report:
         beside = [self._folder / name for name in ("config.yaml", TOKENIZER_FILE, *KEPT)]
         files = [saved, *(path for path in beside if path.exists())]
         held_out = [line for line in self._evaluations() if line["step"] == step]
-        sink.keep(
+        is_asked = sink.keep(
             {path.relative_to(self._folder).as_posix(): path for path in files},
             self._config.name,
             {"step": step, **(held_out[-1] if held_out else {})},
         )
-        self._progress.note(
-            f"wandb is to keep the checkpoint of step {step} as {self._config.name}; the run waits "
-            f"for it, {KEEP_S / 60:.0f} minutes at most"
-        )
+        if is_asked:
+            self._progress.note(
+                f"wandb is to keep the checkpoint of step {step} as {self._config.name}; the run "
+                f"waits for it, {KEEP_S / 60:.0f} minutes at most"
+            )
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._is_writer:

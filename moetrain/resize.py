@@ -96,7 +96,7 @@ def cut(
     if by == "cut" and width % parts:
         raise UserError(
             f"moe.expert_ffn_dim ({width}) cannot be cut into {parts} equal parts; try "
-            f"{nearest(divisors(width)[1:], parts)}"
+            f"{nearest(divisors(width)[1:] or [1], parts)}"
         )
     narrow = width // parts if by == "cut" else width
     resized = _with_experts(config, moe.experts * parts, top_k or moe.top_k * parts, narrow)

@@ -10,8 +10,9 @@ import torch
 from moetrain import checkpoint, settings
 from moetrain.build import build_model
 from moetrain.config import Config
-from moetrain.data import TEMPLATE_FILE, Tokenizer, load_tokenizer
+from moetrain.data import Tokenizer, load_tokenizer
 from moetrain.errors import UserError
+from moetrain.hf.names import TEMPLATE_FILE
 from moetrain.mesh import Mesh
 from moetrain.model import Transformer
 from moetrain.parallel import parallelize

@@ -123,15 +123,18 @@ class WandbSink:
             self._best = loss
             self._send("summary", {f"best_{name}": value for name, value in line.items()})
 
-    def keep(self, files: Mapping[str, Path], name: str, metadata: Mapping[str, Any]) -> None:
+    def keep(self, files: Mapping[str, Path], name: str, metadata: Mapping[str, Any]) -> bool:
         """Queue files and folders, by their names in it, as an artifact of type `model`.
 
-        `close` waits for it, `keep_s` seconds more at most.
+        `close` waits for it, `keep_s` seconds more at most. Returns whether wandb still listens.
         """
+        if self._failed:
+            return False
         paths = {place: str(path.resolve()) for place, path in files.items()}
         self._failing = "wandb has not all of this run"
         self._close_s += self._keep_s
         self._send("keep", {"files": paths, "name": name, "metadata": metadata})
+        return not self._failed
 
     def _send(self, kind: str, value: Mapping[str, Any]) -> None:
         if self._failed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -73,7 +74,7 @@ class Eval:
     path: RunPath
     """Folder of a run (its newest checkpoint) or of one checkpoint."""
     data: TextFlags
-    source: tuple[str, ...] = ()
+    source: tuple[str, ...] | None = None
     """Texts to read instead of the run's own, each by itself and whole: as data.source."""
     split: Literal["eval", "train"] = "eval"
     """Held-out documents, which all of a --source are, or those trained on."""
@@ -84,8 +85,8 @@ class Eval:
         """Print the loss."""
         if self.sequences is not None:
             require(self.sequences > 0, "sequences", self.sequences, "1 or more")
-        if self.source:
-            texts = self._texts()
+        if self.source is not None:
+            texts = self._texts(self.source)
             from moetrain.evaluate import run_on
 
             run_on(self.path, texts, sequences=self.sequences)
@@ -101,15 +102,17 @@ class Eval:
         run(self.path, split=self.split, sequences=self.sequences)
         return 0
 
-    def _texts(self) -> list[DataConfig]:
+    def _texts(self, sources: Sequence[str]) -> list[DataConfig]:
+        if not sources:
+            raise UserError("--source needs one text or more, as data.source names them")
         if self.split != "eval":
             raise UserError(
                 f"--split ({self.split}) is of the run's own text, and a --source is read whole; "
                 "drop one of the two"
             )
-        given = [{"data": {**self.data, "source": source}} for source in self.source]
+        given = [{"data": {**self.data, "source": source}} for source in sources]
         configs = [settings.resolve(None, values) for values in given]
-        warn([caution for config in configs for caution in cautions(config)])
+        warn(list(dict.fromkeys(caution for made in configs for caution in cautions(made))))
         return [config.data for config in configs]
 
 

@@ -1,7 +1,7 @@
 """Text to batches: corpus, tokenizer, packed shards, and a deterministic order of samples."""
 
 from moetrain.data.cache import Prepared, prepare
-from moetrain.data.chat import TEMPLATE_FILE, TOKENIZER_CONFIG, load_chat
+from moetrain.data.chat import load_chat
 from moetrain.data.corpus import open_source
 from moetrain.data.samples import Batch, Samples
 from moetrain.data.shards import Manifest, verify
@@ -18,8 +18,6 @@ from moetrain.data.tokenizer import (
 
 __all__ = [
     "BYTES",
-    "TEMPLATE_FILE",
-    "TOKENIZER_CONFIG",
     "WHOLE",
     "Batch",
     "Manifest",

@@ -25,11 +25,11 @@ from moetrain.config import DataConfig
 from moetrain.data.shards import Encoded
 from moetrain.data.tokenizer import Tokenizer, beside
 from moetrain.errors import UserError
+from moetrain.hf.names import TEMPLATE_FILE, TOKENIZER_CONFIG
 
 VERSION = 1
 """To be raised when the same conversation becomes other tokens; part of the fingerprint."""
 ASSISTANT = "assistant"
-TEMPLATE_FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 PRIVATE_USE = range(0xE000, 0xF900)
 """Characters without a meaning of their own."""
 
@@ -154,7 +154,8 @@ class Chat:
             raise UserError(f"{self._subject} cannot write {told}: {error}") from error
 
     def _guarded(self, messages: Messages) -> tuple[Messages, str]:
-        """Messages that spell no special token, since a mark lies inside each; and the mark."""
+        """Messages that spell no special token, since a mark lies inside each (but those of one
+        character, which have no inside); and the mark."""
         used = {*json.dumps(messages, ensure_ascii=False), *self.template}
         mark = next(character for character in map(chr, PRIVATE_USE) if character not in used)
 

@@ -31,6 +31,7 @@ def assign_splits(
         documents: the corpus, read once.
         fraction: share of the documents to hold out.
         source: where they come from, for messages.
+        are_conversations: which are not cut.
 
     Raises:
         UserError: no text at all, or nothing that could be held out.
@@ -49,16 +50,22 @@ def assign_splits(
     keys = [_content_key(text) for text in head]
     lowest, highest = min(keys, default=0), max(keys, default=0)
     if lowest == highest:
-        what = f"holds {len(head)} copies of one document" if head else "holds no text"
-        what = "holds a single conversation" if len(head) == 1 else what
         raise UserError(
-            f"data.source ('{source}') {what}; training and evaluation need a document each"
+            f"data.source ('{source}') {_too_few(len(head))}; training and evaluation need a "
+            "document each"
         )
     threshold = int(fraction * 2**64)
     for text in chain(head, documents):
         key = _content_key(text)
         held_out = key == lowest or (key < threshold and key != highest)
         yield ("eval" if held_out else "train"), text
+
+
+def _too_few(number: int) -> str:
+    """What is wrong with so many documents that are all the same."""
+    if number == 1:
+        return "holds a single conversation"
+    return f"holds {number} copies of one document" if number else "holds no text"
 
 
 def _cut(text: str, fraction: float, source: str) -> Iterator[tuple[Split, str]]:

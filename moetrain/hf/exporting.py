@@ -22,7 +22,15 @@ from moetrain.data import BYTES, Tokenizer, bytes_as_json
 from moetrain.errors import UserError
 from moetrain.hf.bar import bar
 from moetrain.hf.formats import approximations, refusals, settings_of
-from moetrain.hf.names import CONFIG, GENERATION, KEPT, SOURCE, TOKENIZER, DtypeName, FormatName
+from moetrain.hf.names import (
+    CONFIG,
+    GENERATION,
+    KEPT,
+    SOURCE,
+    TOKENIZER_CONFIG,
+    DtypeName,
+    FormatName,
+)
 from moetrain.hf.tensors import Part, parts, require_none
 from moetrain.restore import TOKENIZER_FILE
 
@@ -142,4 +150,4 @@ def _write_tokenizer(place: Path, config: Config, tokenizer: Tokenizer) -> None:
         "model_max_length": config.data.seq_len,
         "clean_up_tokenization_spaces": False,
     }
-    _write_json(place / TOKENIZER, described)
+    _write_json(place / TOKENIZER_CONFIG, described)

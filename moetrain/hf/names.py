@@ -9,11 +9,11 @@ DtypeName = Literal["fp32", "bf16"]
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
-TOKENIZER = "tokenizer_config.json"
-TEMPLATE = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
 SOURCE = "huggingface.json"
 """The config.json that a model was imported with, in the folder of a run."""
-KEPT = (GENERATION, TOKENIZER, TEMPLATE, SOURCE)
+KEPT = (GENERATION, TOKENIZER_CONFIG, TEMPLATE_FILE, SOURCE)
 """Files of an imported model that say nothing of what is computed: they stand in the folders of
 runs that go on from it, and in their exports."""
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id")
