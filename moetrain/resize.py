@@ -138,7 +138,6 @@ def _require_choosing(config: Config) -> None:
 
 def _with_experts(config: Config, experts: int, top_k: int, width: int) -> Config:
     moe, sections = config.moe, config.model_dump()
-    sections = config.model_dump()
     sections["moe"] |= {"experts": experts, "top_k": top_k, "expert_ffn_dim": width}
     if moe.router in RENORMALIZES and top_k != moe.top_k:
         renormalize = RENORMALIZES[moe.router]
