@@ -321,6 +321,10 @@ REFUSED = {
         "--top-p (1.5) must be above 0 and at most 1",
     ),
     "seed": (["generate", "a", "--prompt", "x", "--seed", "-1"], "--seed (-1) must be 0 or more"),
+    "no source": (
+        ["eval", "a", "--source"],
+        "--source needs one text or more, as data.source names them",
+    ),
     "greedy sampling": (
         ["generate", "a", "--prompt", "x", "--greedy", "--top-k", "3"],
         "--greedy does not sample, so --temperature, --top-k, --top-p and --seed have no effect; "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -176,6 +178,48 @@ def test_it_answers(
     assert main(["generate", str(tuned), "--prompt", "abc abc", "--chat"]) == 0
     assert asked == ["<|user|>\nabc abc\n<|assistant|>\n"]
     assert capsys.readouterr().out == "yes\n"
+
+
+def test_another_conversation_is_evaluated_by_the_runs_template(
+    start: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Loss and perplexity of answers, but nothing per byte; and one message where none is read."""
+    flags(start, tmp_path)  # for its conversations
+    chat = ["--data.format", "chat", "--data.field", "messages", "--data.cache", tmp_path / "cache"]
+    words = ["eval", tuned, "--source", tmp_path / "talks.jsonl", *chat]
+    assert main([str(word) for word in words]) == 0
+    heading, _, row = capsys.readouterr().out.splitlines()
+    assert heading == "step-00000006, dropless"
+    tokens, nats, perplexity = row.split()[1:4]
+    assert int(tokens) == sum(len(answer["content"]) + 3 for _, answer in talks())
+    assert float(perplexity) == pytest.approx(math.exp(float(nats)), rel=1e-3)
+    assert len(row.split()) == 6  # no bytes, but the drops
+    long = [{"role": "user", "content": "x" * 99}, {"role": "assistant", "content": "never read"}]
+    (tmp_path / "long.jsonl").write_text(json.dumps({"messages": long}))
+    words[3] = tmp_path / "long.jsonl"
+    assert main([str(word) for word in words]) == 2
+    told = capsys.readouterr().err
+    assert "leaves out the end of 1 documents" in told
+    assert "has no answer within data.seq_len (96)" in told
+
+
+def test_a_run_that_goes_on_keeps_its_own_files(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever lies around where it is started again, by the same words."""
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copytree(start, home / "base")
+    (home / "base" / "generation_config.json").write_text("of the base")
+    (home / "generation_config.json").write_text("of somebody else")
+    monkeypatch.chdir(home)
+    words = flags(Path("base"), tmp_path, train__steps=3)
+    assert train(CONFIG, *words) == 0
+    kept = tmp_path / "runs" / "finetune" / "generation_config.json"
+    assert kept.read_text() == "of the base"
+    words[words.index("--train.steps") + 1] = "4"
+    assert train(CONFIG, *words) == 0
+    assert kept.read_text() == "of the base"
 
 
 def test_the_template_stays_with_the_model(tuned: Path, tmp_path: Path) -> None:

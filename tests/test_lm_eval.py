@@ -243,6 +243,13 @@ def test_no_answer_depends_on_the_batch(run: Path, model: Transformer) -> None:
             assert [is_greedy for _, is_greedy in answers] == [g for _, g in wanted]
 
 
+def test_a_context_of_white_space_is_no_context(run: Path, model: Transformer) -> None:
+    """The harness moves it to what is scored, and nothing is left before that."""
+    ((scored, _),) = RunLM(str(run)).loglikelihood(asked((" ", "ab")))
+    eos = 256
+    assert scored == pytest.approx(literal(model, [eos], list(b" ab"))[0], rel=1e-6)
+
+
 def test_what_is_greedy_is_what_greedy_decoding_gives(run: Path, model: Transformer) -> None:
     prompt = list(b"go on")
     prompt_BL = torch.tensor([prompt])
