@@ -246,8 +246,7 @@ def test_no_answer_depends_on_the_batch(run: Path, model: Transformer) -> None:
 def test_a_context_of_white_space_is_no_context(run: Path, model: Transformer) -> None:
     """The harness moves it to what is scored, and nothing is left before that."""
     ((scored, _),) = RunLM(str(run)).loglikelihood(asked((" ", "ab")))
-    eos = 256
-    assert scored == pytest.approx(literal(model, [eos], list(b" ab"))[0], rel=1e-6)
+    assert scored == pytest.approx(literal(model, [END], list(b" ab"))[0], rel=1e-6)
 
 
 def test_what_is_greedy_is_what_greedy_decoding_gives(run: Path, model: Transformer) -> None:
@@ -369,6 +368,7 @@ def test_samples_are_those_of_the_seed(successors: RunLM) -> None:
     [
         ({"pretrained": "x"}, "pretrained is no argument of the model moetrain; it takes path"),
         ({"batch_size": "auto"}, r"batch_size \(auto\) must be a whole number above 0"),
+        ({"max_length": 0}, r"max_length \(0\) must be a whole number above 0"),
         ({"max_length": -1}, r"max_length \(-1\) must be a whole number above 0"),
         ({"device": "gpu"}, r"device \(gpu\) is none: "),
     ],
