@@ -202,22 +202,36 @@ class Field:
             if number >= least and time.perf_counter() - started > enough_s:
                 break
             for name in turns(self._ready, number):
-                seconds[name].append(max(self._ask(name, "turn", steps[name])))
+                seconds[name].append(self._turn(name, steps[name]))
         peaks = {name: sum(self._ask(name, "peak", None)) for name in self._ready}
         return {name: Sample(seconds[name], peaks[name]) for name in self._ready}
 
     def _pace(self, name: str, turn_s: float) -> int:
         """The steps of a turn, after warming up; 0 for a single one that need not be warmed up."""
-        slowest = max(self._ask(name, "turn", 0))
+        slowest = self._turn(name, 0)
         if slowest < 10 * turn_s:  # the first one may have had to load and compile things
-            slowest = max(self._ask(name, "turn", 0))
+            slowest = self._turn(name, 0)
         return 0 if slowest > turn_s else max(1, round(turn_s / slowest))
+
+    def _turn(self, name: str, steps: int) -> float:
+        """Seconds per step of its slowest rank; the others give back what they keep first, where
+        little memory is left."""
+        if self.device == "cpu" and _available() < SCARCE:
+            for other in self._ready:
+                if other != name:
+                    self._ask(other, "rest", None)
+        return max(self._ask(name, "turn", steps))
 
     def _ask(self, name: str, what: str, argument: Any) -> list[Any]:
         """Let all ranks of a contender do something; their answers in the order of ranks."""
         team = self._teams[name]
-        for connection in team:
-            connection.send((what, argument))
+        for rank, connection in enumerate(team):
+            try:
+                connection.send((what, argument))
+            except ConnectionError:
+                raise RuntimeError(
+                    f"{name}: rank {rank} died before it was asked to {what}"
+                ) from None
         answers: dict[int, Any] = {}
         while len(answers) < len(team):
             # Whoever answers first: where one has died, the others wait for it.
@@ -272,8 +286,11 @@ def _serve(
                 if what == "clear":
                     answer = case = None
                     _let_go(kind)
+                elif what == "rest":
+                    answer, gave_back = None, True
+                    _let_go(kind)
                 elif what == "build":
-                    case = None  # the one before makes room first
+                    case, gave_back = None, False  # the one before makes room first
                     _let_go(kind)
                     case = contender.build(argument, device)
                     answer = case.facts()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import time
@@ -125,6 +126,28 @@ def test_a_rank_that_dies_is_named_while_another_waits_for_it(
         pytest.raises(RuntimeError, match="a: rank 1 died while asked to build"),
     ):
         field.build(Job(dead="a", stuck="a"))
+
+
+def test_a_process_that_dies_between_turns_is_named() -> None:
+    others = set(multiprocessing.active_children())
+    with Field([contender("a")]) as field:
+        field.build(Job())
+        (process,) = set(multiprocessing.active_children()) - others
+        process.kill()
+        process.join()
+        with pytest.raises(RuntimeError, match="a: rank 0 died before it was asked to turn"):
+            field.measure(1, turn_s=0)
+
+
+def test_where_little_memory_is_left_the_others_rest_and_warm_up_again(
+    field: Field, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "SCARCE", 1.1)  # of this process: those of the contenders have 0.6
+    notes = tmp_path / "notes"
+    field.build(Job(str(notes)))
+    field.measure(1, turn_s=0)
+    warming, rounds, memory = "abb", "aabb", "ab"
+    assert notes.read_text() == warming + rounds + memory
 
 
 def test_cases_that_are_let_go_have_no_turns(field: Field) -> None:
