@@ -20,7 +20,7 @@ from torch import Tensor
 from moetrain import parallel
 from moetrain.config import Config
 from moetrain.mesh import process_group
-from moetrain.moe import Draws, Local, MoE, dispatch, experts, keyed, layer, rows
+from moetrain.moe import Draws, Local, MoE, experts, keyed, layer, rows
 
 ROOT = Path(__file__).parent.parent
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
@@ -125,7 +125,7 @@ def _never(_: torch.Tensor) -> bool:
 def as_on_a_gpu() -> Iterator[None]:
     """Without what a CPU has instead: experts a few at a time, on filled rows alone."""
     with ExitStack() as patched:
-        for module in (dispatch, experts, layer, rows):
+        for module in (experts, layer, rows):
             patched.enter_context(mock.patch.object(module, "is_eager_cpu", _never))
         local = mock.patch.object(parallel, "local_dispatcher", return_value=Local())
         patched.enter_context(local)

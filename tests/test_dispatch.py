@@ -120,12 +120,12 @@ def test_a_cpu_multiplies_no_empty_slot(monkeypatch: pytest.MonkeyPatch, way: Wa
     """As many rows reach the experts as assignments were kept."""
     multiplied = []
 
-    def run_sorted(rows_RD: Tensor, counts: list[int], *weights: Tensor) -> Tensor:
-        multiplied.append(len(rows_RD))
-        assert sum(counts) == len(rows_RD)
-        return packed.run_sorted(rows_RD, counts, *weights)
+    def run_rows(rows_RD: Tensor, row_F: Tensor, counts: list[int], *weights: Tensor) -> Tensor:
+        multiplied.append(len(row_F))
+        assert sum(counts) == len(row_F)
+        return packed.run_rows(rows_RD, row_F, counts, *weights)
 
-    monkeypatch.setattr("moetrain.moe.experts.run_sorted", run_sorted)
+    monkeypatch.setattr("moetrain.moe.experts.run_rows", run_rows)
     ranks = on_ranks(4, Router("topk", 3), 2.0, "position", SOME, way)
     ledgers = [rank["stats"].ledger for rank in ranks]
     kept = sum(int(ledger.row_E.sum()) for ledger in ledgers)
@@ -190,17 +190,22 @@ class Poisoned:
     def __init__(self, experts: Experts, seen: list[int]):
         self.experts, self.seen = experts, seen
 
-    def __call__(self, rows: Tensor, counts: list[int] | None) -> Tensor:
-        return self.poisoned(self.experts, rows, counts)
+    def __call__(self, rows: Tensor, counts: list[int] | None, row_F: Tensor | None) -> Tensor:
+        return self.poisoned(self.experts, rows, counts, row_F)
+
+    def takes_any_order(self, rows_RD: Tensor) -> bool:
+        return self.experts.takes_any_order(rows_RD)
 
     def split(self, num_parts: int) -> list[Any]:
         parts = self.experts.split(num_parts)
         return [lambda *rows, part=part: self.poisoned(part, *rows) for part in parts]
 
-    def poisoned(self, part: Any, rows: Tensor, counts: list[int] | None) -> Tensor:
+    def poisoned(
+        self, part: Any, rows: Tensor, counts: list[int] | None, row_F: Tensor | None
+    ) -> Tensor:
         empty = (rows == 0).all(-1, keepdim=True)
         self.seen.append(int(empty.sum()))
-        return part(_Poison.apply(rows, empty), counts).masked_fill(empty, torch.nan)
+        return part(_Poison.apply(rows, empty), counts, row_F).masked_fill(empty, torch.nan)
 
 
 class WithPoison:

@@ -39,9 +39,9 @@ class Route(NamedTuple):
     """How the rows of one part reach their experts."""
 
     hops: list[Hop]
-    num_experts: int
+    """The last one's blocks are turned from the order of ranks to that of experts."""
     counts: list[int] | None
-    """Rows of each expert that arrive, sorted by expert; None where all have as many."""
+    """Rows of each expert that arrive; None where all have as many."""
 
 
 def set_out(rows_RD: Tensor, route: Route) -> Flight:
@@ -52,24 +52,19 @@ def set_out(rows_RD: Tensor, route: Route) -> Flight:
 def change(flight: Flight, route: Route) -> Flight:
     """Wait for every hop but the last, which is started."""
     for before, after in itertools.pairwise(route.hops):
-        flight = _start(_finish(flight, before), after)
+        flight = _start(turn_rows(flights.land(flight), before.turn), after)
     return flight
 
 
-def arrive(flight: Flight, route: Route) -> Tensor:
-    """Wait for the last hop: rows sorted by expert, then by the rank they come from."""
-    return _finish(flight, route.hops[-1])
-
-
-def turn_back(rows_RD: Tensor, route: Route) -> Flight:
-    """Start the way back of rows in the order in which they arrived."""
+def set_back(rows_RD: Tensor, route: Route) -> Flight:
+    """Start the way back of rows that lie as they have landed: by rank, then by expert."""
     return _start_back(rows_RD, route.hops[-1])
 
 
 def change_back(flight: Flight, route: Route) -> Flight:
     """Wait for every hop of the way back but the last, which is started."""
     for hop in reversed(route.hops[:-1]):
-        flight = _start_back(flights.land(flight), hop)
+        flight = _start_back(turn_rows(flights.land(flight), hop.turn.back()), hop)
     return flight
 
 
@@ -77,12 +72,7 @@ def _start(rows_RD: Tensor, hop: Hop) -> Flight:
     return flights.all_to_all(rows_RD, hop.group, hop.sent, hop.received)
 
 
-def _finish(flight: Flight, hop: Hop) -> Tensor:
-    return turn_rows(flights.land(flight), hop.turn)
-
-
 def _start_back(rows_RD: Tensor, hop: Hop) -> Flight:
-    rows_RD = turn_rows(rows_RD, hop.turn.back())
     return flights.all_to_all(rows_RD, hop.group, hop.received, hop.sent)
 
 
@@ -108,7 +98,7 @@ def even_route(groups: Sequence[dist.ProcessGroup], num_experts: int, rows: int)
         block = [num_ranks // size * num_experts * rows] * size
         hops.append(Hop(group.group_name, block, block, Turn((size, num_ranks // size))))
     hops[-1] = hops[-1]._replace(turn=Turn((num_ranks, num_experts)))
-    return Route(hops, num_experts, counts=None)
+    return Route(hops, counts=None)
 
 
 def uneven_routes(groups: Sequence[dist.ProcessGroup], count_nPm: Tensor) -> list[Route]:
@@ -127,7 +117,7 @@ def uneven_routes(groups: Sequence[dist.ProcessGroup], count_nPm: Tensor) -> lis
         *sizes, counts = _cut(row, widths)
         ends = zip(notices, sizes[::2], sizes[1::2], strict=True)
         hops = [_uneven_hop(notice, part, sent, received) for notice, sent, received in ends]
-        routes.append(Route(hops, len(counts), counts))
+        routes.append(Route(hops, counts))
     return routes
 
 

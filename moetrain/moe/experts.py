@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moetrain.moe.dropout import drop_units, split_keys
-from moetrain.moe.packed import run_sorted
+from moetrain.moe.packed import run_rows
 from moetrain.moe.rows import is_eager_cpu
 
-Feed: TypeAlias = Callable[[Tensor, list[int] | None], Tensor]
+Feed: TypeAlias = Callable[[Tensor, list[int] | None, Tensor | None], Tensor]
 """What experts do to their rows; see `Experts.forward`."""
 
 
@@ -42,14 +42,25 @@ class Experts(nn.Module):
         self.w_gate_up = nn.Parameter(torch.empty(num_experts, dim, 2 * hidden_dim))
         self.w_down = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
 
-    def forward(self, rows: Tensor, counts: list[int] | None) -> Tensor:
+    def forward(
+        self, rows: Tensor, counts: list[int] | None, row_F: Tensor | None = None
+    ) -> Tensor:
         """Apply each expert to its rows; same shape out.
 
         `rows` is (e, R, D) with the same number of rows for every expert when `counts` is None,
         otherwise (R, D) sorted by expert with `counts[i]` rows for the i-th and R their sum. Rows
         with the columns of a key (`moetrain.moe.dropout`) lose hidden units, and come back without.
+
+        Where `takes_any_order` says so, `row_F` (int64) may name the rows sorted by expert instead,
+        and rows that are not named come back as zeros.
         """
-        return _feed(rows, counts, *self.local_weights(), dropout=self.dropout)
+        w_gate_up, w_down = self.local_weights()
+        weights = {"w_gate_up": w_gate_up, "w_down": w_down}
+        return _feed(rows, counts, row_F, **weights, dropout=self.dropout)
+
+    def takes_any_order(self, rows_RD: Tensor) -> bool:
+        """Whether such rows need not be sorted, nor all belong to an expert."""
+        return _is_packed(rows_RD, self.w_down.shape[-1])
 
     def local_weights(self) -> tuple[Tensor, Tensor]:
         """What this rank holds of the weights: (e, D, 2F) and (e, F, D)."""
@@ -79,21 +90,29 @@ class Experts(nn.Module):
 def _feed(
     rows: Tensor,
     counts: list[int] | None,
+    row_F: Tensor | None = None,
+    *,
     w_gate_up: Tensor,
     w_down: Tensor,
     dropout: float,
 ) -> Tensor:
-    has_keys = rows.shape[-1] != w_gate_up.shape[1]
-    if counts is not None and is_eager_cpu(rows) and not has_keys:
-        return run_sorted(rows, counts, w_gate_up, w_down)
+    dim = w_down.shape[-1]
+    if counts is not None and _is_packed(rows, dim):
+        row_F = torch.arange(len(rows)) if row_F is None else row_F
+        return run_rows(rows, row_F, counts, w_gate_up, w_down)
     key = None
-    if has_keys:
+    if rows.shape[-1] != dim:
         rows, key = split_keys(rows)
     product = _product_for(rows, w_gate_up, counts)
     hidden = swiglu(product(rows, w_gate_up))
     if key is not None:
         hidden = drop_units(hidden, key, dropout)
     return product(hidden, w_down)
+
+
+def _is_packed(rows: Tensor, dim: int) -> bool:
+    """Whether rows go a few experts at a time: on CPUs, unless they bring keys."""
+    return is_eager_cpu(rows) and rows.shape[-1] == dim
 
 
 def _product_for(

@@ -12,7 +12,7 @@ there small or grouped experts have rows in multiples of MANY_ROWS, large ones i
 (`_unit`), the last ones zero: few shapes, met soon.
 
 Shape suffixes: T tokens, K choices, E experts, D model width, F expert hidden width, R filled rows,
-g experts of a group, n rows of each of them, P rows of all groups and one more.
+g experts of a group, n rows of each of them, P rows of all groups, X anything.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from itertools import accumulate
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -98,18 +97,18 @@ def _unit(num_rows: int) -> int:
 
 
 class Packing(NamedTuple):
-    """Where tokens lie in the rows of all groups; the row past these is zero."""
+    """Where tokens lie in the rows of all groups."""
 
     token_R: Tensor
     """int64: the token in each filled row."""
     place_TK: Tensor
-    """int64: place of each assignment; the last one where it has no row."""
+    """int64: place of each assignment; P where it has no row."""
     groups: list[Group]
 
     @property
     def size(self) -> int:
         """P."""
-        return self.groups[-1].places.stop + 1
+        return self.groups[-1].places.stop
 
 
 def _cut_for(counts: Sequence[int], w_down: Tensor) -> list[Group]:
@@ -150,10 +149,16 @@ def run_packed(
     return _Tokens.apply(x_TD, gate_TK, w_gate_up, w_down, packing, keeps)  # type: ignore[return-value]
 
 
-def run_sorted(rows_RD: Tensor, counts: list[int], w_gate_up: Tensor, w_down: Tensor) -> Tensor:
-    """What each expert makes of its `counts` rows, which lie sorted by expert: (R, D)."""
+def run_rows(
+    rows_RD: Tensor, row_F: Tensor, counts: list[int], w_gate_up: Tensor, w_down: Tensor
+) -> Tensor:
+    """What each expert makes of its `counts` rows, in place, and zeros in all others: (R, D).
+
+    `row_F` (int64) says where the rows of the first expert lie, then those of the second, …; no row
+    is there twice.
+    """
     groups, keeps = _cut_for(counts, w_down), torch.is_grad_enabled()
-    return _Rows.apply(rows_RD, w_gate_up, w_down, groups, keeps)  # type: ignore[return-value]
+    return _Rows.apply(rows_RD, row_F, w_gate_up, w_down, groups, keeps)  # type: ignore[return-value]
 
 
 class _Tokens(torch.autograd.Function):
@@ -169,33 +174,31 @@ class _Tokens(torch.autograd.Function):
     ) -> Tensor:
         kept: list[Tensor] | None = [] if keeps else None
         result_PD = x_TD.new_empty(packing.size, x_TD.shape[1])
-        result_PD[-1] = 0
         for group in packing.groups:
             weights = w_gate_up[group.experts], w_down[group.experts]
-            result_gnD = _forward(_gather(x_TD, packing, group), *weights, kept)
+            result_gnD = _forward(_gather(x_TD, packing.token_R, group), *weights, kept)
             result_PD[group.places] = result_gnD.flatten(0, 1)
         ctx.packing = packing
         ctx.save_for_backward(x_TD, gate_TK, w_gate_up, w_down, result_PD, *(kept or ()))
-        return weigh_rows(result_PD, gate_TK, packing.place_TK, x_TD.dtype, all_exist=True)
+        return weigh_rows(result_PD, gate_TK, packing.place_TK, x_TD.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor):  # type: ignore[override]
         x_TD, gate_TK, w_gate_up, w_down, result_PD, *kept = ctx.saved_tensors
         packing: Packing = ctx.packing
-        gate_P = gate_TK.new_zeros(packing.size)
+        gate_P = gate_TK.new_zeros(packing.size + 1)
         gate_P.scatter_(0, packing.place_TK.flatten(), gate_TK.flatten())
         grad_x_PD = torch.empty_like(result_PD)
-        grad_x_PD[-1] = 0
         grads = _empty_grads(w_gate_up, w_down, is_wanted=ctx.needs_input_grad[2])
         for group, hidden_gn2F in zip(packing.groups, kept, strict=True):
             experts, places = group.experts, group.places
-            grad_gnD = _gather(grad_TD, packing, group)
+            grad_gnD = _gather(grad_TD, packing.token_R, group)
             _scale(grad_gnD, gate_P[places].view(*group.shape, 1))
             weights = w_gate_up[experts], w_down[experts]
             into = *_of(grads, experts), grad_x_PD[places].view_as(grad_gnD)
-            _backward(grad_gnD, _gather(x_TD, packing, group), hidden_gn2F, weights, into)
-        grad_x_TD = sum_rows(grad_x_PD, packing.place_TK, all_exist=True)
+            _backward(grad_gnD, _gather(x_TD, packing.token_R, group), hidden_gn2F, weights, into)
+        grad_x_TD = sum_rows(grad_x_PD, packing.place_TK)
         grad_gate_TK = dot_rows(grad_TD, result_PD, packing.place_TK).to(gate_TK.dtype)
         return grad_x_TD, grad_gate_TK, *grads, None, None
 
@@ -205,34 +208,35 @@ class _Rows(torch.autograd.Function):
     def forward(
         ctx: Any,
         rows_RD: Tensor,
+        row_F: Tensor,
         w_gate_up: Tensor,
         w_down: Tensor,
         groups: list[Group],
         keeps: bool,
     ) -> Tensor:
         kept: list[Tensor] | None = [] if keeps else None
-        result_RD = torch.empty_like(rows_RD)
+        result_RD = _zeros_besides(row_F, rows_RD)
         for group in groups:
             weights = w_gate_up[group.experts], w_down[group.experts]
-            result_gnD = _forward(_filled_up(rows_RD, group), *weights, kept)
-            _put_filled(result_gnD, group, result_RD)
+            result_gnD = _forward(_gather(rows_RD, row_F, group), *weights, kept)
+            _scatter(result_gnD, row_F, group, result_RD)
         ctx.groups = groups
-        ctx.save_for_backward(rows_RD, w_gate_up, w_down, *(kept or ()))
+        ctx.save_for_backward(rows_RD, row_F, w_gate_up, w_down, *(kept or ()))
         return result_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor):  # type: ignore[override]
-        rows_RD, w_gate_up, w_down, *kept = ctx.saved_tensors
-        grads = _empty_grads(w_gate_up, w_down, is_wanted=ctx.needs_input_grad[1])
-        grad_rows_RD = torch.empty_like(rows_RD)
+        rows_RD, row_F, w_gate_up, w_down, *kept = ctx.saved_tensors
+        grads = _empty_grads(w_gate_up, w_down, is_wanted=ctx.needs_input_grad[2])
+        grad_rows_RD = _zeros_besides(row_F, rows_RD)
         for group, hidden_gn2F in zip(ctx.groups, kept, strict=True):
-            x_gnD, experts = _filled_up(rows_RD, group), group.experts
+            x_gnD, experts = _gather(rows_RD, row_F, group), group.experts
             weights, grad_x_gnD = (w_gate_up[experts], w_down[experts]), torch.empty_like(x_gnD)
             into = *_of(grads, experts), grad_x_gnD
-            _backward(_filled_up(grad_RD, group), x_gnD, hidden_gn2F, weights, into)
-            _put_filled(grad_x_gnD, group, grad_rows_RD)
-        return grad_rows_RD, *grads, None, None
+            _backward(_gather(grad_RD, row_F, group), x_gnD, hidden_gn2F, weights, into)
+            _scatter(grad_x_gnD, row_F, group, grad_rows_RD)
+        return grad_rows_RD, None, *grads, None, None
 
 
 Grads: TypeAlias = tuple[Tensor | None, Tensor | None]
@@ -282,29 +286,27 @@ def _products(one: Tensor, other: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(one[0], other[0], out=None if out is None else out[0])[None]
 
 
-def _gather(x_TD: Tensor, packing: Packing, group: Group) -> Tensor:
-    """The vectors of a group's tokens, zeros in its empty rows: (g, n, D)."""
-    rows_gnD = x_TD.new_empty(*group.shape, x_TD.shape[1])
-    tokens = packing.token_R[group.rows].split(group.counts)
-    for rows_nD, token_n in zip(rows_gnD, tokens, strict=True):
-        torch.index_select(x_TD, 0, token_n, out=rows_nD[: len(token_n)])
-        rows_nD[len(token_n) :] = 0
+def _gather(x_XD: Tensor, row_R: Tensor, group: Group) -> Tensor:
+    """A group's rows, of which each is the `row_R`-th of x, zeros in its empty ones: (g, n, D)."""
+    rows_gnD = x_XD.new_empty(*group.shape, x_XD.shape[1])
+    parts = row_R[group.rows].split(group.counts)
+    for rows_nD, row_n in zip(rows_gnD, parts, strict=True):
+        torch.index_select(x_XD, 0, row_n, out=rows_nD[: len(row_n)])
+        rows_nD[len(row_n) :] = 0
     return rows_gnD
 
 
-def _filled_up(rows_RD: Tensor, group: Group) -> Tensor:
-    """A group's rows, zeros in its empty ones: (g, n, D)."""
-    parts = rows_RD[group.rows].split(group.counts)
-    if all(count == group.room for count in group.counts):
-        return rows_RD[group.rows].view(*group.shape, rows_RD.shape[1])
-    return torch.stack([F.pad(part, (0, 0, 0, group.room - len(part))) for part in parts])
+def _scatter(rows_gnD: Tensor, row_R: Tensor, group: Group, into_XD: Tensor) -> None:
+    """The opposite of `_gather`."""
+    parts = row_R[group.rows].split(group.counts)
+    for rows_nD, row_n in zip(rows_gnD, parts, strict=True):
+        into_XD.index_copy_(0, row_n, rows_nD[: len(row_n)])
 
 
-def _put_filled(rows_gnD: Tensor, group: Group, into_RD: Tensor) -> None:
-    """Write those of a group's rows that are not empty to where they lie among all filled ones."""
-    parts = into_RD[group.rows].split(group.counts)
-    for part_RD, rows_nD in zip(parts, rows_gnD, strict=True):
-        part_RD.copy_(rows_nD[: len(part_RD)])
+def _zeros_besides(row_F: Tensor, like_RD: Tensor) -> Tensor:
+    """Room for rows, with zeros in all but some of them."""
+    is_empty_R = torch.ones(len(like_RD), dtype=torch.bool).index_fill_(0, row_F, False)
+    return torch.empty_like(like_RD).index_fill_(0, is_empty_R.nonzero().flatten(), 0)
 
 
 def _scale(rows_gnD: Tensor, gate_gn1: Tensor) -> None:

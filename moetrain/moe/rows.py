@@ -2,13 +2,13 @@
 
 Every gradient is a gather, too, or a copy: no atomics, one order of summation.
 
-Shape suffixes: T tokens on this rank, K choices, E experts, R rows, N of them, D model width,
-A×B blocks.
+Shape suffixes: T tokens on this rank, K choices, A assignments that have a row, E experts, R rows,
+N of them, D model width, A×B blocks.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -68,20 +68,13 @@ class _Combine(torch.autograd.Function):
         return grad_RD.to(rows_RD.dtype), grad_gate_TK, None, None, None
 
 
-def weigh_rows(
-    rows_RD: Tensor,
-    gate_TK: Tensor,
-    row_TK: Tensor,
-    dtype: torch.dtype,
-    all_exist: bool = False,
-) -> Tensor:
+def weigh_rows(rows_RD: Tensor, gate_TK: Tensor, row_TK: Tensor, dtype: torch.dtype) -> Tensor:
     """y[t] = Σ_k gate[t, k]·rows[row[t, k]], k in order, in the gates' precision: (T, D).
 
-    Without autograd. An assignment without a row adds 0; with `all_exist` there is none.
+    Without autograd. An assignment without a row adds 0.
     """
     if is_eager_cpu(rows_RD):
-        rows_RD, row_TK = _with_absent(rows_RD.to(dtype), row_TK, all_exist)
-        return _weigh_bags(rows_RD, gate_TK, row_TK)
+        return _weigh_bags(rows_RD.to(dtype), gate_TK, row_TK)
     y_TD = gate_TK[:, :1] * _rows_at(rows_RD, row_TK[:, 0])
     for choice in range(1, row_TK.shape[1]):
         gate_T1 = gate_TK[:, choice : choice + 1]
@@ -90,23 +83,24 @@ def weigh_rows(
     return y_TD if y_TD.dtype == dtype else y_TD.to(dtype)
 
 
-def sum_rows(rows_RD: Tensor, row_TK: Tensor, all_exist: bool = False) -> Tensor:
+def sum_rows(rows_RD: Tensor, row_TK: Tensor) -> Tensor:
     """Σ_k rows[row[t, k]], k in order, in fp32 at least; as `weigh_rows` without gates."""
     if is_eager_cpu(rows_RD):
-        rows_RD, row_TK = _with_absent(rows_RD, row_TK, all_exist)
-        return F.embedding_bag(row_TK, rows_RD, mode="sum")
+        bags = _Bags.of(row_TK, len(rows_RD))
+        return F.embedding_bag(bags.row_A, rows_RD, bags.start_T, mode="sum")
     wide = torch.promote_types(rows_RD.dtype, torch.float32)
     ones_TK = torch.ones_like(row_TK, dtype=wide)
     return weigh_rows(rows_RD, ones_TK, row_TK, rows_RD.dtype)
 
 
 def dot_rows(x_TD: Tensor, rows_RD: Tensor, row_TK: Tensor) -> Tensor:
-    """x[t]·rows[row[t, k]], summed in fp32 at least and rounded once, on a CPU: (T, K)."""
-    num_tokens, k = row_TK.shape
-    token_T = torch.arange(num_tokens)
-    bags = row_TK.flatten(), token_T * k, token_T.repeat_interleave(k)
+    """x[t]·rows[row[t, k]], summed in fp32 at least and rounded once, on a CPU; 0 where there is no
+    row: (T, K)."""
+    bags = _Bags.of(row_TK, len(rows_RD))
+    token_A = bags.exists_TK.nonzero()[:, 0]
     grad_of_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward
-    return grad_of_weights(x_TD, rows_RD, *bags, mode=0).view(num_tokens, k)
+    dot_A = grad_of_weights(x_TD, rows_RD, bags.row_A, bags.start_T, token_A, mode=0)
+    return dot_A.new_zeros(row_TK.shape).masked_scatter_(bags.exists_TK, dot_A)
 
 
 def is_eager_cpu(tensor: Tensor) -> bool:
@@ -127,19 +121,29 @@ def _clear_(rows_RD: Tensor, is_empty_R: Tensor) -> Tensor:
     return rows_RD.masked_fill_(is_empty_R[:, None], 0)
 
 
+class _Bags(NamedTuple):
+    """Rows in the bags of their tokens, as embedding bags want them: those that exist."""
+
+    row_A: Tensor
+    start_T: Tensor
+    """Where a token's bag begins."""
+    exists_TK: Tensor
+
+    @classmethod
+    def of(cls, row_TK: Tensor, num_rows: int) -> Self:
+        exists_TK = row_TK < num_rows
+        count_T = exists_TK.sum(1)
+        return cls(row_TK[exists_TK], count_T.cumsum(0) - count_T, exists_TK)
+
+
 def _weigh_bags(rows_RD: Tensor, gate_TK: Tensor, row_TK: Tensor) -> Tensor:
     weight_TK = gate_TK.to(rows_RD.dtype)
     if rows_RD.dtype == torch.bfloat16:  # weights must be of the rows' type: in two parts, then
         rest_TK = (gate_TK - weight_TK).to(rows_RD.dtype)
         weight_TK, row_TK = torch.cat([weight_TK, rest_TK], 1), torch.cat([row_TK, row_TK], 1)
-    return F.embedding_bag(row_TK, rows_RD, per_sample_weights=weight_TK, mode="sum")
-
-
-def _with_absent(rows_RD: Tensor, row_TK: Tensor, all_exist: bool) -> tuple[Tensor, Tensor]:
-    """Rows and indices with a row of zeros for those that do not exist."""
-    if all_exist:
-        return rows_RD, row_TK
-    return F.pad(rows_RD, (0, 0, 0, 1)), row_TK.clamp(max=len(rows_RD))
+    row_A, start_T, exists_TK = _Bags.of(row_TK, len(rows_RD))
+    weight_A = weight_TK[exists_TK]
+    return F.embedding_bag(row_A, rows_RD, start_T, per_sample_weights=weight_A, mode="sum")
 
 
 def _rows_at(rows_RD: Tensor, row_T: Tensor) -> Tensor:
@@ -186,27 +190,11 @@ def reorder_experts(plan: Plan, order_E: Tensor) -> Plan:
     )
 
 
-def take_rows(rows_RD: Tensor, row_N: Tensor) -> Tensor:
-    """Some of the rows, each at most once: (N, D)."""
-    return _Take.apply(rows_RD, row_N)  # type: ignore[return-value]
-
-
-def put_rows(rows_ND: Tensor, row_N: Tensor, num_rows: int) -> Tensor:
-    """Rows at their places among zeros, the opposite of `take_rows`: (R, D)."""
-    return rows_ND.new_zeros(num_rows, rows_ND.shape[1]).index_copy_(0, row_N, rows_ND)
-
-
-class _Take(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, row_N: Tensor) -> Tensor:
-        ctx.save_for_backward(row_N)
-        ctx.num_rows = len(rows_RD)
-        return rows_RD.index_select(0, row_N)
-
-    @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor):  # type: ignore[override]
-        (row_N,) = ctx.saved_tensors
-        return put_rows(grad_ND, row_N, ctx.num_rows), None
+def is_not_zero(rows_RD: Tensor) -> Tensor:
+    """Whether a row holds anything but zeros: (R,), bool."""
+    if rows_RD.shape[1] * rows_RD.element_size() % 8 == 0:
+        rows_RD = rows_RD.view(torch.int64)  # several numbers at a time; -0 counts as something
+    return rows_RD.any(1)
 
 
 class Turn(NamedTuple):
@@ -220,6 +208,15 @@ class Turn(NamedTuple):
     def back(self) -> Turn:
         """The turn that undoes this one."""
         return Turn((self.shape[1], self.shape[0]), self.inverse_R, self.order_R)
+
+    def order(self, num_rows: int) -> Tensor:
+        """Which of so many rows, on a CPU, comes in each place: int64 (R,)."""
+        if self.order_R is not None:
+            return self.order_R
+        row_R = torch.arange(num_rows)
+        if 1 in self.shape:
+            return row_R
+        return row_R.view(*self.shape, -1).transpose(0, 1).flatten()
 
 
 def uneven_turn(rows_AB: Tensor, num_rows: int) -> Turn:
