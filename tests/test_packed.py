@@ -157,6 +157,32 @@ def test_gradients_are_those_of_finite_differences() -> None:
     torch.autograd.gradcheck(run, inputs)
 
 
+def test_rows_in_any_order_stay_where_they_are() -> None:
+    """Seven rows, of which four go to the first and the third of three experts; the others hold
+    garbage, and come back as zeros, as does their gradient."""
+    row_F, counts = torch.tensor([5, 0, 3, 1]), [3, 0, 1]
+    rows_RD, w_gate_up, w_down = (
+        random(*shape, seed=i).requires_grad_()
+        for i, shape in enumerate([(7, 4), (3, 4, 10), (3, 5, 4)])
+    )
+    with torch.no_grad():
+        rows_RD[[2, 4, 6]] = torch.nan
+
+    def run(rows_FD: Tensor, *weights: Tensor) -> Tensor:
+        return packed.run_rows(rows_RD.index_copy(0, row_F, rows_FD), row_F, counts, *weights)
+
+    result_RD = packed.run_rows(rows_RD, row_F, counts, w_gate_up, w_down)
+    for row, expert in [(5, 0), (0, 0), (3, 0), (1, 2)]:
+        gate, up = (rows_RD[row] @ w_gate_up[expert]).chunk(2)
+        expected = (torch.nn.functional.silu(gate) * up) @ w_down[expert]
+        torch.testing.assert_close(result_RD[row], expected)
+    assert not result_RD[[2, 4, 6]].any()
+    (grad_RD,) = torch.autograd.grad(result_RD.sum(), rows_RD)
+    assert not grad_RD[[2, 4, 6]].any()
+    rows_FD = rows_RD.detach()[row_F].requires_grad_()
+    assert torch.autograd.gradcheck(run, (rows_FD, w_gate_up, w_down))
+
+
 def plan_of(expert_TK: Tensor, slots: int) -> Plan:
     nothing = torch.zeros(len(expert_TK), 3)
     routing = Routing(

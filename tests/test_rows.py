@@ -16,6 +16,7 @@ from moetrain.moe.rows import (
     Turn,
     combine_rows,
     gather_rows,
+    is_not_zero,
     reorder_experts,
     turn_rows,
     uneven_turn,
@@ -175,6 +176,16 @@ def test_poison_in_gates_of_choices_without_a_row_reaches_no_expert(dropless: bo
     assert (grad_RD[plan.source_R == plan.row_TK.numel()] == 0).all()
 
 
+@pytest.mark.parametrize("width", [1, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_row_with_one_number_is_not_zero(dtype: torch.dtype, width: int) -> None:
+    """Whichever place it has and however small it is; also where it is no number."""
+    smallest = torch.finfo(dtype).tiny
+    for value in (1.0, -1.0, smallest, torch.nan, torch.inf):
+        assert is_not_zero(torch.diag(torch.full((width,), value, dtype=dtype))).all()
+    assert not is_not_zero(torch.zeros(5, width, dtype=dtype)).any()
+
+
 # ---- experts in another order --------------------------------------------------------------------
 
 
@@ -233,6 +244,20 @@ def test_equal_blocks_are_turned_as_uneven_ones_are(shape: tuple[int, int]) -> N
     there_RD = turn_rows(rows_RD, Turn(shape))
     assert torch.equal(there_RD, turned(rows_RD, sizes))
     assert torch.equal(turn_rows(there_RD, Turn(shape).back()), rows_RD)
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        *(Turn(shape) for shape in [(1, 3), (6, 1), (2, 3), (3, 2)]),
+        uneven_turn(torch.tensor([[2, 0, 1], [1, 2, 0]]), 6),
+        uneven_turn(torch.tensor([[4, 2]]), 6),
+    ],
+    ids=str,
+)
+def test_the_order_of_a_turn_is_what_turning_does(turn: Turn) -> None:
+    rows_RD = random(6, DIM)
+    assert torch.equal(rows_RD[turn.order(6)], turn_rows(rows_RD, turn))
 
 
 @pytest.mark.parametrize("even", [True, False])
