@@ -28,7 +28,7 @@ import torch
 from contenders import limit, own, peers
 from contenders.case import Facts
 from contenders.cell import DTYPES, Cell, Routing, Shape, reference
-from contenders.report import LARGE, report
+from contenders.report import LARGE, fastest_peer, report
 from harness import AbsentError, Contender, Field, Sample, usual_dtype
 
 SHAPES = {
@@ -94,7 +94,9 @@ def main() -> None:
                     found.append(measure(field, cell, wrong, options.rounds))
                     if options.profile:
                         field.clear()
-                        found[-1]["profiles"] = profiles(cell, options.device)
+                        fastest = fastest_peer(found[-1]["systems"])
+                        names = [*PROFILED, *([fastest] if fastest else [])]
+                        found[-1]["profiles"] = profiles(cell, names, options.device)
                     whole = join(kept, found)  # written each time: a run may be cut short
                     record.write(name, {"cells": whole}, report(whole))
 
@@ -113,7 +115,7 @@ def arguments() -> argparse.Namespace:
     add(
         "--profile",
         action="store_true",
-        help=f"say where {', '.join(PROFILED)} spend their time",
+        help=f"say where {', '.join(PROFILED)} and the fastest peer spend their time",
     )
     add("--add", action="store_true", help="keep the results of cells that are not measured now")
     options = parser.parse_args()
@@ -180,7 +182,7 @@ def measure(field: Field, cell: Cell, wrong: dict[str, str], rounds: int) -> dic
             continue
         print(f"  {name:20} {_line(systems[name])}", flush=True)
     where = record.setting()
-    keys = ["date", "commit", "processor", "instructions", "cores"]
+    keys = ["command", "date", "commit", "processor", "instructions", "cores"]
     keys += ["gpu"] if field.device == "cuda" else []
     installed = record.versions("torch", "deepspeed", "transformers")
     beside = record.versions("deepspeed", "torchtitan", folder=peers.FOLDER)
@@ -188,13 +190,16 @@ def measure(field: Field, cell: Cell, wrong: dict[str, str], rounds: int) -> dic
     return {"cell": {**cell._asdict(), "shape": cell.shape._asdict()}, **kept, "systems": systems}
 
 
-def profiles(cell: Cell, device: harness.Device) -> dict[str, list[dict[str, Any]]]:
+def profiles(
+    cell: Cell, names: Sequence[str], device: harness.Device
+) -> dict[str, list[dict[str, Any]]]:
     """The operators of a step, by system; of several ranks those of the first."""
     print("  profiling", flush=True)
     found = {}
-    for name in PROFILED:  # one at a time: the largest cells take all memory there is
-        build = partial(operators.Profiled, SYSTEMS[name].build)
-        with Field([Contender(name, build, cell.ranks)], device) as field:
+    for name in names:  # one at a time: the largest cells take all memory there is
+        system = SYSTEMS[name]
+        build = partial(operators.Profiled, system.build)
+        with Field([Contender(name, build, cell.ranks, system.first_on_path)], device) as field:
             answer = field.build(cell)[name]
         if not isinstance(answer, AbsentError):
             found[name] = answer[0]
@@ -211,6 +216,7 @@ def _entry(
     return {
         "seconds": sample.seconds,
         "flops": sum(facts.flops for facts in answer),
+        "executed": sum(facts.executed for facts in answer),
         "kept": sum(facts.kept for facts in answer),
         "assigned": sum(facts.assigned for facts in answer),
         "peak_bytes": sample.peak_bytes,

@@ -145,12 +145,26 @@ def test_layers_agree_with_the_reference_and_choose_what_was_wanted() -> None:
         assert kept["dropless"] == kept["hugging_face_eager"] == 128
 
 
+def test_flops_that_are_executed_are_those_of_the_router_and_of_all_rows_multiplied() -> None:
+    """In fp32, where we multiply filled rows alone; DeepSpeed multiplies all slots, and a little
+    besides."""
+    tokens, (dim, expert_dim, experts, top_k) = 64, SMALL
+    router = 3 * 2 * tokens * dim * experts
+    row = 3 * 3 * 2 * dim * expert_dim
+    slots = experts * 20  # 1.25·64·2/8 each
+    with Field([Contender("all", All)]) as field:
+        answer: Any = field.build(Cell(SMALL, tokens, "balanced", "fp32"))["all"]
+    rows = {name: (facts.executed - router) / row for name, facts in answer[0].items()}
+    assert slots <= rows.pop("deepspeed") < slots + 1
+    assert set(rows.values()) == {tokens * top_k}
+
+
 # ---- the report ----------------------------------------------------------------------------------
 
 
 def entry(seconds: list[float], flops: int = 100, **changes: Any) -> dict[str, Any]:
     plain = {"kept": 10, "assigned": 10, "peak_bytes": 2**20, "remark": "", "wrong": None}
-    return {"seconds": seconds, "flops": flops, **plain, **changes}
+    return {"seconds": seconds, "flops": flops, "executed": 2 * flops, **plain, **changes}
 
 
 SYSTEMS = {
@@ -171,6 +185,7 @@ def test_a_peer_that_computes_something_else_is_shown_and_not_ranked() -> None:
     asked = Cell(SMALL, 64, "zipf", "fp32")
     cell = {**asked._asdict(), "shape": asked.shape._asdict()}
     where = {
+        "command": "python benchmarks/layer.py",
         "date": "2026-01-02",
         "commit": "abc",
         "processor": "a chip",
@@ -179,10 +194,11 @@ def test_a_peer_that_computes_something_else_is_shown_and_not_ranked() -> None:
     }
     operators = [{"name": "aten::mm", "share": 0.5, "calls": 3.0}]
     text = report([{"cell": cell, **where, "systems": SYSTEMS, "profiles": {"limit": operators}}])
-    assert "2 rounds, 2026-01-02, commit abc, 2 cores of a chip (avx2)." in text
+    where_told = "`python benchmarks/layer.py`, 2 rounds, 2026-01-02, commit abc, 2 cores of a chip"
+    assert f"{where_told} (avx2)." in text
     assert "Where limit spends its time:" in text
     assert "| `aten::mm` | 50.0% | 3 |" in text
-    assert "| torchtitan | not ranked | not ranked | 0 | 0.0% |" in text
+    assert "| torchtitan | not ranked | not ranked | 2.00 | 0 | 0.0% |" in text
     assert "- torchtitan: 0.1 away from the reference." in text
     assert "- Mixtral eager: no such package." in text
 

@@ -5,11 +5,13 @@ Shape suffixes: L tokens of this rank as one sequence, D model width, T tokens, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from contenders.cell import Cell, tokens, useful_flops
 
@@ -45,6 +47,8 @@ class Facts(NamedTuple):
 
     flops: int
     """Useful ones of a step, of what this rank's tokens asked for."""
+    executed: int
+    """FLOPs of all matrix products of a step: the router's, too, and those of empty rows."""
     kept: int
     assigned: int
     is_as_wanted: bool | None
@@ -90,8 +94,8 @@ class LayerCase:
         """Runs the layer."""
         with torch.no_grad():
             chosen_TK, kept = self.layer.look(self.x_1LD)
-        flops = useful_flops(self.cell.shape, kept)
-        facts = Facts(flops, kept, self.expert_TK.numel(), self._as_wanted(chosen_TK))
+        flops, executed = useful_flops(self.cell.shape, kept), executed_flops(self.step)
+        facts = Facts(flops, executed, kept, self.expert_TK.numel(), self._as_wanted(chosen_TK))
         if not self.cell.is_checked:
             return facts
         y_1LD = self._pass()
@@ -114,3 +118,18 @@ def heard(module: nn.Module, call: Any) -> Any:
     call()
     hook.remove()
     return outputs[-1]
+
+
+def executed_flops(step: Callable[[], object]) -> int:
+    """Of its matrix products, counted as they are called."""
+    with FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_TORCH) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def _grouped_flops(one: torch.Size, other: torch.Size, *_: object, **__: object) -> int:
+    """Of a product whose groups are rows of `one`, or what is summed over."""
+    return 2 * one[0] * one[1] * other[-1]
+
+
+_UNKNOWN_TO_TORCH = {torch.ops.aten._grouped_mm: _grouped_flops}

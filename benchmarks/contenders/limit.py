@@ -67,7 +67,7 @@ class Limit:
     def facts(self) -> Facts:
         assigned = self.cell.tokens * self.cell.shape.top_k // self.cell.ranks
         flops = useful_flops(self.cell.shape, assigned)
-        return Facts(flops, assigned, assigned, None, self.name)
+        return Facts(flops, flops, assigned, assigned, None, self.name)
 
 
 class Given(Limit):
@@ -96,7 +96,7 @@ class Large:
         torch.mm(self.factor, self.factor)
 
     def facts(self) -> Facts:
-        return Facts(2 * LARGE**3, 1, 1, None, f"{LARGE}³")
+        return Facts(2 * LARGE**3, 2 * LARGE**3, 1, 1, None, f"{LARGE}³")
 
 
 def products(cell: Cell, rank: int, device: torch.device) -> list[Pair]:

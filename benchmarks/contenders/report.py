@@ -76,7 +76,8 @@ def _summary(cells: list[dict[str, Any]]) -> list[str]:
     targets = (
         f"at least {few} or {others} of the limit, {LEAST_SPEED} times the fastest peer and, of "
         f"{MANY_TOKENS:,} tokens, {LEAST_SPEED_DEEPSPEED:g} times DeepSpeed; no more memory than "
-        "the leanest peer. They were set for 8 experts in bf16 on AMX, and are marked everywhere"
+        "the leanest peer. They were set for bf16 on AMX, shares of the limit for 8 experts, and "
+        "are marked everywhere"
     )
     if _is_on_gpu(cells[0]):
         targets = (
@@ -168,15 +169,16 @@ def _where(entry: dict[str, Any]) -> str:
     time allowed."""
     rounds = len(entry["systems"][LIMIT]["seconds"])
     cpu = f"{entry['cores']} cores of {entry['processor']} ({entry['instructions']})"
+    command = [f"`{entry['command']}`"] if "command" in entry else []
     place = [f"{rounds} rounds", entry["date"], f"commit {entry['commit']}", entry.get("gpu", cpu)]
-    return f"{', '.join([*place, *entry.get('versions', [])])}."
+    return f"{', '.join([*command, *place, *entry.get('versions', [])])}."
 
 
 def _table(cell: Cell, entry: dict[str, Any]) -> str:
     """Of a GPU with absolute times and rates."""
     systems, on_gpu = entry["systems"], _is_on_gpu(entry)
     header = ["system", *(["ms", "TFLOP/s"] if on_gpu else []), "share of the limit"]
-    header += ["speed ÷ moetrain's", "MiB a step takes", "dropped"]
+    header += ["speed ÷ moetrain's", "FLOPs executed ÷ useful", "MiB a step takes", "dropped"]
     rows = []
     for name, found in systems.items():
         if "absent" in found:
@@ -193,6 +195,7 @@ def _table(cell: Cell, entry: dict[str, Any]) -> str:
                 f"{name} ({found['remark']})" if found["remark"] else name,
                 *(absolute if on_gpu else []),
                 *(["not ranked"] * 2 if found["wrong"] else compared),
+                f"{found['executed'] / found['flops']:.2f}" if "executed" in found else "–",
                 f"{found['peak_bytes'] / 2**20:.0f}",
                 f"{dropped:.1%}",
             ]
@@ -202,7 +205,8 @@ def _table(cell: Cell, entry: dict[str, Any]) -> str:
 
 SUMMARY = """\
 Useful FLOP/s: those of the experts' three matrix products and their gradients on rows that are not
-dropped, over the time of everything. The *limit* is these products alone, on sorted rows in equal
+dropped, over the time of everything; executed ones are those of all matrix products, the router's
+and those of empty rows among them. The *limit* is these products alone, on sorted rows in equal
 groups, by the fastest of the plain ways that torch has; a share of 1 would be a layer whose router,
 permutation, activation and combination cost nothing. The *fastest peer* is the one with the most
 useful FLOP/s, dropless or not. *On* is a GPU, or the widest instructions for products that the CPU
