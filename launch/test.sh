@@ -7,6 +7,6 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
 cd "$root"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # ranks are many and small: one thread for each
-# Four files at a time, since tests of several processes mostly wait for them; in the order of
+# Three files at a time, since tests of several processes mostly wait for them; in the order of
 # collection, slow ones first; a file stays with one worker, which keeps its ranks.
-exec python -m pytest --numprocesses=4 --dist=loadfile --no-loadscope-reorder "$@"
+exec python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder "$@"

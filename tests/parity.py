@@ -11,10 +11,12 @@ experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,8 @@ from moetrain.data import Batch
 from moetrain.evaluate import evaluate
 from moetrain.mesh import Mesh
 from moetrain.model import Output, Transformer, initial_value
-from moetrain.moe import Draws, Gate, LayerOutput, Ledger, MoE, Plan, Router, Routing
+from moetrain.moe import Draws, Gate, LayerOutput, Ledger, MoE, Plan, Router, Routing, dispatch
+from moetrain.moe.experts import Feed
 from moetrain.moe.keyed import step_key
 from moetrain.objective import LayerMeans, Means, reduce
 from moetrain.optim import StepOutcome
@@ -497,3 +500,16 @@ def _same_fates(mine: Tensor, theirs: Tensor, where: str) -> None:
     assert torch.equal(mine[:, 0], theirs[:, 0]), f"{where}: other tokens than in the reference"
     differing = mine[(mine != theirs).any(1), 0].tolist()
     assert not differing, f"{where}: the tokens went to other experts: {differing}"
+
+
+@contextmanager
+def dtypes_of_rows() -> Iterator[set[torch.dtype]]:
+    """What experts multiply that are spread over ranks: their rows' types, and their weights'."""
+    run, seen = dispatch._run, set[torch.dtype]()
+
+    def watched(feed: Feed, rows_RD: Tensor, *arguments: Any) -> Tensor:
+        seen.update((rows_RD.dtype, feed.w_gate_up.dtype, feed.w_down.dtype))
+        return run(feed, rows_RD, *arguments)
+
+    with mock.patch.object(dispatch, "_run", watched):
+        yield seen

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from launchers import run
 from runs import train, write_config
 
 from moetrain import settings
@@ -288,6 +289,24 @@ def test_one_command_writes_the_report(
     assert [one["label"] for one in kept["refused"]] == ["switch, 1.0", "switch, dropless"]
     assert "capacity: left out: switch, 1.0: moe.top_k (2) must be 1" in said.err
     assert "Choosing a capacity factor for small" in (tmp_path / "capacity.html").read_text()
+
+
+def test_torchrun_sweeps_with_experts_of_their_own(config: Path, tmp_path: Path) -> None:
+    """By the documented command; half as many slots are half as much to send."""
+    words = "--capacity-factors 0.5 1.0 --warm-start 1 --steps 2 --repeats 1 --parallel.ep 2"
+    done = run(
+        *(sys.executable, "-m", "moetrain.torchrun", "--nproc-per-node", "2"),
+        *("benchmarks/capacity.py", config, *words.split(), "--out", tmp_path / "report"),
+        GLOO_SOCKET_IFNAME="lo",
+        OMP_NUM_THREADS="1",
+        CUDA_VISIBLE_DEVICES="",
+    )
+    assert done.returncode == 0, done.stderr
+    kept = json.loads((tmp_path / "report/capacity.json").read_text())
+    assert "on 2 ranks with expert parallelism 2" in (tmp_path / "report/capacity.md").read_text()
+    assert kept["advice"]["headline"] == done.stdout.strip()
+    half, whole = (row["all_to_all_bytes"] for row in kept["variants"])
+    assert whole == 2 * half > 0
 
 
 @pytest.mark.parametrize(

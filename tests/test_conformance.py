@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moetrain.moe import AllToAll, Draws, MoE, balance, capacity, routing
+from moetrain.moe import AllToAll, Draws, MoE, balance, capacity, dispatch, routing
 from moetrain.moe import layer as moe_layer
 from moetrain.moe import router as moe_router
 from moetrain.testing import RankPool, simulate_ranks
@@ -306,17 +306,9 @@ def padding_in_the_balance(patch: Patch) -> None:
     patch.setattr(MoE, "forward", see_everything)
 
 
-def results_of_the_next_rank(patch: Patch) -> None:
-    honest = AllToAll.combine
-
-    def combine(self, experts, arrived, gate_TK):
-        def rolled(*rows):
-            return experts(*rows).roll(1, dims=0)
-
-        rolled.split = lambda num_parts: [rolled]  # type: ignore[attr-defined]
-        return honest(self, rolled, arrived, gate_TK)
-
-    patch.setattr(AllToAll, "combine", combine)
+def results_of_the_next_row(patch: Patch) -> None:
+    honest = dispatch.head_back
+    patch.setattr(dispatch, "head_back", lambda rows, route: honest(rows.roll(1, dims=0), route))
 
 
 def local_means(patch: Patch) -> None:
@@ -372,7 +364,7 @@ def experts_by_place_on_the_rank(patch: Patch) -> None:
         ("I7", "topk", ties_to_the_last, r"64 of 64 tied tokens: \[\(7, 6\)\]"),
         ("I8", "random", draws_by_place, "go to other experts than in one process"),
         ("I9", "topk", ranks_without_tokens_stay_away, "some ranks without tokens.*TimeoutError"),
-        ("I10", "topk", results_of_the_next_rank, "outputs"),
+        ("I10", "topk", results_of_the_next_row, "outputs"),
         ("I12", "topk", capacity_per_choice, r"took [45] of a group; its capacity is 3"),
         ("I13", "topk", copies_of_one_expert, r"experts \[1, 2, 3, 4, 5, 6, 7\] equal"),
         ("I13", "topk", experts_drawn_by_rank, "starts from other .*experts"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from strategies import DIM
 from torch import Tensor
 
 from moetrain.moe import AllToAll, Dispatcher, Experts, MoE, Plan, packed
+from moetrain.moe.experts import Feed
 from moetrain.testing import simulate_ranks
 
 
@@ -94,9 +95,12 @@ SOME = torch.arange(8 * 5).view(8, 5) % 7 != 4
 EVERY_WAY = [(num_ranks, way) for num_ranks in (2, 4, 8) for way in every_way(num_ranks)]
 IN_EVERY_WAY = pytest.mark.parametrize(("num_ranks", "way"), EVERY_WAY, ids=str)
 BOTH = pytest.mark.parametrize("factor", [0.75, None])
+EVERYWHERE = pytest.mark.parametrize(
+    "runs", [nullcontext, as_on_a_gpu], ids=["on a CPU", "as on a GPU"]
+)
 
 
-@pytest.mark.parametrize("runs", [nullcontext, as_on_a_gpu], ids=["on a CPU", "as on a GPU"])
+@EVERYWHERE
 @BOTH
 @IN_EVERY_WAY
 def test_every_dispatcher_equals_one_process(
@@ -184,28 +188,38 @@ class _Poison(torch.autograd.Function):
         return grad.masked_fill(chosen, torch.nan), None
 
 
-class Poisoned:
+class Poisoned(NamedTuple):
     """Experts that leave NaN in every empty row, in results and in gradients."""
 
-    def __init__(self, experts: Experts, seen: list[int]):
-        self.experts, self.seen = experts, seen
+    experts: Experts
+    seen: list[int]
 
-    def __call__(self, rows: Tensor, counts: list[int] | None, row_F: Tensor | None) -> Tensor:
-        return self.poisoned(self.experts, rows, counts, row_F)
+    def feed(self) -> PoisonedFeed:
+        return PoisonedFeed(self.experts.feed(), self.seen)
 
-    def takes_any_order(self, rows_RD: Tensor) -> bool:
-        return self.experts.takes_any_order(rows_RD)
+    def split(self, num_parts: int) -> list[PoisonedFeed]:
+        return [PoisonedFeed(part, self.seen) for part in self.experts.split(num_parts)]
 
-    def split(self, num_parts: int) -> list[Any]:
-        parts = self.experts.split(num_parts)
-        return [lambda *rows, part=part: self.poisoned(part, *rows) for part in parts]
 
-    def poisoned(
-        self, part: Any, rows: Tensor, counts: list[int] | None, row_F: Tensor | None
-    ) -> Tensor:
+class PoisonedFeed(NamedTuple):
+    """Some of them."""
+
+    clean: Feed
+    seen: list[int]
+
+    def takes_any_order(self, rows: Tensor) -> bool:
+        return self.clean.takes_any_order(rows)
+
+    def __call__(self, rows: Tensor, counts: list[int] | None) -> Tensor:
+        return self.poisoned(rows, lambda rows: self.clean(rows, counts))
+
+    def in_place(self, rows: Tensor, row_N: Tensor, counts: list[int]) -> Tensor:
+        return self.poisoned(rows, lambda rows: self.clean.in_place(rows, row_N, counts))
+
+    def poisoned(self, rows: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         empty = (rows == 0).all(-1, keepdim=True)
         self.seen.append(int(empty.sum()))
-        return part(_Poison.apply(rows, empty), counts, row_F).masked_fill(empty, torch.nan)
+        return run(_Poison.apply(rows, empty)).masked_fill(empty, torch.nan)
 
 
 class WithPoison:
@@ -221,16 +235,19 @@ class WithPoison:
         return self.dispatcher.combine(Poisoned(experts, self.seen), arrived, gate_TK)  # type: ignore[arg-type]
 
 
+@EVERYWHERE
 @IN_EVERY_WAY
-def test_poison_in_empty_rows_reaches_nothing_by_any_dispatcher(num_ranks: int, way: Way) -> None:
-    """Where they are multiplied at all."""
+def test_poison_in_empty_rows_reaches_nothing_by_any_dispatcher(
+    num_ranks: int, way: Way, runs: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """Whether they are multiplied or not."""
     seen: list[int] = []
 
     def poison(layer: MoE) -> None:
         layer.dispatcher = WithPoison(layer.dispatcher, seen)
 
     arguments = (num_ranks, Router("topk", 3), 1.5, "position", SOME, way)
-    with as_on_a_gpu():
+    with runs():
         check_bitwise(on_ranks(*arguments, poison), on_ranks(*arguments))
     assert sum(seen) > 0
 

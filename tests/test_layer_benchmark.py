@@ -101,6 +101,30 @@ def test_every_way_computes_the_same_products() -> None:
             torch.testing.assert_close(found, wanted)
 
 
+def test_memory_that_is_given_holds_every_product() -> None:
+    with Field([Contender("given", Each)]) as field:
+        answer: Any = field.build(Cell(SMALL, 64, "balanced", "fp32"))["given"]
+    assert answer == [[True] * 6]
+
+
+class Each:
+    """Whether each of the products lies where it should, right after it was computed."""
+
+    def __init__(self, cell: Cell, device: torch.device):
+        self.given = limit.Given(cell, device)
+
+    def step(self) -> None:
+        self.given.step()
+
+    def facts(self) -> list[bool]:
+        found, results = [], self.given.results
+        for pair, result in zip(self.given.products, results, strict=True):
+            self.given.products, self.given.results = [pair], [result]
+            self.given.step()
+            found.append(torch.equal(result, torch.bmm(*pair)))
+        return found
+
+
 # ---- the layers ----------------------------------------------------------------------------------
 
 BUILDS = (

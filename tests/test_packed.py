@@ -171,16 +171,42 @@ def test_rows_in_any_order_stay_where_they_are() -> None:
     def run(rows_FD: Tensor, *weights: Tensor) -> Tensor:
         return packed.run_rows(rows_RD.index_copy(0, row_F, rows_FD), row_F, counts, *weights)
 
+    leaves = rows_RD, w_gate_up, w_down
     result_RD = packed.run_rows(rows_RD, row_F, counts, w_gate_up, w_down)
     for row, expert in [(5, 0), (0, 0), (3, 0), (1, 2)]:
         gate, up = (rows_RD[row] @ w_gate_up[expert]).chunk(2)
         expected = (torch.nn.functional.silu(gate) * up) @ w_down[expert]
         torch.testing.assert_close(result_RD[row], expected)
     assert not result_RD[[2, 4, 6]].any()
-    (grad_RD,) = torch.autograd.grad(result_RD.sum(), rows_RD)
-    assert not grad_RD[[2, 4, 6]].any()
+    grad_RD = random(7, 4, seed=9)
+    grad_RD[[2, 4, 6]] = torch.nan
+    grad_rows_RD, *grads = torch.autograd.grad(result_RD, leaves, grad_RD)
+    assert not grad_rows_RD[[2, 4, 6]].any()
+    assert all(grad.isfinite().all() for grad in grads)
     rows_FD = rows_RD.detach()[row_F].requires_grad_()
     assert torch.autograd.gradcheck(run, (rows_FD, w_gate_up, w_down))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_in_any_order_give_the_bits_of_sorted_ones(dtype: torch.dtype) -> None:
+    """Also where groups have room for more rows than they get."""
+    counts = [3, 0, 40, 1]
+    row_F = torch.randperm(60, generator=torch.Generator().manual_seed(1))[: sum(counts)]
+    drawn = [random(*shape, seed=i) for i, shape in enumerate([(60, 8), (4, 8, 12), (4, 6, 8)])]
+    grad_RD = random(60, 8, seed=7).to(dtype)
+
+    def outcome(rows_RD: Tensor, row_F: Tensor, grad_RD: Tensor) -> list[Tensor]:
+        leaves = [one.to(dtype).requires_grad_() for one in (rows_RD, *drawn[1:])]
+        result_RD = packed.run_rows(leaves[0], row_F, counts, *leaves[1:])
+        return [result_RD, *torch.autograd.grad(result_RD, leaves, grad_RD)]
+
+    y_RD, grad_x_RD, *grads = outcome(drawn[0], row_F, grad_RD)
+    sorted_F = torch.arange(len(row_F))
+    y_FD, grad_x_FD, *others = outcome(drawn[0][row_F], sorted_F, grad_RD[row_F])
+    for one, other in zip(
+        [y_RD[row_F], grad_x_RD[row_F], *grads], [y_FD, grad_x_FD, *others], strict=True
+    ):
+        assert torch.equal(one, other)
 
 
 def plan_of(expert_TK: Tensor, slots: int) -> Plan:

@@ -14,9 +14,9 @@ from moetrain.moe import Plan, Routing
 from moetrain.moe.capacity import plan_capacity, plan_dropless
 from moetrain.moe.rows import (
     Turn,
+    are_filled,
     combine_rows,
     gather_rows,
-    is_not_zero,
     reorder_experts,
     turn_rows,
     uneven_turn,
@@ -82,12 +82,13 @@ def test_gradients_of_combine_with_the_empty_tail_left_off() -> None:
     assert torch.autograd.gradcheck(lambda r, g: combine_rows(r, g, plan), (rows_RD, gate_TK))
 
 
-def test_combining_no_rows_gives_zero() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_combining_no_rows_gives_zero(dtype: torch.dtype) -> None:
     """A rank none of whose tokens is valid: dropless, it gets nothing back."""
     record, _ = small(dropless=True)
     record = record._replace(valid_T=torch.zeros(12, dtype=torch.bool))
     plan = plan_dropless(record)
-    rows_RD = torch.zeros(0, DIM, dtype=torch.float64, requires_grad=True)
+    rows_RD = torch.zeros(0, DIM, dtype=dtype, requires_grad=True)
     gate_TK = record.gate_TK.clone().requires_grad_()
     y_TD = combine_rows(rows_RD, gate_TK, plan)
     y_TD.sum().backward()
@@ -178,12 +179,12 @@ def test_poison_in_gates_of_choices_without_a_row_reaches_no_expert(dropless: bo
 
 @pytest.mark.parametrize("width", [1, 3, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_a_row_with_one_number_is_not_zero(dtype: torch.dtype, width: int) -> None:
+def test_a_row_with_one_number_are_filled(dtype: torch.dtype, width: int) -> None:
     """Whichever place it has and however small it is; also where it is no number."""
     smallest = torch.finfo(dtype).tiny
     for value in (1.0, -1.0, smallest, torch.nan, torch.inf):
-        assert is_not_zero(torch.diag(torch.full((width,), value, dtype=dtype))).all()
-    assert not is_not_zero(torch.zeros(5, width, dtype=dtype)).any()
+        assert are_filled(torch.diag(torch.full((width,), value, dtype=dtype))).all()
+    assert not are_filled(torch.zeros(5, width, dtype=dtype)).any()
 
 
 # ---- experts in another order --------------------------------------------------------------------
@@ -257,7 +258,7 @@ def test_equal_blocks_are_turned_as_uneven_ones_are(shape: tuple[int, int]) -> N
 )
 def test_the_order_of_a_turn_is_what_turning_does(turn: Turn) -> None:
     rows_RD = random(6, DIM)
-    assert torch.equal(rows_RD[turn.order(6)], turn_rows(rows_RD, turn))
+    assert torch.equal(rows_RD[turn.order_of(6)], turn_rows(rows_RD, turn))
 
 
 @pytest.mark.parametrize("even", [True, False])

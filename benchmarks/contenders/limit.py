@@ -65,25 +65,32 @@ class Limit:
             WAYS[self.name](pair)
 
     def facts(self) -> Facts:
-        assigned = self.cell.tokens * self.cell.shape.top_k // self.cell.ranks
-        flops = useful_flops(self.cell.shape, assigned)
-        return Facts(flops, flops, assigned, assigned, None, self.name)
+        return _facts(self.cell, self.name)
 
 
-class Given(Limit):
-    """The same in memory that is there already, one result after another in the same. (Else a
-    large result has pages to be zeroed.)"""
+class Given:
+    """The same by `torch.bmm`, in memory that is there already, one result after another in the
+    same. (Else a large result has pages to be zeroed.)"""
 
     def __init__(self, cell: Cell, device: torch.device):
-        super().__init__(cell, device)
+        self.cell = cell
+        self.products = products(cell, dist.get_rank(), device)
         shapes = [(len(one), one.shape[1], other.shape[2]) for one, other in self.products]
         room = torch.empty(max(map(math.prod, shapes)), dtype=DTYPES[cell.dtype], device=device)
         self.results = [room[: math.prod(shape)].view(shape) for shape in shapes]
-        self.name = "bmm"
 
     def step(self) -> None:
         for pair, result in zip(self.products, self.results, strict=True):
             torch.bmm(*pair, out=result)
+
+    def facts(self) -> Facts:
+        return _facts(self.cell, "bmm")
+
+
+def _facts(cell: Cell, way: str) -> Facts:
+    assigned = cell.tokens * cell.shape.top_k // cell.ranks
+    flops = useful_flops(cell.shape, assigned)
+    return Facts(flops, flops, assigned, assigned, None, way)
 
 
 class Large:

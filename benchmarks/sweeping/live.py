@@ -279,7 +279,7 @@ def executed_rows(run: Run, result: StepResult) -> int:
     config, mesh = run.config, run.mesh
     ledgers = [ledger for part in result.parts for ledger in part.ledgers]
     is_compiled = config.engine.compile and config.moe.capacity_factor is not None
-    if mesh.device.type == "cuda" or is_compiled:  # shapes are static
+    if mesh.device.type == "cuda" or is_compiled or config.moe.expert_dropout:  # all slots
         return sum(gather(sum(int(ledger.slots) for ledger in ledgers)))
     row_NE = torch.stack([ledger.row_E for ledger in ledgers])
     dist.all_reduce(row_NE, group=mesh.expert_parallel.get_group())

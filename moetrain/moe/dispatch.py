@@ -25,9 +25,9 @@ from moetrain.moe.exchange import (
     change,
     change_back,
     even_route,
+    head_back,
     number_of_ranks,
     order_of_ranks,
-    set_back,
     set_out,
     uneven_routes,
 )
@@ -36,9 +36,9 @@ from moetrain.moe.flights import Flight, add_up, all_gather, land
 from moetrain.moe.packed import run_packed
 from moetrain.moe.rows import (
     Turn,
+    are_filled,
     combine_rows,
     gather_rows,
-    is_not_zero,
     reorder_experts,
     turn_rows,
 )
@@ -162,10 +162,9 @@ class AllToAll:
         """Run the experts and start their results' way back part by part; then sum per token."""
         plan, routes, flights = arrived
         returning = []
-        for product, route, flight in zip(experts.split(self.chunks), routes, flights, strict=True):
-            rows_RD = land(flight)
-            results_RD = _run(experts, product, rows_RD, route.hops[-1].turn, route.counts)
-            returning.append(set_back(results_RD, route))
+        for feed, route, flight in zip(experts.split(self.chunks), routes, flights, strict=True):
+            results_RD = _run(feed, land(flight), route.hops[-1].turn, route.counts)
+            returning.append(head_back(results_RD, route))
         returning = [change_back(*part) for part in zip(returning, routes, strict=True)]
         parts = [land(flight) for flight in returning]
         return combine_rows(parts[0] if len(parts) == 1 else torch.cat(parts), gate_TK, plan)
@@ -184,28 +183,27 @@ def _cut(rows_RD: Tensor, sizes: list[int]) -> Sequence[Tensor]:
     return [rows_RD] if sizes == [len(rows_RD)] else rows_RD.split([*sizes, tail])[:-1]
 
 
-def _run(
-    experts: Experts, product: Feed, rows_RD: Tensor, turn: Turn, counts: list[int] | None
-) -> Tensor:
-    """What experts, or a part of them, make of rows that lie by rank, then by expert: (R, D), in
-    the same order.
+def _run(feed: Feed, rows_RD: Tensor, turn: Turn, counts: list[int] | None) -> Tensor:
+    """What experts make of rows that lie by rank, then by expert: (R, D), in the same order.
 
     Where they have no counts, each has as many, of which some are empty. A GPU multiplies these,
-    too; a CPU leaves them out, which changes nothing: experts have no bias, so rows of zeros become
-    rows of zeros, and add nothing to any gradient.
+    too; a CPU leaves them out, unless rows bring keys, which changes nothing: experts have no bias,
+    so rows of zeros become rows of zeros, and add nothing to any gradient.
     """
     num_experts = turn.shape[1]
-    if experts.takes_any_order(rows_RD):
-        row_F = turn.order(len(rows_RD))
+    if feed.takes_any_order(rows_RD):
+        row_F = turn.order_of(len(rows_RD))
         if counts is None:
-            is_filled_R = is_not_zero(rows_RD)[row_F]
+            is_filled_R = are_filled(rows_RD)[row_F]
             row_F = row_F[is_filled_R]
             counts = is_filled_R.view(num_experts, -1).sum(1).tolist()
-        return product(rows_RD, counts, row_F)
-    rows = turn_rows(rows_RD, turn)
-    rows = rows if counts is not None else rows.unflatten(0, (num_experts, -1))
-    results = product(rows, counts, None)
-    return turn_rows(results if counts is not None else results.flatten(0, 1), turn.back())
+        return feed.in_place(rows_RD, row_F, counts)
+    rows_RD = turn_rows(rows_RD, turn)
+    if counts is None:
+        results_RD = feed(rows_RD.unflatten(0, (num_experts, -1)), None).flatten(0, 1)
+    else:
+        results_RD = feed(rows_RD, counts)
+    return turn_rows(results_RD, turn.back())
 
 
 class Gathered(NamedTuple):
@@ -245,8 +243,8 @@ class AllGather:
         table_PX = land(arrived.table)
         plan, counts = _share(arrived.plan, table_PX, self.group.rank())
         rows_RD = gather_rows(land(arrived.x), plan)
-        is_sorted = Turn((1, plan.count_E.numel()))
-        results_RD = _run(experts, experts, rows_RD, is_sorted, counts)
+        unturned = Turn((1, plan.count_E.numel()))
+        results_RD = _run(experts.feed(), rows_RD, unturned, counts)
         gates = land(gates)
         shares = combine_rows(results_RD, gates, plan, dtype=gates.dtype)
         return add_up(shares, self.group).to(rows_RD.dtype)

@@ -25,7 +25,7 @@ from moetrain.moe.rows import Turn, turn_rows, uneven_turn
 
 
 class Hop(NamedTuple):
-    """One all-to-all, and how its blocks are turned when they have arrived."""
+    """One all-to-all, and how its blocks are to be turned then."""
 
     group: str
     """The process group's name."""
@@ -33,13 +33,14 @@ class Hop(NamedTuple):
     """Rows to each rank of the group."""
     received: list[int]
     turn: Turn
+    """Of what has landed."""
 
 
 class Route(NamedTuple):
     """How the rows of one part reach their experts."""
 
     hops: list[Hop]
-    """The last one's blocks are turned from the order of ranks to that of experts."""
+    """The last one's turn, from the order of ranks to that of experts, is left to whoever lands."""
     counts: list[int] | None
     """Rows of each expert that arrive; None where all have as many."""
 
@@ -56,7 +57,7 @@ def change(flight: Flight, route: Route) -> Flight:
     return flight
 
 
-def set_back(rows_RD: Tensor, route: Route) -> Flight:
+def head_back(rows_RD: Tensor, route: Route) -> Flight:
     """Start the way back of rows that lie as they have landed: by rank, then by expert."""
     return _start_back(rows_RD, route.hops[-1])
 

@@ -1,13 +1,14 @@
 """Expert feed-forward networks with packed weights, and the products over rows sorted by expert.
 
-Shape suffixes: e experts on this rank, D model width, F expert hidden width, R rows.
+Shape suffixes: e experts on this rank, D model width, F expert hidden width, R rows, N of them that
+belong to an expert.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,6 @@ from torch.distributed.tensor import DTensor
 from moetrain.moe.dropout import drop_units, split_keys
 from moetrain.moe.packed import run_rows
 from moetrain.moe.rows import is_eager_cpu
-
-Feed: TypeAlias = Callable[[Tensor, list[int] | None, Tensor | None], Tensor]
-"""What experts do to their rows; see `Experts.forward`."""
 
 
 def swiglu(hidden: Tensor) -> Tensor:
@@ -42,25 +40,14 @@ class Experts(nn.Module):
         self.w_gate_up = nn.Parameter(torch.empty(num_experts, dim, 2 * hidden_dim))
         self.w_down = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
 
-    def forward(
-        self, rows: Tensor, counts: list[int] | None, row_F: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, rows: Tensor, counts: list[int] | None) -> Tensor:
         """Apply each expert to its rows; same shape out.
 
         `rows` is (e, R, D) with the same number of rows for every expert when `counts` is None,
         otherwise (R, D) sorted by expert with `counts[i]` rows for the i-th and R their sum. Rows
         with the columns of a key (`moetrain.moe.dropout`) lose hidden units, and come back without.
-
-        Where `takes_any_order` says so, `row_F` (int64) may name the rows sorted by expert instead,
-        and rows that are not named come back as zeros.
         """
-        w_gate_up, w_down = self.local_weights()
-        weights = {"w_gate_up": w_gate_up, "w_down": w_down}
-        return _feed(rows, counts, row_F, **weights, dropout=self.dropout)
-
-    def takes_any_order(self, rows_RD: Tensor) -> bool:
-        """Whether such rows need not be sorted, nor all belong to an expert."""
-        return _is_packed(rows_RD, self.w_down.shape[-1])
+        return self.feed()(rows, counts)
 
     def local_weights(self) -> tuple[Tensor, Tensor]:
         """What this rank holds of the weights: (e, D, 2F) and (e, F, D)."""
@@ -68,51 +55,56 @@ class Experts(nn.Module):
         gate_up, down = (w.to_local() if isinstance(w, DTensor) else w for w in weights)
         return gate_up, down
 
+    def feed(self) -> Feed:
+        """All of this rank's experts."""
+        return Feed(*self.local_weights(), self.dropout)
+
     def split(self, num_parts: int) -> list[Feed]:
-        """The experts in consecutive parts of equal size, each to be called as the whole is.
+        """The experts in consecutive parts of equal size.
 
         Raises ValueError when they cannot be cut so.
         """
-        if num_parts == 1:
-            return [self]
         w_gate_up, w_down = self.local_weights()
         size, rest = divmod(len(w_down), num_parts)
         if rest:
             raise ValueError(f"{len(w_down)} experts cannot be cut into {num_parts} equal parts")
         # One split of each weight, so that the backward pass puts its gradient together at once.
         parts = zip(w_gate_up.split(size), w_down.split(size), strict=True)
-        return [
-            partial(_feed, w_gate_up=gate_up, w_down=down, dropout=self.dropout)
-            for gate_up, down in parts
-        ]
+        return [Feed(gate_up, down, self.dropout) for gate_up, down in parts]
 
 
-def _feed(
-    rows: Tensor,
-    counts: list[int] | None,
-    row_F: Tensor | None = None,
-    *,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    dropout: float,
-) -> Tensor:
-    dim = w_down.shape[-1]
-    if counts is not None and _is_packed(rows, dim):
-        row_F = torch.arange(len(rows)) if row_F is None else row_F
-        return run_rows(rows, row_F, counts, w_gate_up, w_down)
-    key = None
-    if rows.shape[-1] != dim:
-        rows, key = split_keys(rows)
-    product = _product_for(rows, w_gate_up, counts)
-    hidden = swiglu(product(rows, w_gate_up))
-    if key is not None:
-        hidden = drop_units(hidden, key, dropout)
-    return product(hidden, w_down)
+class Feed(NamedTuple):
+    """What some experts of this rank do to their rows."""
 
+    w_gate_up: Tensor
+    w_down: Tensor
+    dropout: float
 
-def _is_packed(rows: Tensor, dim: int) -> bool:
-    """Whether rows go a few experts at a time: on CPUs, unless they bring keys."""
-    return is_eager_cpu(rows) and rows.shape[-1] == dim
+    def __call__(self, rows: Tensor, counts: list[int] | None) -> Tensor:
+        """See `Experts.forward`."""
+        if counts is not None and self.takes_any_order(rows):
+            return self.in_place(rows, torch.arange(len(rows)), counts)
+        key = None
+        if rows.shape[-1] != self._dim:
+            rows, key = split_keys(rows)
+        product = _product_for(rows, self.w_gate_up, counts)
+        hidden = swiglu(product(rows, self.w_gate_up))
+        if key is not None:
+            hidden = drop_units(hidden, key, self.dropout)
+        return product(hidden, self.w_down)
+
+    def takes_any_order(self, rows: Tensor) -> bool:
+        """Whether `in_place` takes such rows: on CPUs, unless they bring keys."""
+        return is_eager_cpu(rows) and rows.shape[-1] == self._dim
+
+    def in_place(self, rows_RD: Tensor, row_N: Tensor, counts: list[int]) -> Tensor:
+        """Apply each expert to its `counts` rows, wherever they lie: those of the first expert are
+        the first of `row_N` (int64). All other rows come back as zeros: (R, D)."""
+        return run_rows(rows_RD, row_N, counts, self.w_gate_up, self.w_down)
+
+    @property
+    def _dim(self) -> int:
+        return self.w_down.shape[-1]
 
 
 def _product_for(

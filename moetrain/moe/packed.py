@@ -3,7 +3,7 @@
 A GPU wants equal shapes and one product for all experts. A CPU gains nothing by that, and loses by
 every empty row it multiplies and by every tensor that does not fit into its cache. So it takes a
 group of neighbouring experts at a time that have about as many rows as each other: gathers their
-tokens, multiplies them, and forgets what is cheap to have again, the gathered tokens and what goes
+rows, multiplies them, and forgets what is cheap to have again, the gathered rows and what goes
 into the second product. Small experts in one product share its costs, and its threads have one
 each; a large one is a group of its own.
 
@@ -49,7 +49,7 @@ class Group(NamedTuple):
     """Rows of each, n."""
     experts: slice
     rows: slice
-    """Among the filled rows, which lie sorted by expert."""
+    """Among the filled rows, sorted by expert."""
     places: slice
     """Among the rows of all groups."""
 
@@ -150,15 +150,15 @@ def run_packed(
 
 
 def run_rows(
-    rows_RD: Tensor, row_F: Tensor, counts: list[int], w_gate_up: Tensor, w_down: Tensor
+    rows_XD: Tensor, row_R: Tensor, counts: list[int], w_gate_up: Tensor, w_down: Tensor
 ) -> Tensor:
-    """What each expert makes of its `counts` rows, in place, and zeros in all others: (R, D).
+    """What each expert makes of its `counts` rows, in place, and zeros in all others: (X, D).
 
-    `row_F` (int64) says where the rows of the first expert lie, then those of the second, …; no row
+    `row_R` (int64) says where the rows of the first expert lie, then those of the second, …; no row
     is there twice.
     """
     groups, keeps = _cut_for(counts, w_down), torch.is_grad_enabled()
-    return _Rows.apply(rows_RD, row_F, w_gate_up, w_down, groups, keeps)  # type: ignore[return-value]
+    return _Rows.apply(rows_XD, row_R, w_gate_up, w_down, groups, keeps)  # type: ignore[return-value]
 
 
 class _Tokens(torch.autograd.Function):
@@ -207,36 +207,36 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        rows_RD: Tensor,
-        row_F: Tensor,
+        rows_XD: Tensor,
+        row_R: Tensor,
         w_gate_up: Tensor,
         w_down: Tensor,
         groups: list[Group],
         keeps: bool,
     ) -> Tensor:
         kept: list[Tensor] | None = [] if keeps else None
-        result_RD = _zeros_besides(row_F, rows_RD)
+        result_XD = _zeros_besides(row_R, rows_XD)
         for group in groups:
             weights = w_gate_up[group.experts], w_down[group.experts]
-            result_gnD = _forward(_gather(rows_RD, row_F, group), *weights, kept)
-            _scatter(result_gnD, row_F, group, result_RD)
+            result_gnD = _forward(_gather(rows_XD, row_R, group), *weights, kept)
+            _scatter(result_gnD, row_R, group, result_XD)
         ctx.groups = groups
-        ctx.save_for_backward(rows_RD, row_F, w_gate_up, w_down, *(kept or ()))
-        return result_RD
+        ctx.save_for_backward(rows_XD, row_R, w_gate_up, w_down, *(kept or ()))
+        return result_XD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor):  # type: ignore[override]
-        rows_RD, row_F, w_gate_up, w_down, *kept = ctx.saved_tensors
+    def backward(ctx: Any, grad_XD: Tensor):  # type: ignore[override]
+        rows_XD, row_R, w_gate_up, w_down, *kept = ctx.saved_tensors
         grads = _empty_grads(w_gate_up, w_down, is_wanted=ctx.needs_input_grad[2])
-        grad_rows_RD = _zeros_besides(row_F, rows_RD)
+        grad_rows_XD = _zeros_besides(row_R, rows_XD)
         for group, hidden_gn2F in zip(ctx.groups, kept, strict=True):
-            x_gnD, experts = _gather(rows_RD, row_F, group), group.experts
+            x_gnD, experts = _gather(rows_XD, row_R, group), group.experts
             weights, grad_x_gnD = (w_gate_up[experts], w_down[experts]), torch.empty_like(x_gnD)
             into = *_of(grads, experts), grad_x_gnD
-            _backward(_gather(grad_RD, row_F, group), x_gnD, hidden_gn2F, weights, into)
-            _scatter(grad_x_gnD, row_F, group, grad_rows_RD)
-        return grad_rows_RD, None, *grads, None, None
+            _backward(_gather(grad_XD, row_R, group), x_gnD, hidden_gn2F, weights, into)
+            _scatter(grad_x_gnD, row_R, group, grad_rows_XD)
+        return grad_rows_XD, None, *grads, None, None
 
 
 Grads: TypeAlias = tuple[Tensor | None, Tensor | None]
@@ -303,10 +303,10 @@ def _scatter(rows_gnD: Tensor, row_R: Tensor, group: Group, into_XD: Tensor) -> 
         into_XD.index_copy_(0, row_n, rows_nD[: len(row_n)])
 
 
-def _zeros_besides(row_F: Tensor, like_RD: Tensor) -> Tensor:
+def _zeros_besides(row_R: Tensor, like_XD: Tensor) -> Tensor:
     """Room for rows, with zeros in all but some of them."""
-    is_empty_R = torch.ones(len(like_RD), dtype=torch.bool).index_fill_(0, row_F, False)
-    return torch.empty_like(like_RD).index_fill_(0, is_empty_R.nonzero().flatten(), 0)
+    is_empty_X = torch.ones(len(like_XD), dtype=torch.bool).index_fill_(0, row_R, False)
+    return torch.empty_like(like_XD).index_fill_(0, is_empty_X.nonzero().flatten(), 0)
 
 
 def _scale(rows_gnD: Tensor, gate_gn1: Tensor) -> None:

@@ -2,8 +2,8 @@
 
 Every gradient is a gather, too, or a copy: no atomics, one order of summation.
 
-Shape suffixes: T tokens on this rank, K choices, A assignments that have a row, E experts, R rows,
-N of them, D model width, A×B blocks.
+Shape suffixes: T tokens on this rank, K choices, N assignments that have a row, E experts, R rows,
+D model width, A×B blocks.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def weigh_rows(rows_RD: Tensor, gate_TK: Tensor, row_TK: Tensor, dtype: torch.dt
     Without autograd. An assignment without a row adds 0.
     """
     if is_eager_cpu(rows_RD):
-        return _weigh_bags(rows_RD.to(dtype), gate_TK, row_TK)
+        return _weigh_bags(rows_RD.to(dtype).contiguous(), gate_TK, row_TK)
     y_TD = gate_TK[:, :1] * _rows_at(rows_RD, row_TK[:, 0])
     for choice in range(1, row_TK.shape[1]):
         gate_T1 = gate_TK[:, choice : choice + 1]
@@ -87,7 +87,7 @@ def sum_rows(rows_RD: Tensor, row_TK: Tensor) -> Tensor:
     """Σ_k rows[row[t, k]], k in order, in fp32 at least; as `weigh_rows` without gates."""
     if is_eager_cpu(rows_RD):
         bags = _Bags.of(row_TK, len(rows_RD))
-        return F.embedding_bag(bags.row_A, rows_RD, bags.start_T, mode="sum")
+        return F.embedding_bag(bags.row_N, rows_RD.contiguous(), bags.start_T, mode="sum")
     wide = torch.promote_types(rows_RD.dtype, torch.float32)
     ones_TK = torch.ones_like(row_TK, dtype=wide)
     return weigh_rows(rows_RD, ones_TK, row_TK, rows_RD.dtype)
@@ -97,10 +97,10 @@ def dot_rows(x_TD: Tensor, rows_RD: Tensor, row_TK: Tensor) -> Tensor:
     """x[t]·rows[row[t, k]], summed in fp32 at least and rounded once, on a CPU; 0 where there is no
     row: (T, K)."""
     bags = _Bags.of(row_TK, len(rows_RD))
-    token_A = bags.exists_TK.nonzero()[:, 0]
+    token_N = bags.exists_TK.nonzero()[:, 0]
     grad_of_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward
-    dot_A = grad_of_weights(x_TD, rows_RD, bags.row_A, bags.start_T, token_A, mode=0)
-    return dot_A.new_zeros(row_TK.shape).masked_scatter_(bags.exists_TK, dot_A)
+    dot_N = grad_of_weights(x_TD, rows_RD, bags.row_N, bags.start_T, token_N, mode=0)
+    return dot_N.new_zeros(row_TK.shape).masked_scatter_(bags.exists_TK, dot_N)
 
 
 def is_eager_cpu(tensor: Tensor) -> bool:
@@ -124,7 +124,7 @@ def _clear_(rows_RD: Tensor, is_empty_R: Tensor) -> Tensor:
 class _Bags(NamedTuple):
     """Rows in the bags of their tokens, as embedding bags want them: those that exist."""
 
-    row_A: Tensor
+    row_N: Tensor
     start_T: Tensor
     """Where a token's bag begins."""
     exists_TK: Tensor
@@ -141,9 +141,9 @@ def _weigh_bags(rows_RD: Tensor, gate_TK: Tensor, row_TK: Tensor) -> Tensor:
     if rows_RD.dtype == torch.bfloat16:  # weights must be of the rows' type: in two parts, then
         rest_TK = (gate_TK - weight_TK).to(rows_RD.dtype)
         weight_TK, row_TK = torch.cat([weight_TK, rest_TK], 1), torch.cat([row_TK, row_TK], 1)
-    row_A, start_T, exists_TK = _Bags.of(row_TK, len(rows_RD))
-    weight_A = weight_TK[exists_TK]
-    return F.embedding_bag(row_A, rows_RD, start_T, per_sample_weights=weight_A, mode="sum")
+    row_N, start_T, exists_TK = _Bags.of(row_TK, len(rows_RD))
+    weight_N = weight_TK[exists_TK]
+    return F.embedding_bag(row_N, rows_RD, start_T, per_sample_weights=weight_N, mode="sum")
 
 
 def _rows_at(rows_RD: Tensor, row_T: Tensor) -> Tensor:
@@ -190,10 +190,10 @@ def reorder_experts(plan: Plan, order_E: Tensor) -> Plan:
     )
 
 
-def is_not_zero(rows_RD: Tensor) -> Tensor:
-    """Whether a row holds anything but zeros: (R,), bool."""
+def are_filled(rows_RD: Tensor) -> Tensor:
+    """Whether each row holds anything but zeros: (R,), bool. (-0 may count as something.)"""
     if rows_RD.shape[1] * rows_RD.element_size() % 8 == 0:
-        rows_RD = rows_RD.view(torch.int64)  # several numbers at a time; -0 counts as something
+        rows_RD = rows_RD.contiguous().view(torch.int64)  # several numbers at a time
     return rows_RD.any(1)
 
 
@@ -209,7 +209,7 @@ class Turn(NamedTuple):
         """The turn that undoes this one."""
         return Turn((self.shape[1], self.shape[0]), self.inverse_R, self.order_R)
 
-    def order(self, num_rows: int) -> Tensor:
+    def order_of(self, num_rows: int) -> Tensor:
         """Which of so many rows, on a CPU, comes in each place: int64 (R,)."""
         if self.order_R is not None:
             return self.order_R

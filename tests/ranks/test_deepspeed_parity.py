@@ -170,16 +170,14 @@ def in_bf16(config: Config, text: Text) -> dict[str, Any]:
     """One step and an evaluation on one rank, and the dtypes on the way."""
     run = build_run(config, text)
     engine: Any = run.engine
-    seen: dict[str, set[torch.dtype]] = {"logits": set(), "rows": set(), "weights": set()}
+    seen: dict[str, set[torch.dtype]] = {"logits": set(), "weights": set()}
     for module in engine.model.modules():
         if isinstance(module, MoE):
             module.router.register_forward_hook(
                 lambda _, x, record: seen["logits"].update(t.dtype for t in record[1:5])
             )
-            module.experts.register_forward_pre_hook(
-                lambda _, arguments: seen["rows"].add(arguments[0].dtype)
-            )
-    result = train_step(run, Position())
+    with parity.dtypes_of_rows() as seen["rows"]:
+        result = train_step(run, Position())
     seen["weights"].update(weight.dtype for weight in engine.engine.weights.values())
     seen["weights"].update(grad.dtype for grad in engine.grads.values())
     seen["weights"].update(bias.dtype for bias in engine.engine.buffers.values())

@@ -129,10 +129,9 @@ def dtypes(config: Config, text: Text) -> Dtypes:
             module.router.register_forward_hook(
                 lambda _, x, record: seen.logits.update(t.dtype for t in record[1:5])
             )
-            module.experts.register_forward_pre_hook(
-                lambda _, arguments: seen.rows.add(arguments[0].dtype)
-            )
-    result = train_step(run, Position())
+    with parity.dtypes_of_rows() as rows:
+        result = train_step(run, Position())
+    seen.rows.update(rows)
     seen.weights.update(weight.dtype for weight in engine.engine.weights.values())
     seen.weights.update(bias.dtype for bias in engine.engine.buffers.values())
     seen.grads.update({name: grad.dtype for name, grad in engine.grads.items()})
