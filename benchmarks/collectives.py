@@ -68,6 +68,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Bandwidth of collectives by message size.")
     harness.add_device(parser)
+    parser.set_defaults(device=None)
     parser.add_argument(
         "--ranks",
         type=int,
@@ -78,6 +79,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help="turns of every kind and size")
     options = parser.parse_args()
     gpus, is_started = torch.cuda.device_count(), "WORLD_SIZE" in os.environ
+    if options.device is None:
+        options.device = "cuda" if gpus > 1 or (is_started and gpus) else "cpu"
+        if gpus and options.device == "cpu":
+            print("One GPU is here, and rows travel between GPUs: measuring ranks on CPUs.")
     if options.device == "cuda" and gpus < 2 and not is_started:
         parser.error("rows travel between GPUs, and one is here; try --device cpu")
     if options.ranks is None:

@@ -294,6 +294,7 @@ def _serve(
                     _let_go(kind)
                     case = contender.build(argument, device)
                     answer = case.facts()
+                    _let_go(kind)  # others are built beside it
                 elif what == "turn":
                     answer = _turn(case, argument, kind, warms_up=gave_back or argument > 0)
                     gave_back = _give_back(kind)

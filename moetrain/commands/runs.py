@@ -191,6 +191,8 @@ class Replay:
     """Who keeps a slot of a full expert."""
     group: tuple[Literal["sequence", "microbatch"] | int, ...] = ()
     """Tokens among which capacity is enforced."""
+    min_capacity: tuple[int, ...] = ()
+    """Slots that an expert has at least."""
     spill_depth: tuple[int, ...] = ()
     """How many further experts a losing choice may ask, with drop policy spill."""
     top_k: tuple[int, ...] = ()
@@ -204,7 +206,7 @@ class Replay:
 
     def run(self) -> int:
         """Print the table."""
-        for flag in ("spill_depth", "top_k", "ep", "world_size"):
+        for flag in ("min_capacity", "spill_depth", "top_k", "ep", "world_size"):
             for value in getattr(self, flag):
                 require(value > 0, flag.replace("_", "-"), value, "1 or more")
         from moetrain.replay import settings_of
@@ -214,6 +216,7 @@ class Replay:
             capacity_factor=self.capacity_factor,
             drop_policy=self.drop_policy,
             group=self.group,
+            min_capacity=self.min_capacity,
             spill_depth=self.spill_depth,
             top_k=self.top_k,
             ep=self.ep,
