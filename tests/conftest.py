@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterator
 from multiprocessing import forkserver
@@ -58,9 +59,15 @@ def saved(saved_run: Path) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start processes come first: they take the longest and mostly wait, and a worker
-    that is left alone with one at the end would keep the others idle."""
-    items.sort(key=lambda item: item.path.parent.name != "ranks")
+    """Files that start processes take turns with others, as long as there are any: they take the
+    longest and mostly wait, so that there is something to compute meanwhile, and a worker that is
+    left alone with one at the end would keep the others idle."""
+    files = list(dict.fromkeys(item.path for item in items))
+    waiting = [file for file in files if file.parent.name == "ranks"]
+    computing = [file for file in files if file not in waiting]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(waiting, computing))
+    place = {file: number for number, file in enumerate(filter(None, turns))}
+    items.sort(key=lambda item: place[item.path])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
