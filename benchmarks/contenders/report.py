@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import operators
 import record
-from harness import Spread, ratio
+from harness import Spread, ratio, spread
 
 from contenders.cell import Cell, Shape
 
+ValueOf = Callable[[dict[str, Any], str], Spread | None]
+"""Of a cell's entry, for one of moetrain's layers."""
 LIMIT, OWN, DROPLESS, LARGE = "limit", "moetrain", "moetrain dropless", "large product"
 NO_PEERS = (LIMIT, "limit, given memory", LARGE, OWN, DROPLESS)
 LEAST_SHARE, LEAST_SHARE_FEW, FEW_TOKENS = 0.90, 0.85, 2048
@@ -26,9 +30,10 @@ LEAST_OF_LARGE, LEAST_OF_LARGE_FINE, MANY_EXPERTS = 0.60, 0.40, 64
 
 
 def report(cells: list[dict[str, Any]]) -> str:
-    """A summary, and a table for every cell; those of one machine and dtype stand together."""
+    """Summaries, and a table for every cell; those of one machine and dtype stand together."""
     cells = sorted(cells, key=_order)
-    return "\n".join(["# One MoE layer, forward and backward", "", *_summary(cells), *_all(cells)])
+    parts = [*_about(cells), *_ranges(cells), *_summary(cells), *_all(cells)]
+    return "\n".join(["# One MoE layer, forward and backward", "", *parts])
 
 
 def useful_rate(systems: dict[str, Any], name: str, over: str) -> Spread:
@@ -62,16 +67,8 @@ def _cell(entry: dict[str, Any]) -> Cell:
     return Cell(**{**kept, "shape": Shape(**kept["shape"])})
 
 
-def _summary(cells: list[dict[str, Any]]) -> list[str]:
-    header = [
-        "layer", "EP", "tokens", "routing", "dtype", "on",
-        f"moetrain: share of {'a large product' if _is_on_gpu(cells[0]) else 'the limit'}",
-        "dropless", "fastest peer", "moetrain ÷ it", "dropless ÷ it", "leanest peer",
-        "memory of moetrain ÷ it", "dropless ÷ it",
-    ]  # fmt: skip
-    rows = [
-        [*_place(_cell(entry)), _device(entry), *_standing(_cell(entry), entry)] for entry in cells
-    ]
+def _about(cells: list[dict[str, Any]]) -> list[str]:
+    """What is compared, and the targets."""
     few, others = f"{LEAST_SHARE_FEW} (of {FEW_TOKENS:,} tokens)", f"{LEAST_SHARE} (of more)"
     targets = (
         f"at least {few} or {others} of the limit, {LEAST_SPEED} times the fastest peer and, of "
@@ -84,7 +81,52 @@ def _summary(cells: list[dict[str, Any]]) -> list[str]:
             f"at least {LEAST_OF_LARGE} of the FLOP/s of a large product (of {MANY_EXPERTS} "
             f"experts {LEAST_OF_LARGE_FINE}), and no slower than the fastest peer"
         )
-    return [SUMMARY.format(targets=targets), "", record.table(header, rows), ""]
+    return [ABOUT.format(targets=targets), ""]
+
+
+def _summary(cells: list[dict[str, Any]]) -> list[str]:
+    """A line for every cell."""
+    header = [
+        "layer", "EP", "tokens", "routing", "dtype", "on", f"moetrain: {_share_of(cells)}",
+        "dropless", "fastest peer", "moetrain ÷ it", "dropless ÷ it", "leanest peer",
+        "memory of moetrain ÷ it", "dropless ÷ it",
+    ]  # fmt: skip
+    rows = [
+        [*_place(_cell(entry)), _device(entry), *_standing(_cell(entry), entry)] for entry in cells
+    ]
+    return [record.table(header, rows), ""]
+
+
+def _share_of(cells: list[dict[str, Any]]) -> str:
+    return f"share of {'a large product' if _is_on_gpu(cells[0]) else 'the limit'}"
+
+
+def _ranges(cells: list[dict[str, Any]]) -> list[str]:
+    """From the least median to the most, of cells that differ in tokens and routing alone."""
+    header = ["layer", "EP", "tokens", "dtype", "on", f"moetrain: {_share_of(cells)}"]
+    rows = []
+    for (device, dtype, shape, ranks), alike in itertools.groupby(cells, key=_order_of_alike):
+        entries = list(alike)
+        tokens = sorted({_cell(entry).tokens for entry in entries})
+        place = [shape, ranks, ", ".join(f"{number:,}" for number in tokens), dtype, device]
+        rows.append([*place, *(_range(entries, of) for of in (_share, _speed, _memory))])
+    header += ["÷ the fastest peer", "memory ÷ the leanest peer"]
+    about = "From the least median to the most, and in brackets of the dropless layer:"
+    return [about, "", record.table(header, rows), "", "Cell by cell:", ""]
+
+
+def _range(cells: list[dict[str, Any]], value_of: ValueOf) -> str:
+    found = []
+    for name in (OWN, DROPLESS):
+        values = [value_of(entry, name) for entry in cells if _is_right(entry, name)]
+        medians = [value.median for value in values if value is not None]
+        found.append(f"{min(medians):.2f}–{max(medians):.2f}" if medians else "–")
+    return f"{found[0]} ({found[1]})"
+
+
+def _order_of_alike(entry: dict[str, Any]) -> tuple[Any, ...]:
+    cell = _cell(entry)
+    return _device(entry), cell.dtype, cell.shape, cell.ranks
 
 
 def _order(entry: dict[str, Any]) -> tuple[Any, ...]:
@@ -123,26 +165,47 @@ def _targets(cell: Cell, entry: dict[str, Any]) -> _Targets:
 
 
 def _standing(cell: Cell, entry: dict[str, Any]) -> list[str]:
-    systems, targets = entry["systems"], _targets(cell, entry)
-    fastest, leanest = fastest_peer(systems), leanest_peer(systems)
-    mine = [name for name in (OWN, DROPLESS) if name in systems and not systems[name]["wrong"]]
+    targets = _targets(cell, entry)
 
-    def share(name: str) -> str:
-        return _at_least(targets.share, useful_rate(systems, name, targets.over))
+    def both(value_of: ValueOf, show: Callable[[Spread], str]) -> list[str]:
+        values = [value_of(entry, name) for name in (OWN, DROPLESS) if _is_right(entry, name)]
+        shown = [show(value) for value in values if value is not None]
+        return [*shown, *["–"] * (2 - len(shown))]
 
-    def speed(name: str) -> str:
-        return _at_least(targets.speed, useful_rate(systems, name, fastest or ""))
+    def at_most(found: Spread) -> str:
+        times = round(found.median, 2)
+        return record.marked(f"{times:.2f}", is_short=times > targets.memory)
 
-    def memory(name: str) -> str:
-        times = systems[name]["peak_bytes"] / max(1, systems[leanest or ""]["peak_bytes"])
-        return record.marked(f"{times:.2f}", is_short=round(times, 2) > targets.memory)
+    return [
+        *both(_share, partial(_at_least, targets.share)),
+        fastest_peer(entry["systems"]) or "–",
+        *both(_speed, partial(_at_least, targets.speed)),
+        leanest_peer(entry["systems"]) or "–",
+        *both(_memory, at_most),
+    ]
 
-    def cells(compare: Callable[[str], str], is_known: bool) -> list[str]:
-        found = [compare(name) for name in mine if is_known]
-        return [*found, *["–"] * (2 - len(found))]
 
-    compared = [fastest or "–", *cells(speed, fastest is not None)]
-    return [*cells(share, True), *compared, leanest or "–", *cells(memory, leanest is not None)]
+def _share(entry: dict[str, Any], name: str) -> Spread:
+    """Of the useful FLOP/s that targets are about."""
+    return useful_rate(entry["systems"], name, _targets(_cell(entry), entry).over)
+
+
+def _speed(entry: dict[str, Any], name: str) -> Spread | None:
+    """Over the fastest peer's, if there is one."""
+    fastest = fastest_peer(entry["systems"])
+    return useful_rate(entry["systems"], name, fastest) if fastest else None
+
+
+def _memory(entry: dict[str, Any], name: str) -> Spread | None:
+    """Over the leanest peer's, if there is one."""
+    systems, leanest = entry["systems"], leanest_peer(entry["systems"])
+    if leanest is None:
+        return None
+    return spread([systems[name]["peak_bytes"] / max(1, systems[leanest]["peak_bytes"])])
+
+
+def _is_right(entry: dict[str, Any], name: str) -> bool:
+    return name in entry["systems"] and not entry["systems"][name]["wrong"]
 
 
 def _at_least(wanted: float, found: Spread) -> str:
@@ -203,11 +266,11 @@ def _table(cell: Cell, entry: dict[str, Any]) -> str:
     return record.table(header, rows)
 
 
-SUMMARY = """\
+ABOUT = """\
 Useful FLOP/s: those of the experts' three matrix products and their gradients on rows that are not
-dropped, over the time of everything; executed ones are those of all matrix products, the router's
-and those of empty rows among them. The *limit* is these products alone, on sorted rows in equal
-groups, by the fastest of the plain ways that torch has; a share of 1 would be a layer whose router,
+dropped, over the time of everything. Executed ones are those of all matrix products, of the router
+and of empty rows, too. The *limit* is the experts' products alone, on sorted rows in equal groups,
+by the fastest of the plain ways that torch has; a share of 1 would be a layer whose router,
 permutation, activation and combination cost nothing. The *fastest peer* is the one with the most
 useful FLOP/s, dropless or not. *On* is a GPU, or the widest instructions for products that the CPU
 has: bf16 ones of AMX or AVX-512, or those of fp32 alone. Medians of the ratios of each round
