@@ -4,7 +4,7 @@
 #   docker build --tag moetrain \
 #       --build-arg BASE=nvidia/cuda:13.0.1-base-ubuntu24.04 .
 #   docker run --gpus all --ipc=host --volume "$PWD/runs:/workspace/runs" moetrain \
-#       launch/train.sh configs/quickstart.yaml
+#       launch/train.sh configs/quickstart.yaml --train.global-batch 128
 #
 # BASE is a Debian or an Ubuntu with Python 3.11 or newer. pip takes PyTorch's default build, for
 # CUDA; INDEX adds the address of another index, such as PyTorch's own for the CPU (its installation
@@ -26,9 +26,12 @@ ENV VENV=/opt/venv PATH=/opt/venv/bin:$PATH
 # An empty package first: what it requires takes minutes to install, and changes less than the code.
 COPY pyproject.toml README.md LICENSE ./
 ARG INDEX=""
+# What is installed is the package itself, with the library that draws its reports.
+# hadolint ignore=DL3013
 RUN python3 -m venv "$VENV" \
     && mkdir moetrain && touch moetrain/__init__.py \
-    && pip install --no-cache-dir --editable . ${INDEX:+--extra-index-url "$INDEX"}
+    && pip install --no-cache-dir --editable ".[bench]" ${INDEX:+--extra-index-url "$INDEX"}
+COPY benchmarks benchmarks
 COPY configs configs
 COPY launch launch
 COPY moetrain moetrain
