@@ -10,10 +10,7 @@ they may be trained one by one. Writes autopilot.{json,md,png} into results/ onc
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -22,18 +19,21 @@ from typing import Any
 
 import harness
 import record
+import training
 
 from moetrain.autopilot import FACTORS, STEPS
+from moetrain.sinks import METRICS_FILE, read_metrics
 
+CONFIG = "configs/quickstart.yaml"
 Windows = Sequence[Mapping[str, Any]]
 """The steps that were decided on together, in sums."""
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 """By name, the runs of all seeds."""
 RUNS: dict[str, dict[str, Any]] = {
-    "auto, target 1 %": {"capacity_factor": "auto", "target_drop_rate": 0.01},
-    "factor 1.25": {"capacity_factor": 1.25},
-    "auto, target 5 %": {"capacity_factor": "auto", "target_drop_rate": 0.05},
-    "factor 2.0": {"capacity_factor": 2.0},
+    "auto, target 1 %": {"moe.capacity_factor": "auto", "moe.target_drop_rate": 0.01},
+    "factor 1.25": {"moe.capacity_factor": 1.25},
+    "auto, target 5 %": {"moe.capacity_factor": "auto", "moe.target_drop_rate": 0.05},
+    "factor 2.0": {"moe.capacity_factor": 2.0},
 }
 WARM_UP = 6
 """Windows in which the router is young, and the autopilot on its way down."""
@@ -47,30 +47,33 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="folder that keeps the runs")
     parser.add_argument("--only", default="", help="just the runs whose name holds this")
     options = parser.parse_args()
-    if options.steps < (least := (WARM_UP + 1) * STEPS):
-        parser.error(f"--steps ({options.steps}) must be at least {least}")
+    harness.require_at_least(parser, options, steps=(WARM_UP + 1) * STEPS)
+    chosen = [name for name in RUNS if options.only in name]
+    if not chosen:
+        parser.error(f"--only ({options.only}) is in no name of a run; try one of {list(RUNS)}")
+    if len(chosen) < len(RUNS) and options.runs is None:
+        parser.error(f"--only ({options.only}) needs --runs, a folder to keep what it trains")
     with tempfile.TemporaryDirectory() as passing:
         folder = options.runs or Path(passing)
-        chosen = [name for name in RUNS if options.only in name]
         runs = {
             name: [run_of(folder, name, seed, options.steps) for seed in options.seeds]
             for name in chosen
         }
     if len(runs) < len(RUNS):
         return
-    data = {"config": "configs/quickstart.yaml", "settings": RUNS, "steps": options.steps}
-    record.write("autopilot", {**data, "runs": runs}, report(runs, options.steps))
+    data = {"config": CONFIG, "settings": RUNS, "steps": options.steps}
+    print(record.write("autopilot", {**data, "runs": runs}, report(runs, options.steps)))
     draw(runs)
-    print((record.RESULTS / "autopilot.md").read_text())
 
 
 def run_of(folder: Path, name: str, seed: int, steps: int) -> dict[str, Any]:
     """The held-out loss and the windows of one run."""
     run = f"{list(RUNS).index(name)}-seed-{seed}-steps-{steps}"
-    metrics = folder / run / "metrics.jsonl"
-    if not (metrics.exists() and "eval_loss" in metrics.read_text()):
-        train(folder, run, {"seed": seed, "train.steps": steps, "eval.every": steps}, RUNS[name])
-    lines = [json.loads(line) for line in metrics.open()]
+    lines = read_metrics(folder / run) if (folder / run / METRICS_FILE).exists() else []
+    if not any("eval_loss" in line for line in lines):
+        flags = {"seed": seed, "train.steps": steps, "eval.every": steps}
+        flags |= {"log.every": 1, "checkpoint.every": 0, **RUNS[name]}
+        lines = training.train(folder, run, record.ROOT / CONFIG, flags, ranks=2)
     starts = range(0, steps // STEPS * STEPS, STEPS)
     seen = [window(lines[start : start + STEPS]) for start in starts]
     return {"nats_per_byte": lines[-1]["eval_nats_per_byte"], "windows": seen}
@@ -84,15 +87,6 @@ def window(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         counts = {field: sum(each[field] for each in of_layer) for field in COUNTS}
         layers.append({"capacity_factor": factor, **counts})
     return {"step": lines[-1]["step"], "layers": layers}
-
-
-def train(folder: Path, run: str, flags: dict[str, Any], moe: Mapping[str, Any]) -> None:
-    flags = {"name": run, "out": folder, "log.every": 1, "checkpoint.every": 0, **flags}
-    flags |= {f"moe.{field}": value for field, value in moe.items()}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    settings = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
-    command = ["-m", "moetrain", "train", str(record.ROOT / "configs" / "quickstart.yaml")]
-    subprocess.run([*launcher, *command, *settings], check=True, stdout=sys.stderr)
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -128,8 +122,7 @@ def losses(of_seeds: Sequence[Mapping[str, Any]]) -> list[float]:
 
 def difference(one: Sequence[float], other: Sequence[float]) -> str:
     """The mean over seeds, and its range."""
-    by_seed = [a - b for a, b in zip(one, other, strict=True)]
-    return harness.Spread(statistics.mean(by_seed), min(by_seed), max(by_seed)).show("+.4f")
+    return harness.mean_and_range([a - b for a, b in zip(one, other, strict=True)], "+.4f")
 
 
 def mean_factor(seen: Windows) -> float:
@@ -208,7 +201,7 @@ def draw(runs: Runs) -> None:
     figure, grid = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained", sharex=True)
     auto = [name for name in runs if "auto" in name]
     for (top, bottom), name in zip(grid.T, auto, strict=True):
-        seen, target = runs[name][0]["windows"], RUNS[name]["target_drop_rate"]
+        seen, target = runs[name][0]["windows"], RUNS[name]["moe.target_drop_rate"]
         ends = [window["step"] for window in seen]
         for layer in range(len(seen[0]["layers"])):
             colour = plt.get_cmap("viridis")(0.9 * layer / (len(seen[0]["layers"]) - 1))
@@ -227,10 +220,8 @@ def draw(runs: Runs) -> None:
     grid[0, 0].set_ylabel("capacity factor")
     grid[1, 0].set_ylabel(f"dropped in {STEPS} steps (%)")
     for axes in (grid[0, 1], grid[1, 1]):
-        axes.legend(frameon=False, fontsize=8)
-    for axes in grid.flat:
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(record.RESULTS / "autopilot.png", dpi=150)
+        axes.legend(fontsize=8)
+    figure.savefig(record.RESULTS / "autopilot.png")
 
 
 if __name__ == "__main__":

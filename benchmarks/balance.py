@@ -11,19 +11,15 @@ into results/.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import harness
 import record
-import yaml
-
-from moetrain import cli
+import training
 
 COMMON: dict[str, Any] = {
     "model": {"dim": 64, "layers": 2, "heads": 2, "ffn_dim": 128},
@@ -71,9 +67,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What keeps experts evenly used.")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each variant")
-    parser.add_argument("--only", default="", help="just the variants whose name holds this")
+    parser.add_argument(
+        "--only", default="", help="just the variants whose name holds this; printed, not kept"
+    )
     options = parser.parse_args()
+    harness.require_at_least(parser, options, steps=1, seeds=1)
     names = [name for name in VARIANTS if options.only in name]
+    if not names:
+        parser.error(f"--only ({options.only}) is in no name; try one of {list(VARIANTS)}")
     with tempfile.TemporaryDirectory() as folder:
         runs = {
             (name, seed): train(Path(folder), name, seed, options.steps)
@@ -88,8 +89,8 @@ def main() -> None:
         "measured_over_steps": tail(options.steps),
         "runs": by_name,
     }
-    record.write("balance", data, report(by_name, options.steps))
-    print((record.RESULTS / "balance.md").read_text())
+    page = report(by_name, options.steps)
+    print(record.write("balance", data, page) if len(names) == len(VARIANTS) else page)
 
 
 def tail(steps: int) -> int:
@@ -98,23 +99,16 @@ def tail(steps: int) -> int:
 
 
 def train(folder: Path, name: str, seed: int, steps: int) -> dict[str, float]:
-    """Train one variant in this process; returns MEASURES of its end."""
-    run = f"{list(VARIANTS).index(name)}-{seed}"
+    """Train one variant; returns MEASURES of its end."""
     config = {
         **COMMON,
-        "name": run,
-        "out": str(folder),
         "seed": seed,
         "moe": {**EXPERTS, **VARIANTS[name]},
+        "train": {**COMMON["train"], "steps": steps},
         "eval": {"every": steps, "sequences": 128},
     }
-    config["train"] = {**COMMON["train"], "steps": steps}
-    path = folder / f"{run}.yaml"
-    path.write_text(yaml.safe_dump(config))
-    with contextlib.redirect_stdout(sys.stderr):
-        if code := cli.main(["train", str(path)]):
-            raise SystemExit(code)
-    return measures([json.loads(line) for line in (folder / run / "metrics.jsonl").open()], steps)
+    lines = training.train(folder, f"{list(VARIANTS).index(name)}-{seed}", config)
+    return measures(lines, steps)
 
 
 def measures(lines: Sequence[dict[str, Any]], steps: int) -> dict[str, float]:
@@ -133,7 +127,13 @@ def measures(lines: Sequence[dict[str, Any]], steps: int) -> dict[str, float]:
 
 def report(by_name: dict[str, list[dict[str, float]]], steps: int) -> str:
     rows = [
-        [name, *(spread([run[measure] for run in runs], measure) for measure in MEASURES)]
+        [
+            name,
+            *(
+                harness.mean_and_range([run[measure] for run in runs], form)
+                for measure, form in MEASURES.items()
+            ),
+        ]
         for name, runs in by_name.items()
     ]
     seeds = len(next(iter(by_name.values())))
@@ -152,12 +152,6 @@ def report(by_name: dict[str, list[dict[str, float]]], steps: int) -> str:
             record.table(["gate and balance", *MEASURES], rows),
         ]
     )
-
-
-def spread(values: list[float], measure: str) -> str:
-    """The mean, and the range of the seeds."""
-    form = MEASURES[measure]
-    return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 if __name__ == "__main__":

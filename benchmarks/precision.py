@@ -2,35 +2,35 @@
 
     python benchmarks/precision.py [--steps 300]
 
-The yardstick is a third run, in fp32 with a learning rate that is larger by 2^-9, which is what
-bf16 rounds by: how far so small a change, carried along by training, takes two runs apart. Each run
-has two processes. Writes results/precision.{json,md}; exit code 1 where bf16 leaves the band.
+The yardstick is a third run, in fp32 with a learning rate that is larger by 2^-9, half of the most
+that bf16 rounds by: how far so small a change, carried along by training, takes two runs apart.
+Each run has two processes. Writes results/precision.{json,md}; exit code 1 where bf16 leaves the
+band.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import harness
 import record
+import training
 import yaml
 
 CONFIG = "configs/quickstart.yaml"
 LR = yaml.safe_load((record.ROOT / CONFIG).read_text())["train"]["lr"]
 BAND = 0.02
 """Nats, at every evaluation."""
-RUNS: dict[str, list[str]] = {
-    "fp32": ["--engine.precision=fp32"],
-    "bf16": ["--engine.precision=bf16"],
-    "fp32, nudged": ["--engine.precision=fp32", f"--train.lr={LR * (1 + 2**-9)}"],
+RUNS: dict[str, dict[str, Any]] = {
+    "fp32": {"engine.precision": "fp32"},
+    "bf16": {"engine.precision": "bf16"},
+    "fp32, nudged": {"engine.precision": "fp32", "train.lr": LR * (1 + 2**-9)},
 }
-EVERY = {"loss": "--log.every=5", "eval_loss": "--eval.every=25"}
+LOSSES = {"loss": ("log.every", 5), "eval_loss": ("eval.every", 25)}
+"""Each with what says how often it is told."""
 Curve = list[tuple[int, float]]
 """Pairs of a step and a loss in nats per target."""
 
@@ -39,31 +39,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="bf16 against fp32 on the quickstart.")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
     options = parser.parse_args()
+    harness.require_at_least(parser, options, steps=LOSSES["eval_loss"][1])
     with tempfile.TemporaryDirectory() as folder:
         runs = {name: train(Path(folder), name, options.steps) for name in RUNS}
     gaps = {name: compare(run, runs["fp32"]) for name, run in runs.items() if name != "fp32"}
     data = {"config": CONFIG, "flags": RUNS, "steps": options.steps, "band": BAND}
-    record.write("precision", {**data, "gaps": gaps, "runs": runs}, report(runs, gaps))
-    print((record.RESULTS / "precision.md").read_text())
+    print(record.write("precision", {**data, "gaps": gaps, "runs": runs}, report(runs, gaps)))
     if gaps["bf16"]["eval_loss"]["largest"] > BAND:
         raise SystemExit(f"bf16 leaves the band of {BAND} nats")
 
 
 def train(folder: Path, name: str, steps: int) -> dict[str, Curve]:
     """Train on two ranks; the losses of logged steps, and held-out ones."""
-    where = ["--out", str(folder), "--name", str(list(RUNS).index(name))]
-    flags = [*RUNS[name], f"--train.steps={steps}", "--checkpoint.every=0", *EVERY.values()]
-    script = str(record.ROOT / "launch" / "train.sh")
-    subprocess.run(
-        [script, CONFIG, *where, *flags],
-        check=True,
-        stdout=sys.stderr,
-        cwd=record.ROOT,
-        env={**os.environ, "NPROC": "2", "VENV": os.environ.get("VENV", sys.prefix)},
-    )
-    path = folder / where[-1] / "metrics.jsonl"
-    lines: list[dict[str, Any]] = [json.loads(line) for line in path.open()]
-    return {key: [(line["step"], line[key]) for line in lines if key in line] for key in EVERY}
+    flags = {**RUNS[name], "train.steps": steps, "checkpoint.every": 0, **dict(LOSSES.values())}
+    run = str(list(RUNS).index(name))
+    lines = training.train(folder, run, record.ROOT / CONFIG, flags, ranks=2)
+    return {key: [(line["step"], line[key]) for line in lines if key in line] for key in LOSSES}
 
 
 def compare(run: dict[str, Curve], exact: dict[str, Curve]) -> dict[str, dict[str, float]]:
@@ -82,7 +73,8 @@ def compare(run: dict[str, Curve], exact: dict[str, Curve]) -> dict[str, dict[st
 
 
 def report(runs: dict[str, dict[str, Curve]], gaps: dict[str, Any]) -> str:
-    what = {"loss": "training, every fifth step", "eval_loss": "held out, every 25 steps"}
+    names = {"loss": "training", "eval_loss": "held out"}
+    what = {key: f"{names[key]}, every {every} steps" for key, (_, every) in LOSSES.items()}
     summary = []
     for name, of_run in gaps.items():
         for key, words in what.items():

@@ -11,16 +11,14 @@ results/.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import harness
 import record
-import yaml
+import training
 
 EXPERT_DIM = 256
 COMMON: dict[str, Any] = {
@@ -44,6 +42,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each model")
     options = parser.parse_args()
+    harness.require_at_least(parser, options, steps=1, seeds=1)
     with tempfile.TemporaryDirectory() as folder:
         runs = {
             (model, seed): train(Path(folder), model, seed, options.steps)
@@ -53,8 +52,7 @@ def main() -> None:
     by_model = {m: [runs[m, seed] for seed in range(options.seeds)] for m in MODELS}
     draw(by_model)
     data = {"config": COMMON, "models": MODELS, "steps": options.steps, "runs": by_model}
-    record.write("quality", data, report(by_model, options.steps))
-    print((record.RESULTS / "quality.md").read_text())
+    print(record.write("quality", data, report(by_model, options.steps)))
 
 
 def train(folder: Path, model: str, seed: int, steps: int) -> dict[str, Any]:
@@ -62,20 +60,14 @@ def train(folder: Path, model: str, seed: int, steps: int) -> dict[str, Any]:
     name = f"{list(MODELS).index(model)}-{seed}"
     config = {
         **COMMON,
-        "name": name,
-        "out": str(folder),
         "seed": seed,
         "moe": MODELS[model],
+        "train": {**COMMON["train"], "steps": steps},
         "eval": {"every": max(1, steps // 5), "sequences": 128},
     }
-    config["train"] = {**COMMON["train"], "steps": steps}
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(config))
-    moetrain = [sys.executable, "-m", "moetrain"]
-    subprocess.run([*moetrain, "train", str(path)], check=True, stdout=sys.stderr)
-    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").open()]
+    lines = training.train(folder, name, config)
     return {
-        **parameters(path),
+        **parameters(folder / f"{name}.yaml"),
         "drop_rate": [[line["step"], line["drop_rate"]] for line in lines if "loss" in line],
         "nats_per_byte": [
             [line["step"], line["eval_nats_per_byte"]] for line in lines if "eval_loss" in line
@@ -143,9 +135,8 @@ def draw(by_model: dict[str, list[dict[str, Any]]]) -> None:
             steps, losses = zip(*run["nats_per_byte"], strict=True)
             axes.plot(steps, losses, color=colour, label=None if number else model)
     axes.set(xlabel="optimizer step", ylabel="held-out loss (nats per byte)")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(record.RESULTS / "quality.png", dpi=150)
+    axes.legend()
+    figure.savefig(record.RESULTS / "quality.png")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 import record
 
 from moetrain.plots import PLOTS_FOLDER
+from moetrain.sinks import read_metrics
 
 RUN = record.ROOT / "runs" / "quickstart"
 
@@ -28,7 +29,7 @@ def main() -> None:
     output = subprocess.run([script], check=True, stdout=subprocess.PIPE, text=True).stdout
     print(output)
     output = output.replace(str(record.ROOT), ".")
-    lines = [json.loads(line) for line in (RUN / "metrics.jsonl").open()]
+    lines = read_metrics(RUN)
     record.write("quickstart", {"output": output, "metrics": lines}, report(lines, output))
     pictures = record.ROOT / "docs" / "images"
     pictures.mkdir(exist_ok=True)

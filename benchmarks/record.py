@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,14 +16,17 @@ from typing import Any
 
 import torch
 
+from moetrain.plots.panels import STYLE
+
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 
 
-def setting() -> dict[str, Any]:
-    """The command as it was given, and what it ran on."""
+def setting(device: str | None = None) -> dict[str, Any]:
+    """The command as it was given, and what it ran on; `device` is cpu where no GPU took part."""
+    on_gpu = device != "cpu" and torch.cuda.device_count() > 0
     return {
-        "command": " ".join(["python", str(Path(sys.argv[0])), *sys.argv[1:]]),
+        "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _commit(),
         "python": platform.python_version(),
@@ -32,16 +36,30 @@ def setting() -> dict[str, Any]:
         "processor": _processor("model name") or platform.processor() or platform.machine(),
         "instructions": _instructions(),
         "cores": len(os.sched_getaffinity(0)),
-        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.device_count() else {}),
+        **({"gpu": torch.cuda.get_device_name()} if on_gpu else {}),
     }
 
 
-def write(name: str, data: dict[str, Any], text: str, folder: Path = RESULTS) -> None:
-    """Write FOLDER/NAME.json (`data` beside its setting) and FOLDER/NAME.md (`text` above it)."""
-    kept = setting()
+def name_on(device: str, name: str) -> str:
+    """What a result is called: a GPU's lie beside those of CPUs."""
+    return f"{name}-cuda" if device == "cuda" else name
+
+
+def write(
+    name: str,
+    data: dict[str, Any],
+    text: str,
+    folder: Path = RESULTS,
+    device: str | None = None,
+) -> str:
+    """Write FOLDER/NAME.json (`data` beside its setting) and FOLDER/NAME.md (`text` above it);
+    returns the latter. `device` is what was chosen, where one could choose."""
+    kept = setting(device)
     (folder / f"{name}.json").write_text(json.dumps({"setting": kept, **data}, indent=1) + "\n")
     lines = [f"- {key}: `{value}`" for key, value in kept.items()]
-    (folder / f"{name}.md").write_text("\n".join([text, "", "## Setting", "", *lines]) + "\n")
+    page = "\n".join([text, "", "## Setting", "", *lines]) + "\n"
+    (folder / f"{name}.md").write_text(page)
+    return page
 
 
 def versions(*names: str, folder: Path | None = None) -> list[str]:
@@ -63,22 +81,29 @@ def marked(text: str, is_short: bool) -> str:
 
 
 def pyplot() -> Any:
-    """matplotlib's, drawing without a display."""
+    """matplotlib's, drawing without a display and in the style of a run's pictures."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams.update(STYLE)
     return plt
 
 
 def _commit() -> str:
     """The commit that ran, with a plus where files other than results had changed since."""
-    git = ("git", "-C", str(ROOT))
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    others = [*git, "status", "--porcelain", "--", ".", ":!benchmarks/results"]
-    changed = subprocess.run(others, capture_output=True, text=True)
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return _git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def _git(*words: str) -> str:
+    """What git says of the repository; nothing where there is none, or no git, as in the image."""
+    try:
+        done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
 
 
 def _instructions() -> str:
