@@ -147,6 +147,11 @@ def trained(options: Options, base: Config) -> Sweep | None:
             "moe.capacity_factor (auto) chooses by itself in every layer; give a number to compare "
             "with, --moe.capacity-factor 1.25"
         )
+    if base.engine.kind != "torch":
+        raise UserError(
+            f"engine.kind ({base.engine.kind}) cannot change its weights for those of another "
+            "variant; set it to torch: it drops the same tokens"
+        )
     length, world = plan.Length(options.warm_start, options.steps), rank_and_world()[1]
     able, refused = plan.variants(base, values(options), length.total, world)
     leave_out(refused)
@@ -186,6 +191,13 @@ def on_trace(options: Options, trace: Trace) -> Sweep:
             f"{options.config} is a run: of the settings only --parallel.ep can be another one on "
             "its trace; drop the other flags, or name a CONFIG to train"
         )
+    for name in ("warm_start", "steps", "repeats"):
+        if getattr(options, name) != getattr(Options, name):
+            raise UserError(
+                f"{options.config} is a run: nothing is trained on its trace, so "
+                f"--{name.replace('_', '-')} ({getattr(options, name)}) has no effect; drop it, or "
+                "name a CONFIG"
+            )
     able, refused = replayed.variants(trace, values(options), ep)
     leave_out(refused)
     base, steps = trace.settings, trace.steps

@@ -56,14 +56,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12, help="saves of each way")
     parser.add_argument("--steps", type=int, default=4, help="steps after each")
     options = parser.parse_args()
+    harness.require_at_least(parser, options, rounds=1, steps=1)
     with tempfile.TemporaryDirectory() as folder:
         arguments = Path(folder), options.rounds, options.steps
         by_rank = run_ranks(RANKS, measure, *arguments, timeout=3600)
     rounds = [ratios(together(*ranks)) for ranks in zip(*by_rank, strict=True)]
     data = {"config": CONFIG, **vars(options), "limit": LIMIT}
     kept = [{way: turn._asdict() for way, turn in turns.items()} for turns in rounds]
-    record.write("checkpoint", {**data, "rounds_of_ratios": kept}, report(rounds))
-    print((record.RESULTS / "checkpoint.md").read_text())
+    print(record.write("checkpoint", {**data, "rounds_of_ratios": kept}, report(rounds)))
     if (share := statistics.median(turns[ASYNCHRONOUS].blocked for turns in rounds)) >= LIMIT:
         raise SystemExit(
             f"an asynchronous save blocks {share:.1%} of a step, not below {LIMIT:.0%}"
@@ -143,9 +143,9 @@ def report(rounds: list[Round]) -> str:
     rows = [
         [
             way,
-            spread([turns[way].blocked for turns in rounds], ".1%") if way != NONE else "",
-            spread([step for turns in rounds for step in turns[way].beside]),
-            spread([step for turns in rounds for step in turns[way].later]),
+            shown([turns[way].blocked for turns in rounds], ".1%") if way != NONE else "",
+            shown([step for turns in rounds for step in turns[way].beside]),
+            shown([step for turns in rounds for step in turns[way].later]),
             statistics.median(len(turns[way].beside) for turns in rounds),
         ]
         for way in WAYS
@@ -173,12 +173,9 @@ def report(rounds: list[Round]) -> str:
     )
 
 
-def spread(values: list[float], form: str = ".2f") -> str:
-    """Median and range."""
-    if not values:
-        return ""
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:{form}} ({low:{form}}–{high:{form}})"
+def shown(values: list[float], form: str = ".2f") -> str:
+    """Median and range, if there is any."""
+    return harness.spread(values).show(form) if values else ""
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ COLOURS = ("#0072b2", "#56b4e9", "#d55e00", "#009e73", "#777777")
 def main() -> None:
     options = arguments()
     if "WORLD_SIZE" not in os.environ:
-        raise SystemExit(start_ranks(options.ranks))
+        raise SystemExit(start_ranks(options))
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for them
     try:
@@ -85,29 +85,28 @@ def arguments() -> argparse.Namespace:
             print("One GPU is here, and rows travel between GPUs: measuring ranks on CPUs.")
     if options.device == "cuda" and gpus < 2 and not is_started:
         parser.error("rows travel between GPUs, and one is here; try --device cpu")
-    if options.ranks is None:
+    if is_started:
+        options.ranks = int(os.environ["WORLD_SIZE"])
+    elif options.ranks is None:
         options.ranks = gpus if options.device == "cuda" else 2
-    ranks = int(os.environ["WORLD_SIZE"]) if is_started else options.ranks
-    if ranks < 2:
-        parser.error(f"--ranks ({ranks}) must be at least 2: rows travel between ranks")
-    if options.device == "cuda" and not is_started and ranks > gpus:
-        parser.error(f"--ranks ({ranks}) needs as many GPUs, and there are {gpus}")
+    if options.ranks < 2:
+        parser.error(f"--ranks ({options.ranks}) must be at least 2: rows travel between ranks")
+    if options.device == "cuda" and not is_started and options.ranks > gpus:
+        parser.error(f"--ranks ({options.ranks}) needs as many GPUs, and there are {gpus}")
     if not 2 * ROW <= options.least <= options.most:
         parser.error(
             f"--least ({options.least}) must be at least {2 * ROW} and at most --most "
             f"({options.most})"
         )
-    if options.rounds < 1:
-        parser.error(f"--rounds ({options.rounds}) must be at least 1; try 9")
+    harness.require_at_least(parser, options, rounds=1)
     return options
 
 
-def start_ranks(ranks: int) -> int:
-    """This program once more, by torchrun, on this machine."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, f"--nproc-per-node={ranks}", *sys.argv]
-    environment = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **os.environ}
-    return subprocess.run(command, env=environment).returncode
+def start_ranks(options: argparse.Namespace) -> int:
+    """This program once more, by torchrun, on this machine and the device that was chosen."""
+    torchrun = [sys.executable, "-m", "moetrain.torchrun", f"--nproc-per-node={options.ranks}"]
+    command = [*torchrun, *sys.argv, "--device", options.device]
+    return subprocess.run(command).returncode
 
 
 # ---- on every rank -------------------------------------------------------------------------------
@@ -231,7 +230,7 @@ def turn(work: Callable[[], object], times: int, device: torch.device) -> float:
 
 def write(options: argparse.Namespace, found: list[Size]) -> None:
     on_gpu = options.device == "cuda"
-    name = "collectives-cuda" if on_gpu else "collectives"
+    name = record.name_on(options.device, "collectives")
     ranks, nodes = dist.get_world_size(), node_count()
     lines = {kind: line(found, kind) for kind in KINDS}
     data = {
@@ -242,8 +241,8 @@ def write(options: argparse.Namespace, found: list[Size]) -> None:
         "lines": {kind: of_kind._asdict() for kind, of_kind in lines.items()},
     }
     draw(found, lines, name, on_gpu)
-    record.write(name, data, report(found, lines, name, ranks, nodes))
-    print((record.RESULTS / f"{name}.md").read_text())
+    page = report(found, lines, name, ranks, nodes)
+    print(record.write(name, data, page, device=options.device))
 
 
 def node_count() -> int:
@@ -336,9 +335,8 @@ def draw(found: list[Size], lines: dict[str, fits.Transport], name: str, on_gpu:
     axes.set_xticks(messages, [show_bytes(message) for message in messages], fontsize=8)
     axes.minorticks_off()
     axes.set_title("dotted: latency + bytes / bandwidth", fontsize=9, color="#555555")
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(record.RESULTS / f"{name}.png", dpi=150)
+    axes.legend(fontsize=8)
+    figure.savefig(record.RESULTS / f"{name}.png")
 
 
 if __name__ == "__main__":

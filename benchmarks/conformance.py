@@ -51,10 +51,12 @@ KNOWN = (
 )
 """Defects that DeepSpeed had or has, where they are reported, and the invariant they break."""
 
+READ = "0.19.8"
+"""The version of DeepSpeed in which the causes were looked up."""
 CAUSES = """\
 ## Why
 
-Read in DeepSpeed {version}; where a function is named, seen again by calling it:
+Read in DeepSpeed {version}{other}; where a function is named, seen again by calling it:
 
 - I2: without ZeRO, in fp32, `clip_grad_norm_` (runtime/utils.py) takes each rank's norm, of the
   router and of its own experts, and averages the norms over the ranks. ZeRO 1 is right.
@@ -97,10 +99,9 @@ def main() -> None:
             cases = [peer.case(gate) for gate in peer.GATES]
             systems[name] = rows(lab, cases, PEER_LAYOUTS)
     data: dict[str, Any] = {"systems": systems, "support": support()}
-    record.write("conformance", data, report(systems))
+    print(record.write("conformance", data, report(systems), device="cpu"))
     PAGE.write_text(support_page(data), encoding="utf-8")
     README.write_text(with_table(README.read_text(encoding="utf-8"), data), encoding="utf-8")
-    print((record.RESULTS / "conformance.md").read_text())
 
 
 def own_rows() -> list[Row]:
@@ -233,7 +234,9 @@ def report(systems: dict[str, list[Row]]) -> str:
         lines.append([_title(invariant), *cells])
     table = record.table(["invariant", *systems], lines)
     head = INTRODUCTION.format(gates=len(own.GATES))
-    causes = CAUSES.format(version=peer.Peer().version)
+    installed = peer.Peer().version
+    other = "" if installed == READ else f" (and not in {installed}, which is installed)"
+    causes = CAUSES.format(version=READ, other=other)
     return "\n".join([head, table, "", *known(systems), "", causes])
 
 

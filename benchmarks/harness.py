@@ -66,6 +66,15 @@ def _device(text: str) -> Device:
     return cast(Device, text)
 
 
+def require_at_least(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, **least: int
+) -> None:
+    """End with a message where an option, by its name, is below its least value."""
+    for name, value in least.items():
+        if (given := getattr(options, name)) < value:
+            parser.error(f"--{name.replace('_', '-')} ({given}) must be at least {value}")
+
+
 def usual_dtype(device: Device) -> Literal["bf16", "fp32"]:
     """bf16 where the device has instructions for its products."""
     return "bf16" if multiplies_bf16(on_cpu=device == "cpu") else "fp32"
@@ -176,6 +185,10 @@ class Field:
         self._ready = [name for name, facts in found.items() if not isinstance(facts, AbsentError)]
         return found
 
+    def facts(self) -> dict[str, list[Any]]:
+        """What those that are ready now tell, rank by rank."""
+        return {name: self._ask(name, "facts", None) for name in self._ready}
+
     def clear(self) -> None:
         """Let go of all cases, so that others have the memory; the next use is `build`."""
         for name in self._teams:
@@ -192,7 +205,8 @@ class Field:
         """Let every contender that is ready have a turn in each of so many rounds.
 
         A turn is a step that is not counted and then as many as fill about `turn_s` seconds; or one
-        step, where that takes longer. Who begins and who follows whom changes from round to round.
+        step, where that takes longer, with the other before it only where the contender has given
+        its memory back. Who begins and who follows whom changes from round to round.
         After `enough_s` seconds no round begins but the first `least` ones.
         """
         steps = {name: self._pace(name, turn_s) for name in self._ready}
@@ -207,7 +221,7 @@ class Field:
         return {name: Sample(seconds[name], peaks[name]) for name in self._ready}
 
     def _pace(self, name: str, turn_s: float) -> int:
-        """The steps of a turn, after warming up; 0 for a single one that need not be warmed up."""
+        """The steps of a turn, after warming up; 0 for a single one that is warm already."""
         slowest = self._turn(name, 0)
         if slowest < 10 * turn_s:  # the first one may have had to load and compile things
             slowest = self._turn(name, 0)
@@ -295,11 +309,13 @@ def _serve(
                     case = contender.build(argument, device)
                     answer = case.facts()
                     _let_go(kind)  # others are built beside it
+                elif what == "facts":
+                    answer = case.facts()
                 elif what == "turn":
                     answer = _turn(case, argument, kind, warms_up=gave_back or argument > 0)
                     gave_back = _give_back(kind)
                 else:
-                    answer = _peak(case, kind)
+                    answer = peak_bytes(case.step, kind)
                     _let_go(kind)  # what that took is more than all others can do without
             except AbsentError as reason:
                 answer = reason
@@ -317,15 +333,13 @@ def _turn(case: Case, steps: int, kind: Device, warms_up: bool) -> float:
     for _ in range(max(1, steps)):
         case.step()
     synchronize(kind)
-    seconds = (time.perf_counter() - started) / max(1, steps)
-    if kind == "cuda":
-        torch.cuda.empty_cache()  # others are on the same GPU
-    return seconds
+    return (time.perf_counter() - started) / max(1, steps)
 
 
 def _give_back(kind: Device) -> bool:
-    """Give the kept memory to the contenders that follow, where little is left; whether so."""
-    if kind == "cuda" or _available() > SCARCE:
+    """Give the kept memory to the contenders that follow: that of a GPU, and of a machine of which
+    little is left; whether so."""
+    if kind == "cpu" and _available() > SCARCE:
         return False
     _let_go(kind)
     return True
@@ -339,11 +353,6 @@ def _available() -> float:
         return 1.0
     kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
     return kib["MemAvailable"] / kib["MemTotal"]
-
-
-def _peak(case: Case, kind: Device) -> int:
-    """The most memory that one step takes beyond what is there before it and after another."""
-    return peak_bytes(case.step, kind)
 
 
 def peak_bytes(step: Callable[[], object], kind: Device) -> int:
@@ -408,7 +417,7 @@ def _on_path(folder: Path | None):
 
 
 class Spread(NamedTuple):
-    """The median of some rounds, and their range."""
+    """The median of some rounds (where it is said, their mean), and their range."""
 
     median: float
     least: float
@@ -423,6 +432,11 @@ class Spread(NamedTuple):
 def spread(values: Sequence[float]) -> Spread:
     """Median and range."""
     return Spread(statistics.median(values), min(values), max(values))
+
+
+def mean_and_range(values: Sequence[float], form: str = ".2f") -> str:
+    """As in a table: mean (least–most)."""
+    return Spread(statistics.mean(values), min(values), max(values)).show(form)
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> Spread:

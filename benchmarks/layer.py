@@ -79,7 +79,7 @@ SYSTEMS = {
 
 def main() -> None:
     options = arguments()
-    name = "layer-cuda" if options.device == "cuda" else "layer"
+    name = record.name_on(options.device, "layer")
     found: list[dict[str, Any]] = []
     kept = earlier(name) if options.add else []
     for ranks in options.ep:
@@ -98,7 +98,7 @@ def main() -> None:
                         names = [*PROFILED, *([fastest] if fastest else [])]
                         found[-1]["profiles"] = profiles(cell, names, options.device)
                     whole = join(kept, found)  # written each time: a run may be cut short
-                    record.write(name, {"cells": whole}, report(whole))
+                    record.write(name, {"cells": whole}, report(whole), device=options.device)
 
 
 def arguments() -> argparse.Namespace:
@@ -127,8 +127,7 @@ def arguments() -> argparse.Namespace:
         for tokens, ranks in itertools.product(options.tokens, options.ep):
             if problem := Cell(SHAPES[shape], tokens, "balanced", "bf16", ranks).problem():
                 parser.error(problem)
-    if options.rounds < 1:
-        parser.error(f"--rounds {options.rounds}: at least 1")
+    harness.require_at_least(parser, options, rounds=1)
     return options
 
 
@@ -181,12 +180,11 @@ def measure(field: Field, cell: Cell, wrong: dict[str, str], rounds: int) -> dic
         else:
             continue
         print(f"  {name:20} {_line(systems[name])}", flush=True)
-    where = record.setting()
-    keys = ["command", "date", "commit", "processor", "instructions", "cores"]
-    keys += ["gpu"] if field.device == "cuda" else []
+    where = record.setting(field.device)
+    keys = ["command", "date", "commit", "processor", "instructions", "cores", "gpu"]
     installed = record.versions("torch", "deepspeed", "transformers")
     beside = record.versions("deepspeed", "torchtitan", folder=peers.FOLDER)
-    kept = {**{key: where[key] for key in keys}, "versions": [*installed, *beside]}
+    kept = {**{key: where[key] for key in keys if key in where}, "versions": [*installed, *beside]}
     return {"cell": {**cell._asdict(), "shape": cell.shape._asdict()}, **kept, "systems": systems}
 
 

@@ -59,9 +59,11 @@ def main() -> None:
             data.append({"gate": name, **settings, "top_k": top_k, "seconds": seconds})
             rows.append(row(name, settings, top_k, samples))
             print(*rows[-1], sep="  ", flush=True)
-    device = "-cuda" if options.device == "cuda" else ""
-    whole = {"options": vars(options), "cases": data}
-    record.write(f"routing{device}", whole, report(options, rows))
+    name, whole = (
+        record.name_on(options.device, "routing"),
+        {"options": vars(options), "cases": data},
+    )
+    record.write(name, whole, report(options, rows), device=options.device)
 
 
 def arguments() -> argparse.Namespace:

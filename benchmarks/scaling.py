@@ -119,7 +119,7 @@ class LayerStep:
 
     def __init__(self, point: Point, device: torch.device):
         self.point, self.moe = point, layer(point, device)
-        generator = torch.Generator().manual_seed(1 + (dist.get_rank() if point.ranks > 1 else 0))
+        generator = torch.Generator().manual_seed(1 + dist.get_rank())
         shape = (point.tokens // point.ranks // SEQUENCE, SEQUENCE, point.dim)
         self.x_BLD = torch.randn(shape, generator=generator).to(device, DTYPES[point.dtype])
         self.valid_BL = torch.ones(shape[:2], dtype=torch.bool, device=device)
@@ -196,10 +196,10 @@ def main() -> None:
             if entry["is_met"] is False:
                 print(f"{curve.what}: profiling", flush=True)
                 entry["profiles"] = profiles(curve, options.device)
-    name = "scaling-cuda" if options.device == "cuda" else "scaling"
+    name = record.name_on(options.device, "scaling")
     draw(found, name)
-    record.write(name, {"options": vars(options), "curves": found}, report(found, name, options))
-    print((record.RESULTS / f"{name}.md").read_text())
+    data, page = {"options": vars(options), "curves": found}, report(found, name, options)
+    print(record.write(name, data, page, device=options.device))
 
 
 def teams(chosen: list[Curve]) -> Iterator[tuple[list[int], list[Curve]]]:
@@ -221,8 +221,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="say what a missed target is due to")
     options = parser.parse_args()
     options.dtype = options.dtype or harness.usual_dtype(options.device)
-    if options.rounds < 2:
-        parser.error(f"--rounds ({options.rounds}) must be at least 2, to tell a range; try 9")
+    harness.require_at_least(parser, options, rounds=2)  # to tell a range
     if most_ranks(options.device) < 2 and "ranks" in options.curves:
         options.curves = [name for name in options.curves if name != "ranks"]
         if not options.curves:
@@ -363,11 +362,10 @@ def draw(found: list[dict[str, Any]], name: str) -> None:
         axes.set_ylim(min(low, 0.5), max(high, 2.0))
         axes.set_yticks(ticks := nice(axes.get_ylim()), [f"{tick:g}" for tick in ticks])
         axes.set_title(f"exponent {curve['exponent'].show()}", fontsize=9)
-        axes.legend(frameon=False, fontsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8)
     every[0][0].set_ylabel("cost over the first point's")
     figure.tight_layout()
-    figure.savefig(record.RESULTS / f"{name}.png", dpi=150)
+    figure.savefig(record.RESULTS / f"{name}.png")
 
 
 def nice(limits: tuple[float, float]) -> list[float]:

@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import harness
 import record
 from soaking.checks import BAND, TOLERANCE, SoakError
 from soaking.plans import EVERY, KINDS, PHASES, ROUTERS, Plan, draws
@@ -43,6 +44,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of what is killed when")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each run")
     options = parser.parse_args()
+    if options.minutes <= 0:
+        parser.error(f"--minutes ({options.minutes:g}) must be above 0")
+    harness.require_at_least(parser, options, steps=1)
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     print(f"seed {options.seed}, in {folder}", file=sys.stderr)
     try:
@@ -50,8 +54,7 @@ def main() -> None:
     except SoakError as error:
         raise SystemExit(f"soak: {error}\n(seed {options.seed}; kept: {folder})") from None
     shutil.rmtree(folder)
-    record.write("soak", {**vars(options), **numbers(tally)}, report(tally, options.minutes))
-    print((record.RESULTS / "soak.md").read_text())
+    print(record.write("soak", {**vars(options), **numbers(tally)}, report(tally, options.minutes)))
 
 
 def soak(folder: Path, minutes: float, seed: int, steps: int) -> Tally:

@@ -59,10 +59,9 @@ def main() -> None:
         for cell in cells:
             found.append(measure(field, cell, options.rounds, torch.device(options.device)))
     profiles = profile_all(cells, names, options.device) if options.profile else []
-    suffix = "-cuda" if options.device == "cuda" else ""
     data = {"options": vars(options), "cells": found, "profiles": profiles}
-    record.write(f"step{suffix}", data, report(found, profiles, options))
-    print((record.RESULTS / f"step{suffix}.md").read_text())
+    name, page = record.name_on(options.device, "step"), report(found, profiles, options)
+    print(record.write(name, data, page, device=options.device))
 
 
 def arguments() -> argparse.Namespace:
@@ -77,8 +76,7 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     options.shapes = options.shapes or USUAL[options.device]
     options.precisions = options.precisions or [harness.usual_dtype(options.device)]
-    if options.rounds < 1:
-        parser.error(f"--rounds ({options.rounds}) must be at least 1; try 8")
+    harness.require_at_least(parser, options, rounds=1, ranks=1)
     gpus = torch.cuda.device_count()
     if options.device == "cuda" and options.ranks > gpus:
         parser.error(f"--ranks ({options.ranks}) needs as many GPUs, and there are {gpus}")
@@ -101,6 +99,7 @@ def measure(field: Field, cell: Cell, rounds: int, device: torch.device) -> dict
     check_alike(facts, counted.total)
     say(f"{title}: {counted.total:,} parameters, losses alike; measuring")
     samples = field.measure(rounds)
+    dropped = {name: drop_rate(ranks) for name, ranks in field.facts().items()}
     peak = device_peak_flops(device, cell.precision)
     config = config_of(cell, None)
     tokens = tokens_per_step(config)
@@ -119,6 +118,7 @@ def measure(field: Field, cell: Cell, rounds: int, device: torch.device) -> dict
         "active": counted.active,
         "facts": facts,
         "absent": absent,
+        "dropped": dropped,
         "samples": {name: sample._asdict() for name, sample in samples.items()},
         "mfu": shares,
     }
@@ -138,6 +138,12 @@ def check_alike(facts: dict[str, dict[str, float]], parameters: int) -> None:
         raise RuntimeError(f"the losses of the same weights differ: {facts}")
     if any(of_one["parameters"] != parameters for of_one in facts.values()):
         raise RuntimeError(f"not all have {parameters} parameters: {facts}")
+
+
+def drop_rate(ranks: list[dict[str, float]]) -> float:
+    """Of the last step's assignments, on all ranks; whoever does not count them drops none."""
+    dropped, assigned = (sum(one.get(key, 0) for one in ranks) for key in ("dropped", "assigned"))
+    return dropped / max(1, assigned)
 
 
 def mfu(seconds: list[float], flops: float, peak: float) -> Spread:
@@ -189,6 +195,11 @@ def report(
         "most that a step takes beyond weights and moments, of all ranks together. In bold what "
         f"falls short of moetrain's target: {target_of(options.device)}.",
     ]
+    if any("dropped" in cell for cell in cells):
+        parts.append(
+            "*Dropped* are assignments of the last step, which are not computed: where they are "
+            "many, look at `moetrain-dropless`."
+        )
     for cell in cells:
         parts += [f"## {title_of(cell)}", describe(cell), results(cell, options.device)]
         parts += [f"Left out: {name}, since {why}." for name, why in cell["absent"].items()]
@@ -228,13 +239,16 @@ def results(cell: dict[str, Any], device: harness.Device) -> str:
         is_ours = not name.startswith("hf-") and others[0].startswith("hf-")
         row = [name, record.marked(speed.show(), is_ours and round(speed.median, 2) < target)]
         row.append(f"{sample['peak_bytes'] / 2**20:,.0f} MiB")
+        if "dropped" in cell:
+            row.append(f"{cell['dropped'][name]:.1%}")
         if on_gpu:
             row.append(f"{tokens / statistics.median(sample['seconds']):,.0f}")
         if cell["mfu"]:
             share, least = cell["mfu"][name], MFU_TARGETS.get(cell["shape"], 0.0)
             row.append(record.marked(share.show(".1%"), is_ours and round(share.median, 3) < least))
         rows.append(row)
-    header = ["", "speed", "memory", *(["tokens/s"] if on_gpu else [])]
+    header = ["", "speed", "memory", *(["dropped"] if "dropped" in cell else [])]
+    header += ["tokens/s"] if on_gpu else []
     return record.table([*header, *(["MFU"] if cell["mfu"] else [])], rows)
 
 

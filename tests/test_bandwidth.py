@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +28,7 @@ def bandwidth() -> ModuleType:
 
 @pytest.mark.parametrize(
     ("gpus", "is_started", "device", "ranks"),
-    [(0, False, "cpu", 2), (1, False, "cpu", 2), (4, False, "cuda", 4), (1, True, "cuda", 1)],
+    [(0, False, "cpu", 2), (1, False, "cpu", 2), (4, False, "cuda", 4), (1, True, "cuda", 2)],
 )
 def test_several_gpus_are_measured_and_otherwise_cpus(
     bandwidth: ModuleType,
@@ -48,6 +49,27 @@ def test_several_gpus_are_measured_and_otherwise_cpus(
     assert (options.device, options.ranks) == (device, ranks)
     is_left_alone = gpus == 1 and not is_started
     assert ("One GPU is here" in capsys.readouterr().out) == is_left_alone
+
+
+def test_ranks_that_are_started_measure_what_was_chosen(
+    bandwidth: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["collectives.py", "--rounds", "3"])
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    commands = list[list[str]]()
+
+    def run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert bandwidth.start_ranks(bandwidth.arguments()) == 3
+    (command,) = commands
+    monkeypatch.setattr(sys, "argv", command[command.index("collectives.py") :])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = bandwidth.arguments()
+    assert (options.device, options.ranks, options.rounds) == ("cpu", 2, 3)
 
 
 def test_a_single_gpu_that_is_asked_for_is_refused(

@@ -77,6 +77,11 @@ def test_a_sweep_of_nothing_that_can_run_is_refused() -> None:
         labels(base=settings.resolve(None, {"moe": {"experts": 0}}))
 
 
+def test_the_engine_of_a_run_does_not_matter_to_its_trace() -> None:
+    base = settings.resolve(None, {"engine": {"kind": "deepspeed"}, "moe": {"router": "topk"}})
+    assert labels(base=base, capacity_factor=[1.0, None]) == (["1.0", "dropless"], [])
+
+
 def test_variants_train_as_long_as_the_schedule_and_save_nothing() -> None:
     (variant,), _ = plan.variants(BASE, {}, 100, 1)
     config = variant.config

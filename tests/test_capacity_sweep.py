@@ -263,6 +263,7 @@ def test_a_run_with_a_trace_is_replayed_on_as_many_ranks_as_one_likes(
         ("--routers switch", "--routers needs trainings"),
         ("--train.lr 1", "of the settings only --parallel.ep"),
         ("--parallel.ep 3", "parallel.ep (3)"),
+        ("--warm-start 10", "so --warm-start (10) has no effect"),
     ],
 )
 def test_what_a_trace_cannot_tell_is_refused(

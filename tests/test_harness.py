@@ -78,6 +78,7 @@ def test_contenders_take_turns_and_another_one_begins_each_round(
     warming, rounds, memory = "ab", "abbaba", "ab"
     assert notes.read_text() == warming + rounds + memory
     assert [len(sample.seconds) for sample in samples.values()] == [3, 3]
+    assert field.facts() == {"a": [(0, 1)], "b": [(0, 2), (1, 2)]}
 
 
 def test_everyone_follows_everyone_in_turn() -> None:

@@ -212,6 +212,19 @@ def test_a_peer_that_computes_something_else_is_shown_and_not_ranked() -> None:
     assert "- Mixtral eager: no such package." in text
 
 
+def test_a_layer_that_computes_something_else_leaves_its_columns_empty() -> None:
+    asked = Cell(SMALL, 64, "zipf", "fp32")
+    systems = {
+        **SYSTEMS,
+        "moetrain": entry([1.0, 1.0], wrong="0.1 away from the reference"),
+        "moetrain dropless": entry([2.0, 2.0]),
+    }
+    where = {"date": "", "commit": "", "processor": "", "instructions": "avx2", "cores": 2}
+    cell = {**asked._asdict(), "shape": asked.shape._asdict()}
+    text = report([{"cell": cell, **where, "systems": systems}])
+    assert "| avx2 | – | **0.75 (0.50–1.00)** | DeepSpeed | – | 2.25 (2.00–2.50) |" in text
+
+
 def test_a_gpu_is_held_to_a_large_product_and_told_in_absolute_figures() -> None:
     asked = Cell(layer.SHAPES["olmoe"], 16_384, "balanced", "bf16")
     systems = {

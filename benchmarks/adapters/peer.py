@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
-import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from adapters.connection import connect_deepspeed
 from moetrain.testing.conformance import Case, Layout, Mode, Pass, Routes, Tensors, Tokens
 
 BALANCE = 0.1
@@ -274,17 +273,8 @@ class Peer:
         return f"{layer}.experts."
 
     def connect(self, layout: Layout) -> None:
-        """DeepSpeed looks ranks up in the environment, and uses the group that is there."""
-        rank, world = dist.get_rank(), dist.get_world_size()
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "DS_ACCELERATOR": "cpu"}
-        os.environ.update({name: str(value) for name, value in names.items()})
-        logging.disable(logging.WARNING)
-        import deepspeed
-        import deepspeed.ops
-
-        # It would compile a shared-memory all-reduce for inference, for minutes and with a lock.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed("gloo", dist_init_required=False)
+        """See `connect_deepspeed`."""
+        connect_deepspeed(on_cpu=True)
 
     def build(self, case: Case, layout: Layout, connection: None) -> PeerLayer:
         """A stack under DeepSpeed's engine."""

@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import logging
-import os
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from adapters.connection import connect_deepspeed
 from harness import AbsentError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -51,7 +50,7 @@ class DeepSpeedLayer:
     """See `contenders.case.Layer`. Its factor is multiplied by K in the gate; nothing is drawn."""
 
     def __init__(self, cell: Cell, device: torch.device):
-        _connect_deepspeed(device)
+        connect_deepspeed(on_cpu=device.type == "cpu")
         from deepspeed.moe.layer import MoE
 
         shape = cell.shape
@@ -96,21 +95,6 @@ class DeepSpeedLayer:
             return Seen(is_placed_TE.nonzero()[:, 1].view(len(is_placed_TE), -1), kept)
         chosen_TK = answer[3].T.long()
         return Seen(chosen_TK, int((chosen_TK >= 0).sum()))
-
-
-def _connect_deepspeed(device: torch.device) -> None:
-    """It looks ranks up in the environment, and uses the group that is there."""
-    rank, world = str(dist.get_rank()), str(dist.get_world_size())
-    os.environ.update({"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world})
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    logging.disable(logging.WARNING)
-    import deepspeed
-    import deepspeed.ops
-
-    # It would compile a shared-memory all-reduce for inference, for minutes and with a lock.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist.get_backend(), dist_init_required=False)
 
 
 def deepspeed(cell: Cell, device: torch.device) -> LayerCase:

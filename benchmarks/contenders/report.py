@@ -131,7 +131,7 @@ def _order_of_alike(entry: dict[str, Any]) -> tuple[Any, ...]:
 
 def _order(entry: dict[str, Any]) -> tuple[Any, ...]:
     shape, ranks, tokens, routing, dtype = _place(_cell(entry))
-    return _device(entry), dtype, shape.experts, ranks, tokens, routing
+    return _device(entry), dtype, shape.experts, shape, ranks, tokens, routing
 
 
 def _device(entry: dict[str, Any]) -> str:
@@ -168,9 +168,8 @@ def _standing(cell: Cell, entry: dict[str, Any]) -> list[str]:
     targets = _targets(cell, entry)
 
     def both(value_of: ValueOf, show: Callable[[Spread], str]) -> list[str]:
-        values = [value_of(entry, name) for name in (OWN, DROPLESS) if _is_right(entry, name)]
-        shown = [show(value) for value in values if value is not None]
-        return [*shown, *["–"] * (2 - len(shown))]
+        values = [value_of(entry, n) if _is_right(entry, n) else None for n in (OWN, DROPLESS)]
+        return ["–" if value is None else show(value) for value in values]
 
     def at_most(found: Spread) -> str:
         times = round(found.median, 2)

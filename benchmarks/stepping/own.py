@@ -15,6 +15,7 @@ from moetrain.config import Config
 from moetrain.data import Batch, Samples
 from moetrain.evaluate import forward, on_device
 from moetrain.mesh import Mesh
+from moetrain.moe.ledger import DROPPED, Ledger
 from moetrain.step import Position, sample_indices, train_step
 from moetrain.train import set_up
 from stepping.shapes import Cell, config_of
@@ -27,22 +28,29 @@ class OwnStep:
         self.config = config_of(cell, capacity_factor)
         self.run = set_up(self.config, Path(), mesh_of(device, cell.ranks))
         self.position = Position()
+        self.ledgers: list[Ledger] = []
 
     def step(self) -> None:
         """One optimizer step on the next batch."""
-        train_step(self.run, self.position)
+        result = train_step(self.run, self.position)
+        self.ledgers = [ledger for part in result.parts for ledger in part.ledgers]
         self.position = after(self.position, self.config)
 
     @torch.no_grad()
     def facts(self) -> dict[str, float]:
-        """Parameters, and the loss of the first sample with the weights as they are: nats per
-        token, in fp32, without drops."""
+        """Parameters, the loss of the first sample with the weights as they are: nats per token,
+        in fp32, without drops; and this rank's assignments of the last step, if there was one."""
         model = build_model(self.config, self.run.prepared.manifest.vocab_size)
         model.load_state_dict(model_weights(self.run.engine.state()), assign=True)
         batch = first_batch(self.run.samples, self.run.mesh.device)
         loss_sum = forward(model, batch, "eval").loss_sum
         assert loss_sum is not None
-        return {"parameters": count(model), "loss": loss_sum.item() / batch.targets_BL.numel()}
+        return {
+            "parameters": count(model),
+            "loss": loss_sum.item() / batch.targets_BL.numel(),
+            "assigned": sum(int(one.assigned) for one in self.ledgers),
+            "dropped": sum(int(one.outcome_EKO[..., DROPPED].sum()) for one in self.ledgers),
+        }
 
 
 def capacity_step(cell: Cell, device: torch.device) -> OwnStep:

@@ -8,7 +8,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sweeping.look import look
+from sweeping.look import NAMES, look
 from sweeping.table import Curve, Losses, Row, front
 
 HEIGHT = 430
@@ -37,24 +37,22 @@ def trade(rows: Sequence[Row]) -> go.Figure:
                 marker={"color": style.colour, "size": 12, "symbol": symbol},
             )
             figure.add_trace(dot, row=1, col=column)
-    names = {"drops": "assignments dropped (%)", "speed": "tokens per second"}
-    names["loss"] = "held-out loss (nats per token)"
     for column, (x, y) in enumerate((("drops", "speed"), ("drops", "loss"), ("loss", "speed")), 1):
-        figure.update_xaxes(title=names[x], row=1, col=column)
-        figure.update_yaxes(title=names[y], row=1, col=column)
+        figure.update_xaxes(title=NAMES[x], row=1, col=column)
+        figure.update_yaxes(title=NAMES[y], row=1, col=column)
     return _finished(figure)
 
 
 def drops_over_time(rows: Sequence[Row]) -> go.Figure:
     """Of every variant, the share dropped in each step."""
     curves = [[(x, 100 * y) for x, y in row.drop_rate_over_time] for row in rows]
-    return _lines(rows, curves, "optimizer step", "assignments dropped (%)")
+    return _lines(rows, curves, "optimizer step", NAMES["drops"])
 
 
 def drops_by_layer(rows: Sequence[Row]) -> go.Figure:
     """Of every variant, the share dropped in each layer."""
     curves = [[(n, 100 * y) for n, y in enumerate(row.drop_rate_by_layer)] for row in rows]
-    figure = _lines(rows, curves, "MoE layer", "assignments dropped (%)", marked=True)
+    figure = _lines(rows, curves, "MoE layer", NAMES["drops"], marked=True)
     figure.update_xaxes(tickmode="linear" if len(curves[0]) <= 20 else "auto")
     return figure
 
@@ -66,8 +64,8 @@ def padding(rows: Sequence[Row]) -> go.Figure:
         style = look(number)
         point = [100 * row.rates.drop_rate], [100 * row.rates.padding_waste]
         figure.add_trace(_dot(row, *point, style.colour, style.symbol))
-    figure.update_xaxes(title="assignments dropped (%)")
-    figure.update_yaxes(title="slots empty (%)")
+    figure.update_xaxes(title=NAMES["drops"])
+    figure.update_yaxes(title=NAMES["padding"])
     return _finished(figure)
 
 

@@ -7,6 +7,13 @@ from typing import NamedTuple
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c8c8c")
 """Okabe and Ito's palette, told apart with any colour vision; of its black and yellow, which a dark
 or a light ground swallows, a grey."""
+NAMES = {
+    "drops": "assignments dropped (%)",
+    "speed": "tokens per second",
+    "loss": "held-out loss (nats per token)",
+    "padding": "slots empty (%)",
+}
+"""Of what is measured, as axes are labelled."""
 _SIGNS = (("circle", "o"), ("square", "s"), ("diamond", "D"), ("triangle-up", "^"), ("cross", "P"))
 _DASHES = (
     ("solid", "-"),

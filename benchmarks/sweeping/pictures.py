@@ -9,19 +9,11 @@ from typing import TYPE_CHECKING
 import record
 from matplotlib.ticker import MaxNLocator
 
-from moetrain.plots.panels import STYLE
-from sweeping.look import look
+from sweeping.look import NAMES, look
 from sweeping.table import Curve, Row, front, losses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-NAMES = {
-    "drops": "assignments dropped (%)",
-    "speed": "tokens per second",
-    "loss": "held-out loss (nats per token)",
-    "padding": "slots empty (%)",
-}
 
 
 def draw(rows: Sequence[Row], own: str, path: Path) -> None:
@@ -32,23 +24,22 @@ def draw(rows: Sequence[Row], own: str, path: Path) -> None:
     plt = record.pyplot()
     is_live = rows[0].loss is not None
     pairs = [("drops", "speed"), ("drops", "loss"), ("loss", "speed")]
-    with plt.rc_context(dict(STYLE)):
-        figure, grid = plt.subplots(2, 3, figsize=(13, 7.6), layout="constrained")
-        for axes, pair in zip(grid[0], pairs if is_live else [("drops", "padding")], strict=False):
-            _trade(axes, rows, *pair)
-        drops = [[(x, 100 * y) for x, y in row.drop_rate_over_time] for row in rows]
-        _lines(grid[1][0], rows, drops, "optimizer step", NAMES["drops"])
-        drops = [[(n, 100 * y) for n, y in enumerate(row.drop_rate_by_layer)] for row in rows]
-        _lines(grid[1][1], rows, drops, "MoE layer", NAMES["drops"], marked=True)
-        if is_live:
-            above, name = losses(rows, own).by_step, f"held-out loss above that of {own} (nats)"
-            _lines(grid[1][2], rows, above, "optimizer step", name, marked=True)
-        for axes in grid.flat:
-            axes.set_visible(axes.has_data())
-        handles, labels = grid[1][1].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6))
-        figure.savefig(path)
-        plt.close(figure)
+    figure, grid = plt.subplots(2, 3, figsize=(13, 7.6), layout="constrained")
+    for axes, pair in zip(grid[0], pairs if is_live else [("drops", "padding")], strict=False):
+        _trade(axes, rows, *pair)
+    drops = [[(x, 100 * y) for x, y in row.drop_rate_over_time] for row in rows]
+    _lines(grid[1][0], rows, drops, "optimizer step", NAMES["drops"])
+    drops = [[(n, 100 * y) for n, y in enumerate(row.drop_rate_by_layer)] for row in rows]
+    _lines(grid[1][1], rows, drops, "MoE layer", NAMES["drops"], marked=True)
+    if is_live:
+        above, name = losses(rows, own).by_step, f"held-out loss above that of {own} (nats)"
+        _lines(grid[1][2], rows, above, "optimizer step", name, marked=True)
+    for axes in grid.flat:
+        axes.set_visible(axes.has_data())
+    handles, labels = grid[1][1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6))
+    figure.savefig(path)
+    plt.close(figure)
 
 
 def _trade(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:

@@ -63,11 +63,6 @@ def variants(
     """
     if not base.moe.experts:
         raise UserError("moe.experts (0) leaves no capacity to choose; try 8")
-    if base.engine.kind != "torch":
-        raise UserError(
-            f"engine.kind ({base.engine.kind}) cannot change its weights for those of another "
-            "variant; set it to torch: it drops the same tokens"
-        )
     axes = {field: list(values.get(field) or [getattr(base.moe, field)]) for field in AXES}
     told = [field for field in AXES if len(axes[field]) > 1 and field != "capacity_factor"]
     able: list[Variant] = []

@@ -43,8 +43,7 @@ def variants(
 def asked(variant: Variant, ep: int | None = None) -> Setting:
     """A variant as a question to a trace; `ep` None as it was recorded."""
     moe = variant.config.moe
-    factor = "recorded" if moe.capacity_factor == "auto" else moe.capacity_factor
-    return Setting(factor, moe.drop_policy, moe.group, top_k=moe.top_k, ep=ep)
+    return Setting(moe.capacity_factor, moe.drop_policy, moe.group, top_k=moe.top_k, ep=ep)
 
 
 def rows(trace: Trace, found: Sequence[Variant], ep: int | None) -> list[Row]:

@@ -26,7 +26,6 @@ NAME = "capacity"
 
 def write(sweep: Sweep, folder: Path) -> list[Path]:
     """Write FOLDER/capacity.{html,md,json,csv,png}; returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
     advice, rows = advise(sweep.rows), sweep.rows
     ours, known = results(rows, advice), published.tables(rows, sweep.own, sweep.scale)
     html, data, picture = (folder / f"{NAME}.{kind}" for kind in ("html", "csv", "png"))
