@@ -18,7 +18,7 @@ from typing_extensions import TypeIs
 
 from moetrain import metrics
 from moetrain.commands import base, checkpoints, data, models, runs
-from moetrain.config import Config, Section
+from moetrain.config import Config, DataConfig, Section
 from moetrain.constraints import spell
 
 HERE = Path(__file__).parent
@@ -77,9 +77,10 @@ _NUMBERS = {
 }
 _FLAGS = {  # as the arguments of a command that take settings
     base.Flags: "[--section.field VALUE ...]",
-    base.CorpusFlags: "[--data.field VALUE ...]",
-    base.TextFlags: "[--data.field VALUE ...]",
+    base.CorpusFlags: "[--data.NAME VALUE ...]",
+    base.TextFlags: "[--data.NAME VALUE ...]",
 }
+_OF_DATA = {base.CorpusFlags: base.READING, base.TextFlags: base.SCORING}
 _NAMES = {int: "integer", float: "number", bool: "`true`, `false`", str: "text", Path: "path"}
 _SIGNS = {Gt: "> {0.gt}", Ge: "≥ {0.ge}", Lt: "< {0.lt}", Le: "≤ {0.le}"}
 
@@ -114,11 +115,13 @@ def _command(name: str, node: ast.ClassDef, command: type) -> str:
     """How a command is called, what it does, and what each of its arguments is."""
     hints = get_type_hints(command, include_extras=True)
     meanings = dict(_documented(node))
-    places, needed, settings, rows = [], [], [], []
+    places, needed, settings, rows, last = [], [], [], [], []
     for field in dataclasses.fields(command):
         kind, is_needed = hints[field.name], field.default is dataclasses.MISSING
         if kind in _FLAGS:
             settings.append(_FLAGS[kind])
+            taken = {name: DataConfig.model_fields[name] for name in _OF_DATA.get(kind, ())}
+            last += [_row(f"--data.{name}", setting) for name, setting in taken.items()]
             continue
         if get_origin(kind) is Annotated:  # positional
             argument = kind.__metadata__[0].metavar
@@ -126,17 +129,14 @@ def _command(name: str, node: ast.ClassDef, command: type) -> str:
         else:
             argument = f"--{field.name.replace('_', '-')}"
             needed += [f"{argument} ..."] * is_needed
-        default = "" if is_needed else f"`{_default(field.default)}`"
+        is_blank = is_needed or field.default == ()
+        default = "" if is_blank else f"`{spell(field.default)}`"
         values = "on where it is given" if kind is bool else _kind(kind)
         rows.append(f"| `{argument}` | {default} | {values} | {meanings[field.name]} |")
     usage = " ".join([f"moetrain {name}", *places, *needed, *settings])
     about = " ".join((ast.get_docstring(node) or "").split())
-    table = "\n".join(["| argument | default | values | meaning |", "|---|---|---|---|", *rows])
-    return f"## moetrain {name}\n\n{about}\n\n```text\n{usage}\n```\n\n{table}\n"
-
-
-def _default(value: Any) -> str:
-    return "none" if value == () else spell(value)
+    table = ["| argument | default | values | meaning |", "|---|---|---|---|", *rows, *last]
+    return f"## moetrain {name}\n\n{about}\n\n```text\n{usage}\n```\n\n" + "\n".join(table) + "\n"
 
 
 def _metrics_page() -> str:
@@ -187,9 +187,12 @@ def _table(prefix: str, section: type[Section]) -> Iterator[str]:
     yield "|---|---|---|---|"
     for name, field in section.model_fields.items():
         if not _is_section(field.annotation):
-            meaning = " ".join((field.description or "").split())
-            default = spell(field.default)
-            yield f"| `{prefix}{name}` | `{default}` | {_values(field)} | {meaning} |"
+            yield _row(f"{prefix}{name}", field)
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    meaning = " ".join((field.description or "").split())
+    return f"| `{name}` | `{spell(field.default)}` | {_values(field)} | {meaning} |"
 
 
 def _is_section(annotation: Any) -> TypeIs[type[Section]]:

@@ -181,7 +181,8 @@ class Generate:
 @dataclass(frozen=True)
 class Replay:
     """Ask a routing trace what other settings would have dropped and sent; exit code 1 if its
-    replay as recorded is not what metrics.jsonl says. Several values make a row each."""
+    replay as recorded is not what metrics.jsonl says. Several values make a row each; what is not
+    given stays as recorded."""
 
     path: Positional[Annotated[Path, arg(metavar="RUN_OR_TRACE")]]
     """Folder of a run that was trained with log.trace, or of its trace."""
