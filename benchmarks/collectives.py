@@ -106,7 +106,8 @@ def start_ranks(options: argparse.Namespace) -> int:
     """This program once more, by torchrun, on this machine and the device that was chosen."""
     torchrun = [sys.executable, "-m", "moetrain.torchrun", f"--nproc-per-node={options.ranks}"]
     command = [*torchrun, *sys.argv, "--device", options.device]
-    return subprocess.run(command).returncode
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # torchrun would choose that aloud
+    return subprocess.run(command, env=environment).returncode
 
 
 # ---- on every rank -------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ Writes results/quickstart.{json,md} and docs/images/quickstart.png.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ RUN = record.ROOT / "runs" / "quickstart"
 
 
 def main() -> None:
+    argparse.ArgumentParser(description="Keep what the quickstart shows.").parse_args()
     if RUN.exists():
         raise SystemExit(f"{RUN} exists and would be continued; remove it first")
     script = str(record.ROOT / "launch" / "quickstart.sh")

@@ -59,7 +59,7 @@ def test_ranks_that_are_started_measure_what_was_chosen(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     commands = list[list[str]]()
 
-    def run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
+    def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
         commands.append(command)
         return subprocess.CompletedProcess(command, 3)
 
