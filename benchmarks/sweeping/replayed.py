@@ -43,6 +43,7 @@ def variants(
 def asked(variant: Variant, ep: int | None = None) -> Setting:
     """A variant as a question to a trace; `ep` None as it was recorded."""
     moe = variant.config.moe
+    assert moe.capacity_factor != "auto", "every variant has a factor of its own"
     return Setting(moe.capacity_factor, moe.drop_policy, moe.group, top_k=moe.top_k, ep=ep)
 
 
